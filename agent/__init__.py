@@ -1,0 +1,1 @@
+"""One node: composes runtime and schemas and owns all its I/O. Knows no planner."""

@@ -1,0 +1,1 @@
+"""Decides where experts live. Knows numpy and schemas; no torch, and sockets only under control."""

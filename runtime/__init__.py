@@ -1,0 +1,1 @@
+"""Executes tokens. Knows torch, transformers and schemas; no sockets, no planner."""

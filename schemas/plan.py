@@ -1,0 +1,128 @@
+"""plan.json: an immutable proposal to bring a cluster from one epoch to another.
+
+Decides what a plan file says and that it was not altered. Must not know how it was found nor how it is applied.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
+
+from schemas.base import FrozenModel, canonical_json, digest
+from schemas.files import Fault, load_json, write_atomic
+from schemas.model import HeldDtype, ModelSpec
+from schemas.placement import Replica, Route
+from schemas.topology import NodeId, Tier
+
+FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
+
+
+class Segment(FrozenModel):
+    """A range of decoder layers, both ends included, whose trunk `node` runs."""
+
+    node: NodeId
+    first_layer: Annotated[int, Field(ge=0)]
+    last_layer: Annotated[int, Field(ge=0)]
+
+
+class TrunkPath(FrozenModel):
+    """The segments that a token entering at `ingress` passes, in order."""
+
+    ingress: NodeId
+    segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
+
+
+class Step(FrozenModel):
+    """One ordered change. Steps of a stage become active together, in one epoch.
+
+    `replicate` brings a replica to `node` (from `source`, or from a node with a store where None), `switch` lets
+    calls of this stage's epoch use the new placement, `drop` frees what nothing uses any more.
+    """
+
+    stage: Annotated[int, Field(ge=1)]
+    action: Literal["replicate", "switch", "drop"]
+    layer: Annotated[int, Field(ge=0)] | None = None
+    expert: Annotated[int, Field(ge=0)] | None = None
+    node: NodeId | None = None
+    tier: Tier | None = None
+    bytes: Annotated[int, Field(ge=0)] = 0
+    source: NodeId | None = None
+
+
+class NodeSummary(FrozenModel):
+    """What one node got: bytes of experts against the capacity left for experts, and why."""
+
+    id: NodeId
+    experts: int
+    bytes: int
+    capacity: int
+    trunk_bytes: int = 0
+    kv_bytes: int = 0
+    remote_call_share: float | None = None
+    any_remote_share: float | None = None
+    predicted_latency_s: float | None = None
+    why: str = ""
+
+
+class Summary(FrozenModel):
+    """How a plan was found and what it promises; None where a figure is not known."""
+
+    status: Literal["optimal", "feasible"]
+    solver: str
+    objective_name: str
+    objective: float
+    bound: float | None = None
+    gap: float | None = None
+    stop_reason: str = ""
+    seconds: float
+    remote_call_share: float | None = None
+    any_remote_share: float | None = None
+    predicted_latency_s: float | None = None
+    nodes: tuple[NodeSummary, ...] = ()
+
+
+class Plan(FrozenModel):
+    """Placement, routes and trunk path of `epoch`, and the steps that lead there from `base_epoch`."""
+
+    format: Literal["expertmesh-plan-1"] = FORMAT
+    cluster: str
+    coordinator: str
+    base_epoch: Annotated[int, Field(ge=0)]
+    epoch: Annotated[int, Field(ge=1)]
+    model: ModelSpec
+    dtype: HeldDtype
+    placement: tuple[Replica, ...]
+    routes: tuple[Route, ...] = ()
+    trunk: tuple[TrunkPath, ...]
+    steps: tuple[Step, ...]
+    summary: Summary
+    digest: str = ""
+
+    def sealed(self) -> Self:
+        """Return the plan with the digest of what it says."""
+        return self.model_copy(update={"digest": self.computed_digest()})
+
+    def computed_digest(self) -> str:
+        """Digest of the plan's canonical JSON without the digest itself."""
+        return digest(self, without=frozenset({"digest"}))
+
+    def canonical_text(self) -> str:
+        """The plan as a file: indented JSON with sorted keys."""
+        return json.dumps(json.loads(canonical_json(self.model_dump(mode="json"))), indent=1) + "\n"
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file; raises `InvalidFile` where it is malformed or was altered."""
+    return load_json(path, Plan, _plan_faults)
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Seal a plan and write it, whole or not at all."""
+    write_atomic(path, plan.sealed().canonical_text())
+
+
+def _plan_faults(plan: Plan) -> Iterator[Fault]:
+    if plan.digest != plan.computed_digest():
+        yield Fault("digest", "the plan was altered after it was written; solve again rather than edit a plan")
