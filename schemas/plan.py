@@ -109,7 +109,7 @@ class Plan(FrozenModel):
         return digest(self, without=frozenset({"digest"}))
 
     def canonical_text(self) -> str:
-        """The plan as a file: indented JSON with sorted keys."""
+        """Return the plan as a file: indented JSON with sorted keys."""
         return json.dumps(json.loads(canonical_json(self.model_dump(mode="json"))), indent=1) + "\n"
 
 
