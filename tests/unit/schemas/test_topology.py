@@ -86,7 +86,7 @@ def test_every_fault_is_told_at_once_with_its_line(tmp_path):
         ({"workloads": {}}, "workload 'code' has no trace"),
         ({"replicas": {"survive": 2}}, "asks for 3 nodes per expert"),
         ({"pins": [{"layer": 0, "expert": 0, "node": "oven"}]}, "no node 'oven'"),
-        ({"nodes": GOOD["nodes"][1:] + [{"id": "x", "memory": {}}]}, "no node has an ingress"),
+        ({"nodes": [*GOOD["nodes"][1:], {"id": "x", "memory": {}}]}, "no node has an ingress"),
         (
             {
                 "pins": [
