@@ -1,0 +1,142 @@
+"""Commands that need no cluster: `agent prepare` and `agent trace`.
+
+Decides how their options are told and their progress shown. The work is done by `runtime.store` and
+`runtime.recorder`; errors are left to the command line's one place that reports them.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from schemas.units import format_bytes
+
+_DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
+
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def _progress_bar(what: str, unit: str) -> Iterator[Progress]:
+    """Show a progress bar on stderr where that is a terminal; yields what to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _report(as_json: bool, document: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(document) if as_json else text)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "store", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="Of the records.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def prepare(*, model: Path, store: Path, dtype: Any, as_json: bool) -> None:
+    """Write every expert of MODEL, a Hugging Face directory, as a content-addressed record into a store."""
+    from runtime.store import prepare_store
+
+    with _progress_bar("Preparing", "experts") as progress:
+        manifest = prepare_store(model, store, dtype=dtype, progress=progress)
+    spec, count = manifest.model, len(manifest.records)
+    document = {
+        "store": str(store),
+        "model": spec.id,
+        "dtype": manifest.dtype,
+        "layers": spec.layers,
+        "experts": spec.experts,
+        "records": count,
+        "bytes": count * spec.expert_bytes,
+    }
+    size = format_bytes(count * spec.expert_bytes)
+    _report(
+        as_json,
+        document,
+        f"{store}: {count} experts ({spec.layers} layers × {spec.experts}) of {spec.id} as {manifest.dtype}, {size}",
+    )
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="A .jsonl or text file.")
+@click.option("--import", "csv_file", type=click.Path(path_type=Path), help="Convert a *.route.csv instead.")
+@click.option("--workload", help="Name of the workload; of an import, the file's name by default.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Trace file to write.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Stop after this many tokens.")
+@click.option("--candidates", type=click.IntRange(min=1), help="Ranked experts to record per layer.  [default: 2 K]")
+@click.option(
+    "--window", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest context in tokens."
+)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="To compute in.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def trace(
+    *,
+    model: Path | None,
+    texts: tuple[Path, ...],
+    csv_file: Path | None,
+    workload: str | None,
+    output: Path,
+    tokens: int | None,
+    candidates: int | None,
+    window: int,
+    dtype: Any,
+    as_json: bool,
+) -> None:
+    """Record which experts MODEL, a Hugging Face directory, chooses for texts, or import a recorded route."""
+    from runtime.errors import InvalidInput
+    from runtime.recorder import import_route_csv, read_texts, record_trace
+
+    if not output.parent.is_dir():
+        raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
+    dropped = 0
+    if csv_file is not None:
+        if model is not None or texts:
+            raise click.UsageError("--import takes neither MODEL nor --text")
+        recorded, dropped = import_route_csv(csv_file, workload=workload)
+    else:
+        if model is None or not texts or not workload:
+            raise click.UsageError("give MODEL, --text and --workload, or --import FILE")
+        with _progress_bar("Recording", "tokens") as progress:
+            recorded = record_trace(
+                model,
+                read_texts(texts),
+                workload=workload,
+                candidates=candidates,
+                max_tokens=tokens,
+                window=window,
+                dtype=dtype,
+                progress=progress,
+            )
+    recorded.write(output)
+    count, layers, width = recorded.expert_ids.shape
+    document = {
+        "trace": str(output),
+        "model": recorded.model,
+        "workload": recorded.workload,
+        "tokens": count,
+        "dropped_tokens": dropped,
+        "layers": layers,
+        "experts": recorded.experts,
+        "top_k": recorded.top_k,
+        "candidates": width,
+        "sequences": len(set(recorded.sequence.tolist())),
+    }
+    left_out = f" ({dropped} tokens without all layers left out)" if dropped else ""
+    _report(
+        as_json,
+        document,
+        f"{output}: {count} tokens{left_out} of {recorded.model}, workload {recorded.workload}: "
+        f"{layers} layers × {recorded.experts} experts, top-{recorded.top_k}, {width} candidates",
+    )
+
+
+COMMANDS: Final = (prepare, trace)

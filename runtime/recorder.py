@@ -1,0 +1,320 @@
+"""Recording which experts a model chooses for given texts, as an activation trace, and importing other traces.
+
+Decides what is recorded per token and layer: the K chosen experts first, then the next-ranked candidates, each with
+the router's score. Flow: texts → token windows → routers of the running model → arrays → one safetensors file.
+Must not know what planning does with a trace.
+
+Scores are what the family's router ranks by, over all E experts, before any renormalisation or scaling: softmax of
+the router's logits (Qwen, Mixtral, OLMoE, DeepSeek-V2, gpt-oss), sigmoid (DeepSeek-V3, whose candidates are ranked
+with its correction bias added while the score is recorded without it).
+"""
+
+import csv
+import datetime
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.errors import InvalidInput, writing
+from schemas.activation import TRACE_FORMAT
+from schemas.checkpoint import read_checkpoint
+from schemas.model import HeldDtype
+
+Progress = Callable[[int, int], None]
+
+DEFAULT_WINDOW: Final = 1024  # tokens of one forward: long enough for context, short enough for any memory
+_IMPORT_COLUMNS: Final = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Routing of T tokens through L layers.
+
+    Attributes
+    ----------
+    expert_ids
+        [T, L, C] int16: the C ≥ K best-ranked experts, the first K were chosen, best first.
+    scores
+        [T, L, C] float16: the router's score of each.
+    sequence
+        [T] int32: tokens with the same number followed each other in one context.
+    """
+
+    model: str
+    experts: int
+    top_k: int
+    workload: str
+    expert_ids: NDArray[np.int16]
+    scores: NDArray[np.float16]
+    sequence: NDArray[np.int32]
+
+    def write(self, path: Path, *, created: str | None = None) -> None:
+        """Write the trace file whole or not at all; raises `DiskFull` or `InvalidInput`."""
+        from safetensors.numpy import save
+
+        metadata = {
+            "format": TRACE_FORMAT,
+            "model": self.model,
+            "layers": str(self.expert_ids.shape[1]),
+            "experts": str(self.experts),
+            "top_k": str(self.top_k),
+            "workload": self.workload,
+            "created": created or datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
+        arrays = {"expert_ids": self.expert_ids, "scores": self.scores, "sequence": self.sequence}
+        data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+        with writing(path, needed=len(data)), tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            temporary = Path(directory) / path.name
+            temporary.write_bytes(data)
+            temporary.replace(path)
+
+
+def read_texts(files: Iterable[Path]) -> Iterator[str]:
+    r"""Yield the texts of files: each line's ``text`` of a .jsonl file, any other file whole.
+
+    Raises
+    ------
+    InvalidInput
+        Naming the file and the line.
+    """
+    for file in files:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InvalidInput(f"{file}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"{file}: is not UTF-8 text") from error
+        if file.suffix != ".jsonl":
+            yield content
+            continue
+        for number, line in enumerate(content.splitlines(), start=1):
+            if line.strip():
+                yield _text_of(file, number, line)
+
+
+def _text_of(file: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InvalidInput(f'{file}: line {number}: expected {{"text": "…"}}') from error
+    if not isinstance(text, str):
+        raise InvalidInput(f"{file}: line {number}: text is {type(text).__name__}, expected a string")
+    return text
+
+
+def record_trace(
+    model_dir: Path,
+    texts: Iterable[str],
+    *,
+    workload: str,
+    candidates: int | None = None,
+    max_tokens: int | None = None,
+    window: int = DEFAULT_WINDOW,
+    dtype: HeldDtype = "checkpoint",
+    progress: Progress | None = None,
+) -> Trace:
+    """Run a whole checkpoint over texts and record its routing.
+
+    Parameters
+    ----------
+    candidates
+        C, by default 2 K, cut to E.
+    max_tokens
+        Stop after this many tokens; all of the texts by default.
+    window
+        Longer texts are cut into pieces of this many tokens, each a sequence of its own.
+    progress
+        Called with (tokens done, tokens in all).
+
+    Raises
+    ------
+    schemas.checkpoint.InvalidCheckpoint
+        The checkpoint is none, or no supported mixture of experts.
+    InvalidInput
+        No token to record, or C outside K … E.
+    """
+    checkpoint = read_checkpoint(model_dir)
+    spec = checkpoint.model_spec
+    width = min(2 * spec.top_k, spec.experts) if candidates is None else candidates
+    if not spec.top_k <= width <= spec.experts:
+        raise InvalidInput(f"{width} candidates are outside top-k … experts = {spec.top_k} … {spec.experts}")
+    model, tokenizer = _load_whole(model_dir, dtype=checkpoint.dtype if dtype == "checkpoint" else dtype)
+    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    pieces = _pieces(tokenizer, texts, window=window, max_tokens=max_tokens)
+    if not pieces:
+        raise InvalidInput("the texts hold no token to record; give at least one text that is not empty")
+    recorded = _run(model, pieces, width=width, progress=progress)
+    sequence = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
+    return Trace(
+        model=spec.id,
+        experts=spec.experts,
+        top_k=spec.top_k,
+        workload=workload,
+        expert_ids=np.concatenate([choice.expert_ids for choice in recorded]),
+        scores=np.concatenate([choice.scores for choice in recorded]),
+        sequence=sequence,
+    )
+
+
+def _load_whole(model_dir: Path, *, dtype: str) -> tuple[Any, Any]:
+    from runtime.loading import load_tokenizer, load_whole
+
+    return load_whole(model_dir, dtype=dtype), load_tokenizer(model_dir)
+
+
+def _pieces(tokenizer: Any, texts: Iterable[str], *, window: int, max_tokens: int | None) -> list[list[int]]:
+    pieces: list[list[int]] = []
+    left = max_tokens if max_tokens is not None else 1 << 62
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"][:left]
+        pieces.extend(ids[start : start + window] for start in range(0, len(ids), window))
+        left -= len(ids)
+        if left <= 0:
+            break
+    return pieces
+
+
+class _Choice(NamedTuple):
+    expert_ids: NDArray[np.int16]  # [T, L, C]
+    scores: NDArray[np.float16]  # [T, L, C]
+
+
+def _run(model: Any, pieces: list[list[int]], *, width: int, progress: Progress | None) -> list[_Choice]:
+    """Run every piece through the model and collect what its routers chose, layer by layer."""
+    layers: list[tuple[NDArray[np.int16], NDArray[np.float16]]] = []
+
+    def on_router(router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        layers.append(rank_candidates(model.config.model_type, router, output[0], output[2], width=width))
+
+    hooks = [router.register_forward_hook(on_router) for router in _routers(model)]
+    total, done, recorded = sum(len(piece) for piece in pieces), 0, []
+    try:
+        with torch.inference_mode():
+            for piece in pieces:
+                layers.clear()
+                model.model(input_ids=torch.tensor([piece]), use_cache=False)
+                ids, scores = zip(*layers, strict=True)
+                recorded.append(_Choice(np.stack(ids, axis=1), np.stack(scores, axis=1)))
+                done += len(piece)
+                if progress:
+                    progress(done, total)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return recorded
+
+
+def _routers(model: Any) -> list[torch.nn.Module]:
+    """Return the routers in layer order."""
+    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+
+
+def rank_candidates(
+    family: str, router: Any, logits: torch.Tensor, chosen: torch.Tensor, *, width: int
+) -> tuple[NDArray[np.int16], NDArray[np.float16]]:
+    """Rank the experts of one layer: the chosen ones best first, then the next best.
+
+    Parameters
+    ----------
+    router
+        The router module (DeepSeek-V3 ranks with its correction bias).
+    logits, chosen
+        [T, E] and [T, K] as the router returned them.
+    width
+        C.
+
+    Returns
+    -------
+    expert_ids, scores
+        [T, C] int16 and float16.
+    """
+    logits = logits.float()
+    scores = torch.sigmoid(logits) if family == "deepseek_v3" else torch.softmax(logits, dim=-1)
+    rank_by = scores + router.e_score_correction_bias if family == "deepseek_v3" else scores
+    # every score lies in 0 … 1 and a correction is small beside 1e6, so that the chosen come first whatever they score
+    rank_by = rank_by.double().scatter_add(1, chosen, torch.full(chosen.shape, 1e6, dtype=torch.float64))
+    order = torch.sort(rank_by, dim=-1, descending=True, stable=True).indices[:, :width]
+    return order.numpy().astype(np.int16), scores.gather(1, order).numpy().astype(np.float16)
+
+
+class ImportedTrace(NamedTuple):
+    """A trace read from a CSV, and how many of its tokens were left out because rows of some layers are missing."""
+
+    trace: Trace
+    dropped_tokens: int
+
+
+def import_route_csv(path: Path, *, workload: str | None = None) -> ImportedTrace:
+    """Read a ``*.route.csv``: rows (turn, phase, step, layer, slot, expert, weight, …), header lines before them.
+
+    C equals K; scores are the router weights. A sequence is a turn. Recorders that compute the last layer only for
+    tokens whose logits are needed leave prefill tokens without it: such tokens are dropped and counted.
+
+    Raises
+    ------
+    InvalidInput
+        Naming the line.
+    """
+    header, table = _read_route_csv(path)
+    model, layers, experts, top_k = _route_header(path, header)
+    table = table[np.lexsort(table.T[[4, 3, 2, 1, 0]])]
+    if table[:, 3].max() >= layers or table[:, 5].max() >= experts or table[:, 4].max() >= top_k or table.min() < 0:
+        raise InvalidInput(f"{path}: a row leaves {layers} layers × {experts} experts, top-{top_k}")
+    tokens, first, rows = np.unique(table[:, :3], axis=0, return_index=True, return_counts=True)
+    whole = rows == layers * top_k
+    if not whole.any():
+        raise InvalidInput(f"{path}: no token has rows for all of {layers} layers × top-{top_k}")
+    picked = table[(first[whole, None] + np.arange(layers * top_k)).reshape(-1)]
+    shape = (int(whole.sum()), layers, top_k)
+    expected = np.indices(shape)
+    if (picked[:, 3].reshape(shape) != expected[1]).any() or (picked[:, 4].reshape(shape) != expected[2]).any():
+        raise InvalidInput(f"{path}: a (step, layer) lists a slot twice")
+    trace = Trace(
+        model=model,
+        experts=experts,
+        top_k=top_k,
+        workload=workload or path.name.removesuffix(".csv").removesuffix(".route"),
+        expert_ids=picked[:, 5].reshape(shape).astype(np.int16),
+        scores=picked[:, 6].reshape(shape).astype(np.float16),
+        sequence=tokens[whole, 0].astype(np.int32),
+    )
+    return ImportedTrace(trace, int((~whole).sum()))
+
+
+def _read_route_csv(path: Path) -> tuple[dict[str, str], NDArray[np.float64]]:
+    """Return the ``key=value`` pairs of the header comments and the rows, columns as in `_IMPORT_COLUMNS`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: is not a text file") from error
+    comments = [line for line in lines if line.startswith("#")]
+    header = dict(pair.split("=", 1) for line in comments for pair in line.split() if "=" in pair)
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    if missing := [column for column in _IMPORT_COLUMNS if column not in (rows.fieldnames or ())]:
+        raise InvalidInput(f"{path}: not a route trace: columns {', '.join(missing)} are missing")
+    values: list[list[float]] = []
+    for row in rows:
+        try:
+            values.append([float(row[column]) for column in _IMPORT_COLUMNS])
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"{path}: line {rows.line_num + len(comments)}: not a number in {row}") from error
+    if not values:
+        raise InvalidInput(f"{path}: holds no rows")
+    return header, np.array(values)
+
+
+def _route_header(path: Path, header: Mapping[str, str]) -> tuple[str, int, int, int]:
+    try:
+        layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
+    except (KeyError, ValueError) as error:
+        raise InvalidInput(f"{path}: its header comments must give n_layer, n_expert and n_expert_used") from error
+    return Path(header.get("model", path.name)).stem, layers, experts, top_k

@@ -1,0 +1,117 @@
+"""Manifest of a store: which expert records a directory holds, how one is laid out and how it is computed.
+
+Decides what must be known about a record to verify, send and execute it without the checkpoint it came from.
+Must not know how records are made or read (`runtime.store`).
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.base import FrozenModel
+from schemas.files import Fault
+from schemas.model import DTYPE_ITEMSIZE, ModelSpec
+
+STORE_FORMAT: Final = "expertmesh-store-1"
+MANIFEST_NAME: Final = "manifest.json"
+RECORDS_NAME: Final = "records.bin"
+RECORD_ALIGNMENT: Final = 4096
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Part(FrozenModel):
+    """One tensor of a record: row-major, at `offset` bytes from the record's start."""
+
+    name: Literal["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    offset: Annotated[int, Field(ge=0)]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for axis in self.shape:
+            count *= axis
+        return count
+
+
+class ExpertForm(FrozenModel):
+    """How an expert computes.
+
+    Attributes
+    ----------
+    kind
+        ``swiglu``: gate_up_proj [2F, D] and down_proj [D, F] as in a linear layer, gate half first.
+        ``gpt_oss``: gate_up_proj [D, 2F] and down_proj [F, D] with biases, gate and up interleaved and clamped.
+    activation
+        Name of the gate's activation in transformers; unused by gpt_oss.
+    alpha, limit
+        Only of gpt_oss: the sigmoid's slope and where gate and up are clamped.
+    """
+
+    kind: Literal["swiglu", "gpt_oss"]
+    activation: str = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+class RecordLayout(FrozenModel):
+    """The layout of every record of a model at one dtype: `bytes` are the parts without any gap."""
+
+    form: ExpertForm
+    dtype: Literal["float32", "float16", "bfloat16"]
+    bytes: Annotated[int, Field(ge=1)]
+    parts: Annotated[tuple[Part, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _parts_fill_the_record(self) -> Self:
+        itemsize, offset = DTYPE_ITEMSIZE[self.dtype], 0
+        for part in self.parts:
+            if part.offset != offset:
+                raise ValueError(f"part {part.name} is at {part.offset}, expected {offset}")
+            offset += part.elements * itemsize
+        if offset != self.bytes:
+            raise ValueError(f"parts take {offset} bytes, the record says {self.bytes}")
+        return self
+
+
+class StoreRecord(FrozenModel):
+    """Where the record of an expert lies in the records file, and its sha256, which is its name everywhere else."""
+
+    layer: Annotated[int, Field(ge=0)]
+    expert: Annotated[int, Field(ge=0)]
+    offset: Annotated[int, Field(ge=0, multiple_of=RECORD_ALIGNMENT)]
+    bytes: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(layer, expert)."""
+        return self.layer, self.expert
+
+
+class StoreManifest(FrozenModel):
+    """What a store holds: every expert of `model` at `dtype`, sorted by layer and expert."""
+
+    format: Literal["expertmesh-store-1"] = STORE_FORMAT
+    model: ModelSpec
+    dtype: Literal["float32", "float16", "bfloat16"]
+    layout: RecordLayout
+    records: Annotated[tuple[StoreRecord, ...], Field(min_length=1)]
+
+
+def manifest_faults(manifest: StoreManifest) -> Iterator[Fault]:
+    """Yield what in a well-formed manifest contradicts itself."""
+    model, layout = manifest.model, manifest.layout
+    if manifest.dtype != layout.dtype:
+        yield Fault("layout.dtype", f"is {layout.dtype}, the store says {manifest.dtype}")
+    if layout.bytes != model.expert_bytes:
+        yield Fault("layout.bytes", f"is {layout.bytes}, the model's experts have {model.expert_bytes}")
+    wanted = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
+    if [record.key for record in manifest.records] != wanted:
+        yield Fault("records", f"do not list every one of {model.layers} × {model.experts} experts once, in order")
+    for index, record in enumerate(manifest.records):
+        if record.bytes != layout.bytes:
+            yield Fault(f"records[{index}].bytes", f"is {record.bytes}, the layout says {layout.bytes}")
