@@ -1,0 +1,289 @@
+"""The coordinator's loop: receives, lets the machine decide, persists, sends. Decides nothing about plans itself.
+
+Flow: frame ──► message ──► event ──► `ClusterMachine.handle` ──► persist, send ──► progress to whoever applies.
+Must not know solvers or weights.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from planner.control import machine as m
+from planner.control.journal import Journal
+from planner.control.stages import plan_nodes
+from planner.control.status import AWAY_S, AgentView, node_status, plan_status
+from planner.control.transport import CoordinatorSocket
+from schemas import messages as msg
+from schemas.activation import NodeCounts
+from schemas.messages import Message
+from schemas.model import ModelSpec
+from schemas.outcome import ExitCode
+from schemas.topology import Topology
+
+log = logging.getLogger(__name__)
+
+TICK_S: Final = 0.25
+COUNTS_S: Final = 2.0
+
+
+@dataclass
+class _Collection:
+    """Counters being collected for a client."""
+
+    client: bytes
+    deadline: float
+    missing: set[str]
+    counts: dict[str, NodeCounts]
+
+
+class Coordinator:
+    """One cluster's coordinator. `run` serves until `stopped` says so."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        model: ModelSpec,
+        journal: Journal,
+        socket: CoordinatorSocket,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._topology = topology
+        self._model = model
+        self._journal = journal
+        self._socket = socket
+        self._clock = clock
+        self._generation = uuid.uuid4().hex
+        self._machine = m.ClusterMachine(journal.state)
+        self._views: dict[str, AgentView] = {}
+        self._appliers: dict[bytes, msg.ApplyProgress | None] = {}
+        self._collections: list[_Collection] = []
+        self._preparing_since: float | None = None
+        self._ticked_at = clock()
+
+    def run(self, stopped: Callable[[], bool]) -> None:
+        """Serve until `stopped`."""
+        while not stopped():
+            for identity, frame in self._socket.receive(TICK_S / 2):
+                self._take(identity, frame)
+            self._pass_time()
+            self._tell_appliers()
+
+    def _take(self, identity: bytes, frame: bytes) -> None:
+        try:
+            message = msg.decode(frame)
+        except msg.RemoteProtocolError as error:
+            log.warning("%r: %s", identity, error)
+            self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=str(error)))
+            return
+        match message:
+            case msg.Hello():
+                self._hello(identity, message)
+            case msg.Heartbeat():
+                self._heartbeat(identity, message)
+            case msg.Catalogue():
+                if message.node.encode() == identity and _is_same_model(message.model, self._model):
+                    self._perform(m.CatalogueReceived(message))
+            case msg.Counts():
+                self._collect(message.counts)
+            case msg.ApplyRequest():
+                self._apply(identity, message)
+            case msg.StatusRequest():
+                self._socket.send(identity, self._status())
+            case msg.CountersRequest():
+                self._start_collection(identity)
+            case msg.LocateRequest():
+                self._socket.send(identity, self._locate(message.node))
+            case _:
+                refusal = msg.Refusal(code=ExitCode.INVALID, message=f"a coordinator takes no {message.type}")
+                self._socket.send(identity, refusal)
+
+    def _hello(self, identity: bytes, hello: msg.Hello) -> None:
+        if refusal := next(self._objections(identity, hello), None):
+            log.warning("hello of %s refused: %s", hello.node, refusal)
+            self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=refusal))
+            return
+        now = self._clock()
+        self._views[hello.node] = AgentView(hello, None, now, now)
+        self._socket.send(identity, msg.Welcome(cluster=self._topology.cluster, generation=self._generation))
+        self._broadcast_peers()
+        if hello.has_store and self._machine.catalogue is None:
+            self._socket.send(identity, msg.CatalogueRequest())
+        log.info("%s says hello (epoch %d)", hello.node, hello.standing.active)
+        self._perform(m.NodeReported(hello.node, hello.standing, has_store=hello.has_store, fresh=True))
+
+    def _objections(self, identity: bytes, hello: msg.Hello) -> Iterator[str]:
+        """Yield why an agent may not join, the first thing first."""
+        ours, epoch = self._topology, self._machine.state.epoch
+        if hello.node.encode() != identity:
+            yield f"node {hello.node!r} speaks under another name"
+        if hello.node not in {node.id for node in ours.nodes}:
+            names = ", ".join(node.id for node in ours.nodes)
+            yield f"the topology has no node {hello.node!r}; its nodes are {names}"
+        if hello.protocol != msg.PROTOCOL:
+            yield f"it speaks protocol {hello.protocol}, this is {msg.PROTOCOL}; install the same version everywhere"
+        if hello.cluster not in {"", ours.cluster}:
+            yield f"its data directory belongs to cluster {hello.cluster!r}, this is {ours.cluster!r}"
+        if not _is_same_model(hello.model, self._model):
+            yield (
+                f"its model {hello.model.id!r} (dtype {hello.dtype}) is another than the topology's "
+                f"{self._model.id!r} (dtype {ours.dtype}); use the same checkpoint and dtype everywhere"
+            )
+        if hello.standing.active > epoch:
+            yield (
+                f"it is at epoch {hello.standing.active}, the journal {self._journal.path} at {epoch}; start planner "
+                "serve with the journal that this cluster had, or empty the agents' data directories"
+            )
+
+    def _heartbeat(self, identity: bytes, beat: msg.Heartbeat) -> None:
+        view = self._views.get(beat.node)
+        if beat.node.encode() != identity or view is None or view.hello.incarnation != beat.incarnation:
+            self._socket.send(identity, msg.Unknown())
+            return
+        now = self._clock()
+        moved_on = view.heartbeat is None or view.heartbeat.progress != beat.progress or not beat.in_flight
+        progressed_at = now if moved_on else view.progressed_at
+        self._views[beat.node] = replace(view, heartbeat=beat, heard_at=now, progressed_at=progressed_at)
+        self._perform(m.NodeReported(beat.node, beat.standing, beat.moved, view.hello.has_store))
+
+    def _perform(self, event: m.Event, client: bytes = b"") -> None:
+        """Let the machine decide and do what it says, in its order."""
+        phase = self._machine.state.phase
+        for instruction in self._machine.handle(event):
+            match instruction:
+                case m.Persist(state):
+                    self._journal.write(state)
+                    log.info("epoch %d %s %s", state.epoch, state.phase, state.message)
+                case m.Send(node, message):
+                    self._socket.send(node.encode(), message)
+                case m.Refuse(code, text):
+                    self._socket.send(client, msg.Refusal(code=code, message=text))
+                case m.Accept(nothing_to_do):
+                    self._accept(client, nothing_to_do)
+        if self._machine.state.phase != phase:
+            self._preparing_since = self._clock() if self._machine.state.phase == "preparing" else None
+
+    def _accept(self, client: bytes, nothing_to_do: bool) -> None:
+        self._appliers[client] = None
+        if nothing_to_do:
+            self._appliers.pop(client)
+            progress = self._progress().model_copy(update={"message": "nothing to do", "final": True})
+            self._socket.send(client, progress)
+
+    def _apply(self, client: bytes, request: msg.ApplyRequest) -> None:
+        if not request.dry_run:
+            self._perform(m.PlanProposed(request.plan), client)
+            return
+        decision = m.judge(self._machine.state, request.plan)
+        if isinstance(decision, m.Refuse):
+            self._socket.send(client, msg.Refusal(code=decision.code, message=decision.message))
+            return
+        absent = sorted(plan_nodes(request.plan) - self._machine.present)
+        text = "nothing to do" if decision.nothing_to_do else "it may be applied"
+        total = sum(step.bytes for step in request.plan.steps if step.action == "replicate")
+        self._socket.send(
+            client,
+            msg.ApplyProgress(
+                phase=self._machine.state.phase,
+                epoch=self._machine.state.epoch,
+                target=request.plan.epoch,
+                to_move=total,
+                waiting_for=tuple(absent),
+                message=text,
+                final=True,
+            ),
+        )
+
+    def _progress(self) -> msg.ApplyProgress:
+        status = self._plan_status()
+        return msg.ApplyProgress(
+            phase=status.phase,
+            epoch=status.epoch,
+            target=status.target,
+            moved=status.moved,
+            to_move=status.to_move,
+            waiting_for=self._machine.waiting_for,
+            message=status.message,
+            code=self._machine.state.code,
+            final=status.phase in {"done", "aborted"},
+        )
+
+    def _tell_appliers(self) -> None:
+        if not self._appliers:
+            return
+        progress = self._progress()
+        for client, told in list(self._appliers.items()):
+            if told != progress:
+                self._appliers[client] = progress
+                if not self._socket.send(client, progress) or progress.final:
+                    del self._appliers[client]
+
+    def _pass_time(self) -> None:
+        now = self._clock()
+        if now - self._ticked_at < TICK_S:
+            return
+        self._ticked_at = now
+        for node in self._machine.present:
+            if now - self._views[node].heard_at > AWAY_S:
+                log.warning("%s is not heard any more", node)
+                self._perform(m.NodeLost(node))
+        self._perform(m.Ticked())
+        for collection in list(self._collections):
+            if now > collection.deadline or not collection.missing:
+                self._finish(collection)
+
+    def _broadcast_peers(self) -> None:
+        peers = tuple(msg.Peer(node=n, endpoints=v.hello.endpoints) for n, v in sorted(self._views.items()))
+        for node in self._views:
+            self._socket.send(node.encode(), msg.Peers(peers=peers))
+
+    def _plan_status(self) -> msg.PlanStatus:
+        since = self._preparing_since
+        elapsed = self._clock() - since if since is not None else None
+        return plan_status(self._machine.state, self._views, preparing_s=elapsed)
+
+    def _status(self) -> msg.StatusReport:
+        now = self._clock()
+        return msg.StatusReport(
+            cluster=self._topology.cluster,
+            epoch=self._machine.state.epoch,
+            plan=self._plan_status(),
+            nodes=tuple(node_status(n.id, n.memory, self._views.get(n.id), now=now) for n in self._topology.nodes),
+        )
+
+    def _locate(self, node: str) -> Message:
+        if node not in {n.id for n in self._topology.nodes}:
+            names = ", ".join(n.id for n in self._topology.nodes)
+            return msg.Refusal(code=ExitCode.INVALID, message=f"there is no node {node!r}; nodes are {names}")
+        if node not in self._machine.present:
+            return msg.Refusal(code=ExitCode.FAILED, message=f"no agent is heard for node {node}; start it")
+        return msg.Located(peer=msg.Peer(node=node, endpoints=self._views[node].hello.endpoints))
+
+    def _start_collection(self, client: bytes) -> None:
+        present = self._machine.present
+        for node in present:
+            self._socket.send(node.encode(), msg.CountsRequest())
+        self._collections.append(_Collection(client, self._clock() + COUNTS_S, set(present), {}))
+
+    def _collect(self, counts: NodeCounts) -> None:
+        for collection in self._collections:
+            collection.counts[counts.node] = counts
+            collection.missing.discard(counts.node)
+
+    def _finish(self, collection: _Collection) -> None:
+        self._collections.remove(collection)
+        report = msg.CountersReport(
+            cluster=self._topology.cluster,
+            model=self._model,
+            nodes=tuple(counts for _, counts in sorted(collection.counts.items())),
+            missing=tuple(sorted({n.id for n in self._topology.nodes} - collection.counts.keys())),
+        )
+        self._socket.send(collection.client, report)
+
+
+def _is_same_model(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether two specs are the same but for the name of the directory they were read from."""
+    return one.model_copy(update={"id": ""}) == other.model_copy(update={"id": ""})

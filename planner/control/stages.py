@@ -1,0 +1,182 @@
+"""What a plan's stages mean for each node: placements between epochs, and each node's assignment.
+
+Decides which replicas a node holds in an epoch, whom it calls for the others and from whom it pulls. Pure: plan and
+catalogue in, assignments out. Must not know sockets, phases or which agents are alive.
+
+Flow: steps of a stage ──► placement after it ──► per node: replicas with sources, routing.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from schemas.messages import AssignedReplica, Assignment, Catalogue, Hop, Record
+from schemas.placement import Replica, Route, sorted_replicas
+from schemas.plan import Plan, Step
+from schemas.topology import TIERS, Tier
+
+Placement = tuple[Replica, ...]
+Key = tuple[int, int]
+
+
+class InconsistentPlan(ValueError):
+    """Steps that do not lead to the plan's own placement, or that lose an expert; the message says which."""
+
+
+def num_stages(plan: Plan) -> int:
+    """Epochs between the plan's base and its own."""
+    return plan.epoch - plan.base_epoch
+
+
+def plan_nodes(plan: Plan) -> frozenset[str]:
+    """Nodes that hold a replica or take tokens in under a plan."""
+    return frozenset({r.node for r in plan.placement} | {path.ingress for path in plan.trunk})
+
+
+def stage_placements(current: Placement, plan: Plan) -> list[Placement]:
+    """Return the placement after each stage, checked to cover every expert and to end as the plan says.
+
+    Raises
+    ------
+    InconsistentPlan
+        The steps start from another placement, lose an expert's last replica, or do not reach the plan's placement.
+    """
+    by_stage: dict[int, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        by_stage[step.stage].append(step)
+    if extra := sorted(stage for stage in by_stage if stage > num_stages(plan)):
+        raise InconsistentPlan(f"stage {extra[0]} lies beyond epoch {plan.epoch}, which is stage {num_stages(plan)}")
+    placements = []
+    for stage in range(1, num_stages(plan) + 1):
+        current = _after(current, by_stage[stage])
+        _require_cover(current, plan, stage)
+        placements.append(current)
+    if current != sorted_replicas(plan.placement):
+        odd = sorted(set(map(_text, current)) ^ set(map(_text, plan.placement)))
+        raise InconsistentPlan(f"its steps do not lead to its placement: they differ in {', '.join(odd[:3])}")
+    return placements
+
+
+def _text(replica: Replica) -> str:
+    return f"layer {replica.layer} expert {replica.expert} on {replica.node} ({replica.tier})"
+
+
+def _after(placement: Placement, steps: Iterable[Step]) -> Placement:
+    held: dict[tuple[int, int, str], set[Tier]] = defaultdict(set)
+    for replica in placement:
+        held[replica.layer, replica.expert, replica.node].add(replica.tier)
+    for step in steps:
+        if step.action == "switch":
+            continue
+        if step.layer is None or step.expert is None or step.node is None:
+            raise InconsistentPlan(f"a {step.action} step of stage {step.stage} names no layer, expert or node")
+        tiers = held[step.layer, step.expert, step.node]
+        if step.action == "replicate":
+            tiers.add(step.tier or "device")
+        else:
+            tiers.discard(step.tier or next(iter(tiers), "device"))
+    doubled = [key for key, tiers in held.items() if len(tiers) > 1]
+    if doubled:
+        layer, expert, node = doubled[0]
+        raise InconsistentPlan(f"layer {layer} expert {expert} would stay on {node} in two tiers")
+    return sorted_replicas(
+        Replica(layer=layer, expert=expert, node=node, tier=next(iter(tiers)))
+        for (layer, expert, node), tiers in held.items()
+        if tiers
+    )
+
+
+def _require_cover(placement: Placement, plan: Plan, stage: int) -> None:
+    held = {replica.key for replica in placement}
+    wanted = {(layer, expert) for layer in range(plan.model.layers) for expert in range(plan.model.experts)}
+    if lost := sorted(wanted - held):
+        layer, expert = lost[0]
+        raise InconsistentPlan(
+            f"after stage {stage} no node holds layer {layer} expert {expert} (and {len(lost) - 1} more)"
+        )
+    if foreign := sorted(held - wanted):
+        raise InconsistentPlan(f"it places layer {foreign[0][0]} expert {foreign[0][1]}, which the model has not")
+
+
+def assign(
+    plan: Plan,
+    *,
+    epoch: int,
+    before: Placement,
+    after: Placement,
+    catalogue: Catalogue,
+    stores: Iterable[str],
+) -> Mapping[str, Assignment]:
+    """Return every node's assignment for one epoch of a plan, those included that leave.
+
+    Parameters
+    ----------
+    before, after
+        Placements of the epoch before and of this one: whoever held an expert before can be pulled from.
+    stores
+        Nodes with a store, asked after the holders.
+    """
+    records = {(record.layer, record.expert): record for record in catalogue.records}
+    missing = sorted({replica.key for replica in after} - records.keys())
+    if missing:
+        raise InconsistentPlan(f"no store has layer {missing[0][0]} expert {missing[0][1]}; run agent prepare again")
+    hints = {(s.layer, s.expert, s.node): s.source for s in plan.steps if s.action == "replicate" and s.source}
+    holders_before, holders_after = _holders(before), _holders(after)
+    ingresses = {path.ingress for path in plan.trunk}
+    routes = _routes(plan.routes, final=epoch == plan.epoch)
+    nodes = {replica.node for replica in (*before, *after)} | ingresses
+    held: dict[str, list[AssignedReplica]] = {node: [] for node in nodes}
+    for replica in after:
+        hint = hints.get((replica.layer, replica.expert, replica.node))
+        candidates = ([hint] if hint else []) + holders_before.get(replica.key, []) + sorted(stores)
+        held[replica.node].append(_assigned(replica, records[replica.key], candidates))
+    return {
+        node: Assignment(
+            cluster=plan.cluster,
+            plan=plan.digest,
+            epoch=epoch,
+            ingress=node in ingresses,
+            layout=catalogue.layout,
+            replicas=tuple(held[node]),
+            routing=_routing(node, holders_after, routes) if node in ingresses else (),
+        )
+        for node in sorted(nodes)
+    }
+
+
+def _assigned(replica: Replica, record: Record, candidates: list[str]) -> AssignedReplica:
+    sources = tuple(dict.fromkeys(node for node in candidates if node != replica.node))
+    return AssignedReplica(record=record, tier=replica.tier, sources=sources)
+
+
+def _holders(placement: Placement) -> dict[Key, list[str]]:
+    """Nodes that hold each expert, those with it in the faster tier first."""
+    holders: dict[Key, list[str]] = defaultdict(list)
+    for replica in sorted(placement, key=lambda r: (r.layer, r.expert, TIERS.index(r.tier), r.node)):
+        holders[replica.key].append(replica.node)
+    return holders
+
+
+def _routes(routes: Iterable[Route], *, final: bool) -> Mapping[tuple[str, int, int], list[Route]]:
+    """Group routes by (ingress, layer, expert), the largest share first; shares hold in the final epoch alone."""
+    grouped: dict[tuple[str, int, int], list[Route]] = defaultdict(list)
+    for route in routes:
+        whole = route if final else route.model_copy(update={"share": 1.0})
+        grouped[route.ingress, route.layer, route.expert].append(whole)
+    for entries in grouped.values():
+        entries.sort(key=lambda route: (-route.share, route.holder))
+    return grouped
+
+
+def _routing(
+    node: str, holders: Mapping[Key, list[str]], routes: Mapping[tuple[str, int, int], list[Route]]
+) -> tuple[Hop, ...]:
+    """Whom `node` calls for each expert it does not hold: the plan's holders first, other holders to fall back on."""
+    hops = []
+    for (layer, expert), holding in sorted(holders.items()):
+        if node in holding:
+            continue
+        chosen = [r for r in routes.get((node, layer, expert), []) if r.holder in holding]
+        names = tuple(dict.fromkeys([*(r.holder for r in chosen), *holding]))
+        split = tuple(r.share for r in chosen) if len(chosen) > 1 else ()
+        hops.append(Hop(layer=layer, expert=expert, holders=names, shares=split))
+    return tuple(hops)

@@ -1,0 +1,87 @@
+"""What `planner status` says, computed from the last heartbeats.
+
+Decides when a node counts as away or stalled, and what the shares are shares of. Pure: times are passed in.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from planner.control.machine import ClusterState
+from schemas.messages import Heartbeat, Hello, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
+from schemas.topology import Memory
+
+AWAY_S: Final = 3.0
+STALLED_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class AgentView:
+    """What is known of one agent: its hello, its last heartbeat, when it came and when its progress last changed."""
+
+    hello: Hello
+    heartbeat: Heartbeat | None
+    heard_at: float
+    progressed_at: float
+
+
+def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: float) -> NodeStatus:
+    """Return one row of the table."""
+    if view is None:
+        none = TierBytes()
+        return NodeStatus(
+            id=node, state="never seen", epoch=0, experts=TierCounts(), memory_used=none,
+            memory_allowed=TierBytes(device=allowed.device, host=allowed.host, disk=allowed.disk), hit_rate=None,
+            substitution_share=None, remote_share=None, tokens_per_s=0.0, tokens=0, last_heartbeat_s=None, progress=0,
+        )  # fmt: skip
+    beat = view.heartbeat
+    served = beat.served if beat else Served()
+    rows = served.local_rows + served.disk_rows + served.remote_rows
+    state = _state(view, now)
+    return NodeStatus(
+        id=node,
+        state=state,
+        epoch=(beat.standing if beat else view.hello.standing).active,
+        experts=beat.held if beat else TierCounts(),
+        memory_used=beat.used if beat else TierBytes(),
+        memory_allowed=view.hello.memory,
+        hit_rate=served.local_rows / rows if rows else None,
+        substitution_share=served.substituted_rows / rows if rows else None,
+        remote_share=served.remote_rows / rows if rows else None,
+        tokens_per_s=served.tokens_per_s if state != "away" else 0.0,
+        tokens=served.tokens,
+        last_heartbeat_s=now - view.heard_at,
+        progress=beat.progress if beat else 0,
+    )
+
+
+def _state(view: AgentView, now: float) -> Literal["up", "stalled", "away"]:
+    if now - view.heard_at > AWAY_S:
+        return "away"
+    if view.heartbeat and view.heartbeat.in_flight and now - view.progressed_at > STALLED_S:
+        return "stalled"
+    return "up"
+
+
+def plan_status(state: ClusterState, views: Mapping[str, AgentView], *, preparing_s: float | None) -> PlanStatus:
+    """Return how far the plan is; `preparing_s` is how long its stage has been preparing."""
+    plan = state.plan
+    if plan is None:
+        return PlanStatus(digest="", phase=state.phase, epoch=state.epoch, target=0, moved=0, to_move=0)
+    replicated = [step for step in plan.steps if step.action == "replicate"]
+    total = sum(step.bytes for step in replicated)
+    before = sum(step.bytes for step in replicated if plan.base_epoch + step.stage <= state.epoch)
+    stage = [v.heartbeat.moved for v in views.values() if v.heartbeat and v.heartbeat.to_move]
+    moving = sum(stage) if state.phase == "preparing" else 0
+    moved = min(total, before + moving)
+    eta = (total - moved) * preparing_s / moving if preparing_s and moving and moved < total else None
+    return PlanStatus(
+        digest=plan.digest,
+        phase=state.phase,
+        epoch=state.epoch,
+        target=plan.epoch,
+        moved=moved,
+        to_move=total,
+        eta_s=eta,
+        message=state.message,
+    )

@@ -1,0 +1,473 @@
+"""Control messages: what agents, the coordinator and the command line say to each other, as JSON.
+
+Decides the vocabulary of the control plane and of the client plane, one frozen model per message, told apart by
+`type`. Must not know sockets nor who acts on a message. Agents report *levels* (which epoch is prepared, active,
+retired), not edges, so a lost or repeated message changes nothing.
+"""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from schemas.activation import NodeCounts
+from schemas.base import FrozenModel
+from schemas.model import HeldDtype, ModelSpec
+from schemas.outcome import ExitCode
+from schemas.plan import Plan
+from schemas.store import RecordLayout, Sha256
+from schemas.topology import NodeId, Tier
+
+PROTOCOL: Final = 1
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Phase = Literal["idle", "proposed", "preparing", "prepared", "committed", "retiring", "done", "aborted"]
+
+
+class RemoteProtocolError(ValueError):
+    """A peer said something that is no message of this protocol."""
+
+
+class TierBytes(FrozenModel):
+    """Bytes per tier."""
+
+    device: Count = 0
+    host: Count = 0
+    disk: Count = 0
+
+
+class TierCounts(FrozenModel):
+    """Experts per tier."""
+
+    device: Count = 0
+    host: Count = 0
+    disk: Count = 0
+
+
+class Endpoints(FrozenModel):
+    """Where an agent listens: one address, one port per plane."""
+
+    address: str
+    expert: Port
+    weights: Port
+    client: Port
+
+
+class Peer(FrozenModel):
+    """A node and where its agent listens."""
+
+    node: NodeId
+    endpoints: Endpoints
+
+
+class PrepareFault(FrozenModel):
+    """Why an agent cannot prepare an epoch of a plan."""
+
+    epoch: Count
+    plan: Digest
+    code: ExitCode
+    message: str
+
+
+class Standing(FrozenModel):
+    """How far one agent is.
+
+    Attributes
+    ----------
+    active
+        The epoch that new steps use; 0 before the first plan.
+    prepared, prepared_plan
+        The epoch whose replicas all are here and verified, and the digest of its plan.
+    oldest
+        The oldest epoch that a step in flight here still uses; `active` if there is none.
+    retired
+        Replicas that this epoch does not give are dropped, and calls of older epochs are refused.
+    """
+
+    active: Count = 0
+    prepared: Count = 0
+    prepared_plan: Digest = ""
+    oldest: Count = 0
+    retired: Count = 0
+    fault: PrepareFault | None = None
+
+
+class Served(FrozenModel):
+    """What an agent counted since it started. Rows are (token, expert) pairs of its own requests.
+
+    Attributes
+    ----------
+    local_rows, disk_rows, remote_rows
+        Rows computed here from memory, here after a read from disk, and by another node.
+    calls, call_wait_s
+        Expert calls made and the seconds their layers waited for them beyond local work.
+    """
+
+    tokens: Count = 0
+    local_rows: Count = 0
+    disk_rows: Count = 0
+    remote_rows: Count = 0
+    substituted_rows: Count = 0
+    calls: Count = 0
+    call_wait_s: Annotated[float, Field(ge=0)] = 0.0
+    calls_served: Count = 0
+    tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Hello(FrozenModel):
+    """An agent introduces itself, after every (re)connection."""
+
+    type: Literal["hello"] = "hello"
+    protocol: int = PROTOCOL
+    node: NodeId
+    incarnation: str
+    cluster: str = ""
+    model: ModelSpec
+    dtype: HeldDtype
+    endpoints: Endpoints
+    memory: TierBytes
+    has_store: bool
+    standing: Standing
+
+
+class Heartbeat(FrozenModel):
+    """An agent lives, how far it is, and that its compute threads make progress.
+
+    Attributes
+    ----------
+    progress, in_flight
+        Steps and calls finished since the start, and those under way: a stalled node has some and finishes none.
+    moved, to_move
+        Bytes obtained and verified for the epoch under preparation, and all it needs.
+    """
+
+    type: Literal["heartbeat"] = "heartbeat"
+    node: NodeId
+    incarnation: str
+    progress: Count
+    in_flight: Count = 0
+    standing: Standing
+    held: TierCounts
+    used: TierBytes
+    served: Served
+    moved: Count = 0
+    to_move: Count = 0
+
+
+class Record(FrozenModel):
+    """One expert at rest: its bytes are named by their sha256."""
+
+    layer: Count
+    expert: Count
+    sha256: Sha256
+    bytes: Annotated[int, Field(gt=0)]
+
+
+class Catalogue(FrozenModel):
+    """Which records an agent's store has, and how a record is laid out."""
+
+    type: Literal["catalogue"] = "catalogue"
+    node: NodeId
+    model: ModelSpec
+    layout: RecordLayout
+    records: tuple[Record, ...]
+
+
+class Counts(FrozenModel):
+    """Routing that an agent counted since it started."""
+
+    type: Literal["counts"] = "counts"
+    counts: NodeCounts
+
+
+class Welcome(FrozenModel):
+    """The coordinator knows the agent; `generation` changes whenever the coordinator starts."""
+
+    type: Literal["welcome"] = "welcome"
+    cluster: str
+    generation: str
+
+
+class Unknown(FrozenModel):
+    """The coordinator has not heard this agent's hello (it restarted): say it again."""
+
+    type: Literal["unknown"] = "unknown"
+
+
+class Refusal(FrozenModel):
+    """A request or a hello is refused, or failed."""
+
+    type: Literal["refusal"] = "refusal"
+    code: ExitCode
+    message: str
+
+
+class Peers(FrozenModel):
+    """Where every node listens now."""
+
+    type: Literal["peers"] = "peers"
+    peers: tuple[Peer, ...]
+
+
+class AssignedReplica(FrozenModel):
+    """A replica that a node must have, and the nodes to pull it from, best first."""
+
+    record: Record
+    tier: Tier
+    sources: tuple[NodeId, ...] = ()
+
+
+class Hop(FrozenModel):
+    """The holders that a node calls for an expert, best first; `shares` of the calls where they are split."""
+
+    layer: Count
+    expert: Count
+    holders: Annotated[tuple[NodeId, ...], Field(min_length=1)]
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+
+
+class Assignment(FrozenModel):
+    """All that an epoch of a plan means for one node.
+
+    Attributes
+    ----------
+    ingress
+        Tokens enter here, so trunk and KV cache are loaded here.
+    replicas
+        Everything the node holds in this epoch, sorted.
+    routing
+        Whom to call for what is not here; for an ingress.
+    """
+
+    cluster: str
+    plan: Sha256
+    epoch: Annotated[int, Field(ge=1)]
+    ingress: bool
+    layout: RecordLayout | None = None
+    replicas: tuple[AssignedReplica, ...] = ()
+    routing: tuple[Hop, ...] = ()
+
+
+class Prepare(FrozenModel):
+    """Get and verify everything of an epoch, beside what is active; nothing is used before `Commit`."""
+
+    type: Literal["prepare"] = "prepare"
+    assignment: Assignment
+
+
+class Commit(FrozenModel):
+    """New steps use this epoch from now on."""
+
+    type: Literal["commit"] = "commit"
+    epoch: Count
+    plan: Digest
+
+
+class Retire(FrozenModel):
+    """No step of an older epoch is in flight anywhere: drop what this epoch does not give, refuse older calls."""
+
+    type: Literal["retire"] = "retire"
+    epoch: Count
+
+
+class Abort(FrozenModel):
+    """Forget a prepared epoch."""
+
+    type: Literal["abort"] = "abort"
+    epoch: Count
+    plan: Digest
+
+
+class CatalogueRequest(FrozenModel):
+    """Send the catalogue of your store."""
+
+    type: Literal["catalogue_request"] = "catalogue_request"
+
+
+class CountsRequest(FrozenModel):
+    """Send the routing you counted."""
+
+    type: Literal["counts_request"] = "counts_request"
+
+
+class ApplyRequest(FrozenModel):
+    """Bring the cluster to a plan; answered by `ApplyProgress` until `final`."""
+
+    type: Literal["apply"] = "apply"
+    plan: Plan
+    dry_run: bool = False
+
+
+class ApplyProgress(FrozenModel):
+    """How far a plan is: `epoch` is active of `target`; bytes moved for the stage under way."""
+
+    type: Literal["apply_progress"] = "apply_progress"
+    phase: Phase
+    epoch: Count
+    target: Count
+    moved: Count = 0
+    to_move: Count = 0
+    waiting_for: tuple[NodeId, ...] = ()
+    message: str = ""
+    code: ExitCode = ExitCode.DONE
+    final: bool = False
+
+
+class StatusRequest(FrozenModel):
+    """Ask for the state of the cluster."""
+
+    type: Literal["status"] = "status"
+
+
+class NodeStatus(FrozenModel):
+    """One node, as `planner status` shows it. Shares are None where nothing was counted yet."""
+
+    id: NodeId
+    state: Literal["up", "stalled", "away", "never seen"]
+    epoch: Count
+    experts: TierCounts
+    memory_used: TierBytes
+    memory_allowed: TierBytes
+    hit_rate: float | None
+    substitution_share: float | None
+    remote_share: float | None
+    tokens_per_s: float
+    tokens: Count
+    last_heartbeat_s: float | None
+    progress: Count
+
+
+class PlanStatus(FrozenModel):
+    """The plan under way or reached. `eta_s` only where a rate was measured."""
+
+    digest: Digest
+    phase: Phase
+    epoch: Count
+    target: Count
+    moved: Count
+    to_move: Count
+    eta_s: float | None = None
+    message: str = ""
+
+
+class StatusReport(FrozenModel):
+    """The state of the cluster."""
+
+    type: Literal["status_report"] = "status_report"
+    cluster: str
+    epoch: Count
+    plan: PlanStatus
+    nodes: tuple[NodeStatus, ...]
+
+
+class CountersRequest(FrozenModel):
+    """Ask for routing counted by all agents."""
+
+    type: Literal["counters"] = "counters"
+
+
+class CountersReport(FrozenModel):
+    """Routing counted by the agents that answered."""
+
+    type: Literal["counters_report"] = "counters_report"
+    cluster: str
+    model: ModelSpec
+    nodes: tuple[NodeCounts, ...]
+    missing: tuple[NodeId, ...] = ()
+
+
+class LocateRequest(FrozenModel):
+    """Ask where a node's agent listens for clients."""
+
+    type: Literal["locate"] = "locate"
+    node: NodeId
+
+
+class Located(FrozenModel):
+    """Where a node's agent listens."""
+
+    type: Literal["located"] = "located"
+    peer: Peer
+
+
+class GenerateRequest(FrozenModel):
+    """Continue a prompt. Temperature 0 is greedy."""
+
+    type: Literal["generate"] = "generate"
+    request: Annotated[str, Field(min_length=1, max_length=64)]
+    prompt: Annotated[str, Field(max_length=1 << 20)]
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 64
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    combine: Literal["partial", "ordered"] = "partial"
+
+
+class Cancel(FrozenModel):
+    """The client no longer wants a request's answer."""
+
+    type: Literal["cancel"] = "cancel"
+    request: str
+
+
+class Alive(FrozenModel):
+    """The client still reads; sent about every second, so that a lost client frees its session."""
+
+    type: Literal["alive"] = "alive"
+    request: str
+
+
+class Generated(FrozenModel):
+    """One more token of an answer and the text that it completed (empty within a character)."""
+
+    type: Literal["generated"] = "generated"
+    request: str
+    index: Count
+    token: Count
+    text: str
+
+
+class Finished(FrozenModel):
+    """An answer is complete."""
+
+    type: Literal["finished"] = "finished"
+    request: str
+    reason: Literal["length", "stop"]
+    prompt_tokens: Count
+    tokens: Count
+    seconds: float
+    prefill_s: float
+
+
+class Failed(FrozenModel):
+    """An answer ended early."""
+
+    type: Literal["failed"] = "failed"
+    request: str
+    code: ExitCode
+    message: str
+
+
+Message = (
+    Hello | Heartbeat | Catalogue | Counts | Welcome | Unknown | Refusal | Peers | Prepare | Commit | Retire | Abort
+    | CatalogueRequest | CountsRequest | ApplyRequest | ApplyProgress | StatusRequest | StatusReport | CountersRequest
+    | CountersReport | LocateRequest | Located | GenerateRequest | Cancel | Alive | Generated | Finished | Failed
+)  # fmt: skip
+
+_ADAPTER: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+def encode(message: Message) -> bytes:
+    """Return a message as one frame of JSON."""
+    return message.model_dump_json().encode()
+
+
+def decode(frame: bytes) -> Message:
+    """Read a message back; raises `RemoteProtocolError` for anything else."""
+    try:
+        return _ADAPTER.validate_json(frame)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RemoteProtocolError(f"not a control message: {where}: {first['msg']}") from error

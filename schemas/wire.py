@@ -1,0 +1,320 @@
+"""Binary frames of the two fast planes (expert calls and weights), and how every socket is set.
+
+Decides what a header says and which frames may follow it. Everything a peer claims is held against limits and
+against the frames that are really there *before* anyone makes a tensor of it: dtype from an allow-list, dimensions
+in range, ``prod(shape) × itemsize == len(frame)``. No addresses, offsets into memory or pickles travel here.
+Must not know sockets or tensors: frames are bytes-like objects.
+
+Flow of a call: ``pack_call(header)`` + tensors ──► ``parse_call(frames)`` ──► ``pack_answer`` ──► ``parse_answer``.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NoReturn
+
+from pydantic import ValidationError
+
+from schemas.base import FrozenModel
+from schemas.messages import RemoteProtocolError
+
+VERSION: Final = 1
+MAGIC: Final = b"XM"
+CHUNK_BYTES: Final = 1 << 20
+WINDOW: Final = 8  # chunks asked for ahead: credit, so that a puller decides how much is under way
+MAX_FAULT_BYTES: Final = 4096
+
+Combine = Literal["partial", "ordered"]
+Frames = Sequence[bytes | memoryview]
+
+_CALL: Final = 1
+_ANSWER: Final = 2
+_FAULT: Final = 3
+_CHUNK_REQUEST: Final = 4
+_CHUNK: Final = 5
+_DTYPES: Final = ("float32", "float16", "bfloat16")
+_ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+_DTYPE_CODE: Final = {name: code for code, name in enumerate(_DTYPES)}
+_COMBINES: Final[tuple[Combine, ...]] = ("partial", "ordered")
+_COMBINE_CODE: Final = {name: code for code, name in enumerate(_COMBINES)}
+
+# magic, version, type | epoch, request id | layer, combine, dtype, dtype of weights, tokens, rows, hidden size
+_PREFIX: Final = struct.Struct("<2sBB")
+_CALL_HEADER: Final = struct.Struct("<2sBBQQHBBBxxxIII")
+# … | epoch, request id | dtype, rows, hidden size
+_ANSWER_HEADER: Final = struct.Struct("<2sBBQQBxxxII")
+_FAULT_HEADER: Final = struct.Struct("<2sBBQQ")
+# … | request id, offset, length, sha256
+_CHUNK_REQUEST_HEADER: Final = struct.Struct("<2sBBQQI32s")
+# … | request id, offset, total bytes of the record, crc32 of the chunk
+_CHUNK_HEADER: Final = struct.Struct("<2sBBQQQI")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a peer may ask of a model: dimensions beyond these are refused unread."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden_size: int
+    tokens: int
+
+    @property
+    def call_bytes(self) -> int:
+        """The largest frame that a legal call or answer can have, with room for the headers."""
+        rows = self.tokens * self.top_k
+        return max(rows * self.hidden_size * 4, rows * 4, MAX_FAULT_BYTES) + 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CallHeader:
+    """An expert call: `tokens` hidden states [T', D] and `rows` (token, expert, weight) triples [R]."""
+
+    epoch: int
+    request: int
+    layer: int
+    combine: Combine
+    dtype: str
+    weight_dtype: str
+    tokens: int
+    rows: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHeader:
+    """The answer to a call: [rows, hidden_size], one row per token (partial) or per call row (ordered)."""
+
+    epoch: int
+    request: int
+    dtype: str
+    rows: int
+    hidden_size: int
+
+
+class CallFault(FrozenModel):
+    """Why a holder could not answer a call; for `stale_epoch` with the epochs it serves."""
+
+    code: Literal["stale_epoch", "unknown_epoch", "not_held", "refused", "failed"]
+    message: str
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FaultHeader:
+    """A fault instead of an answer."""
+
+    epoch: int
+    request: int
+    fault: CallFault
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRequest:
+    """Ask for `length` bytes of a record from `offset`."""
+
+    request: int
+    sha256: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a record of `total` bytes."""
+
+    request: int
+    offset: int
+    total: int
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFault:
+    """The holder has no such record (any more), or cannot read it."""
+
+    request: int
+    fault: CallFault
+
+
+def pack_call(header: CallHeader) -> bytes:
+    """Return the header frame of a call; hidden [T', D], token [R], expert [R] int32 and weight [R] follow."""
+    return _CALL_HEADER.pack(
+        MAGIC, VERSION, _CALL, header.epoch, header.request, header.layer, _COMBINE_CODE[header.combine],
+        _DTYPE_CODE[header.dtype], _DTYPE_CODE[header.weight_dtype], header.tokens, header.rows, header.hidden_size,
+    )  # fmt: skip
+
+
+def parse_call(frames: Frames, limits: Limits) -> CallHeader:
+    """Check the five frames of a call and return its header; raises `RemoteProtocolError`."""
+    fields = _unpack(frames, _CALL_HEADER, _CALL, count=5, what="expert call")
+    epoch, request, layer, combine, dtype, weight_dtype, tokens, rows, hidden = fields
+    _require(layer < limits.layers, f"layer {layer} of a model with {limits.layers}")
+    _require(combine < len(_COMBINES), f"combine code {combine}")
+    _require(dtype < len(_DTYPES) and weight_dtype < len(_DTYPES), f"dtype codes {dtype} and {weight_dtype}")
+    _require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
+    _require(1 <= tokens <= limits.tokens, f"{tokens} tokens, the limit is {limits.tokens}")
+    _require(tokens <= rows <= tokens * limits.top_k, f"{rows} rows for {tokens} tokens, top-k is {limits.top_k}")
+    name, weight_name = _DTYPES[dtype], _DTYPES[weight_dtype]
+    sizes = (tokens * hidden * _ITEMSIZE[name], rows * 4, rows * 4, rows * _ITEMSIZE[weight_name])
+    _require_sizes(frames, sizes)
+    return CallHeader(epoch, request, layer, _COMBINES[combine], name, weight_name, tokens, rows, hidden)
+
+
+def pack_answer(header: AnswerHeader) -> bytes:
+    """Return the header frame of an answer; the rows [rows, hidden_size] follow."""
+    return _ANSWER_HEADER.pack(
+        MAGIC, VERSION, _ANSWER, header.epoch, header.request, _DTYPE_CODE[header.dtype], header.rows,
+        header.hidden_size,
+    )  # fmt: skip
+
+
+def pack_fault(epoch: int, request: int, fault: CallFault) -> list[bytes]:
+    """Return the frames of a fault."""
+    return [_FAULT_HEADER.pack(MAGIC, VERSION, _FAULT, epoch, request), _fault_body(fault)]
+
+
+def parse_answer(frames: Frames, limits: Limits) -> AnswerHeader | FaultHeader:
+    """Check the frames of an answer or a fault; raises `RemoteProtocolError`."""
+    if _type_of(frames) == _FAULT:
+        epoch, request = _unpack(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
+        return FaultHeader(epoch, request, _parse_fault(frames[1]))
+    epoch, request, dtype, rows, hidden = _unpack(frames, _ANSWER_HEADER, _ANSWER, count=2, what="answer")
+    _require(dtype < len(_DTYPES), f"dtype code {dtype}")
+    _require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
+    _require(1 <= rows <= limits.tokens * limits.top_k, f"{rows} rows, the limit is {limits.tokens * limits.top_k}")
+    _require_sizes(frames, (rows * hidden * _ITEMSIZE[_DTYPES[dtype]],))
+    return AnswerHeader(epoch, request, _DTYPES[dtype], rows, hidden)
+
+
+def pack_chunk_request(ask: ChunkRequest) -> list[bytes]:
+    """Return the frame of a chunk request."""
+    return [
+        _CHUNK_REQUEST_HEADER.pack(
+            MAGIC, VERSION, _CHUNK_REQUEST, ask.request, ask.offset, ask.length, bytes.fromhex(ask.sha256)
+        )
+    ]
+
+
+def parse_chunk_request(frames: Frames) -> ChunkRequest:
+    """Check a chunk request; raises `RemoteProtocolError`."""
+    fields = _unpack(frames, _CHUNK_REQUEST_HEADER, _CHUNK_REQUEST, count=1, what="chunk request")
+    request, offset, length, name = fields
+    _require(1 <= length <= CHUNK_BYTES, f"{length} bytes asked for, a chunk has at most {CHUNK_BYTES}")
+    return ChunkRequest(request, name.hex(), offset, length)
+
+
+def pack_chunk(chunk: Chunk) -> list[bytes | memoryview]:
+    """Return the frames of a chunk, with its checksum."""
+    header = _CHUNK_HEADER.pack(
+        MAGIC, VERSION, _CHUNK, chunk.request, chunk.offset, chunk.total, zlib.crc32(chunk.data)
+    )
+    return [header, chunk.data]
+
+
+def pack_chunk_fault(request: int, fault: CallFault) -> list[bytes]:
+    """Return the frames of a fault on the weights plane."""
+    return pack_fault(0, request, fault)
+
+
+def parse_chunk(frames: Frames) -> Chunk | ChunkFault:
+    """Check a chunk (checksum included) or a fault; raises `RemoteProtocolError`."""
+    if _type_of(frames) == _FAULT:
+        _, request = _unpack(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
+        return ChunkFault(request, _parse_fault(frames[1]))
+    request, offset, total, checksum = _unpack(frames, _CHUNK_HEADER, _CHUNK, count=2, what="chunk")
+    size = len(frames[1])
+    _require(1 <= size <= CHUNK_BYTES and offset + size <= total, f"{size} bytes at {offset} of {total}")
+    _require(zlib.crc32(frames[1]) == checksum, f"checksum of the chunk at {offset} differs: damaged on the way")
+    return Chunk(request, offset, total, frames[1])
+
+
+def _fault_body(fault: CallFault) -> bytes:
+    body = fault.model_dump_json().encode()
+    if len(body) <= MAX_FAULT_BYTES:
+        return body
+    return fault.model_copy(update={"message": fault.message[:500] + " …"}).model_dump_json().encode()
+
+
+def _parse_fault(frame: bytes | memoryview) -> CallFault:
+    _require(len(frame) <= MAX_FAULT_BYTES, f"a fault of {len(frame)} bytes, the limit is {MAX_FAULT_BYTES}")
+    try:
+        return CallFault.model_validate_json(bytes(frame))
+    except ValidationError as error:
+        raise RemoteProtocolError("a fault that is no fault of this protocol") from error
+
+
+def _type_of(frames: Frames) -> int:
+    return _PREFIX.unpack_from(frames[0])[2] if frames and len(frames[0]) >= _PREFIX.size else 0
+
+
+def _unpack(frames: Frames, layout: struct.Struct, kind: int, *, count: int, what: str) -> tuple[Any, ...]:
+    """Return the fields of frame 0 behind its prefix, checked to be a `kind` of this version with `count` frames."""
+    _require(len(frames) == count, f"{len(frames)} frames, {what} has {count}")
+    _require(len(frames[0]) == layout.size, f"a header of {len(frames[0])} bytes, {what} has {layout.size}")
+    magic, version, found, *fields = layout.unpack(frames[0])
+    _require(magic == MAGIC, f"magic bytes {magic!r}")
+    _require(version == VERSION, f"protocol version {version}, this is {VERSION}; install the same version everywhere")
+    _require(found == kind, f"message type {found}, expected {kind} ({what})")
+    return tuple(fields)
+
+
+def _require(true: bool, otherwise: str) -> None:
+    if not true:
+        _refuse(otherwise)
+
+
+def _require_sizes(frames: Frames, sizes: tuple[int, ...]) -> None:
+    for index, (frame, size) in enumerate(zip(frames[1:], sizes, strict=True), start=1):
+        if len(frame) != size:
+            _refuse(f"frame {index} has {len(frame)} bytes, its shape and dtype need {size}")
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise RemoteProtocolError(f"refused a frame: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOption:
+    """A ZeroMQ option by name; the reason is what happens without it."""
+
+    name: str
+    value: int
+    reason: str
+
+
+_CONTROL_BYTES: Final = 64 << 20
+
+_EVERY: Final = (
+    SocketOption("LINGER", 0, "the default waits for ever at exit; whoever must flush closes with SHUTDOWN_LINGER_MS"),
+    SocketOption("HEARTBEAT_IVL", 300, "a dead peer is noticed only by its node's TCP"),
+    SocketOption("HEARTBEAT_TIMEOUT", 900, "a partition is never seen on this end"),
+    SocketOption("HEARTBEAT_TTL", 900, "a partition is never seen on the other end"),
+    SocketOption("HANDSHAKE_IVL", 3000, "a peer that never finishes its greeting holds a connection for 30 s"),
+    SocketOption("RECONNECT_IVL", 50, "a restarted peer is found again late"),
+    SocketOption("RECONNECT_IVL_MAX", 2000, "no back-off: a peer that refuses is hammered"),
+    SocketOption("IPV6", 1, "::1 is not found"),
+)
+ROUTER_OPTIONS: Final = (
+    *_EVERY,
+    SocketOption("ROUTER_MANDATORY", 1, "answers to unknown peers vanish silently"),
+    SocketOption("ROUTER_HANDOVER", 1, "a restarted agent with its old identity is ignored"),
+)
+DEALER_OPTIONS: Final = (*_EVERY, SocketOption("IMMEDIATE", 1, "a thousand messages queue to a peer that is away"))
+SHUTDOWN_LINGER_MS: Final = 1000
+
+
+def plane_options(plane: Literal["control", "expert", "weights"], *, frame_bytes: int = 0) -> tuple[SocketOption, ...]:
+    """Return what limits the memory that a peer can make us use, per plane.
+
+    `frame_bytes` is the largest frame of the expert plane, which follows from the model.
+    """
+    largest = {"control": _CONTROL_BYTES, "expert": frame_bytes, "weights": CHUNK_BYTES + 4096}[plane]
+    queued = {"control": 1000, "expert": 256, "weights": 2 * WINDOW}[plane]
+    return (
+        SocketOption("MAXMSGSIZE", largest, "a peer decides how much memory is allocated"),
+        SocketOption("SNDHWM", queued, "a thousand large messages queue per peer"),
+        SocketOption("RCVHWM", queued, "a thousand large messages queue per peer"),
+    )
