@@ -21,7 +21,7 @@ class Address:
     @property
     def endpoint(self) -> str:
         """The address as ZeroMQ wants it."""
-        return f"tcp://{bracketed(self.host)}:{self.port}"
+        return f"tcp://{bracketed(self.host)}:{self.port or '*'}"
 
     def __str__(self) -> str:
         return f"{bracketed(self.host)}:{self.port}"

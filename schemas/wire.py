@@ -26,6 +26,7 @@ WINDOW: Final = 8  # chunks asked for ahead: credit, so that a puller decides ho
 MAX_FAULT_BYTES: Final = 4096
 
 Combine = Literal["partial", "ordered"]
+Plane = Literal["control", "expert", "weights"]
 Frames = Sequence[bytes | memoryview]
 
 _CALL: Final = 1
@@ -306,7 +307,7 @@ DEALER_OPTIONS: Final = (*_EVERY, SocketOption("IMMEDIATE", 1, "a thousand messa
 SHUTDOWN_LINGER_MS: Final = 1000
 
 
-def plane_options(plane: Literal["control", "expert", "weights"], *, frame_bytes: int = 0) -> tuple[SocketOption, ...]:
+def plane_options(plane: Plane, frame_bytes: int = 0) -> tuple[SocketOption, ...]:
     """Return what limits the memory that a peer can make us use, per plane.
 
     `frame_bytes` is the largest frame of the expert plane, which follows from the model.

@@ -1,0 +1,84 @@
+"""agent.yaml: what one agent may use, where it listens and whom it obeys.
+
+Decides defaults, and turns paths relative to the file into absolute ones. Must not know what is done with them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from schemas.address import InvalidAddress, parse_address, require_loopback
+from schemas.base import FrozenModel
+from schemas.files import Fault, load_yaml
+from schemas.model import HeldDtype
+from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId
+
+PortOrAny = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Ports(FrozenModel):
+    """Ports of the three planes; 0 takes a free one."""
+
+    expert: PortOrAny = 0
+    weights: PortOrAny = 0
+    client: PortOrAny = 0
+
+
+class Settings(FrozenModel):
+    """One agent's config file.
+
+    Attributes
+    ----------
+    model
+        The checkpoint directory: trunk and tokenizer are read from it where tokens enter.
+    store
+        A directory made by `agent prepare`; an agent with one is where the others get their first weights.
+    data
+        Where the agent keeps its journal and records.
+    memory, context, dtype
+        As in the topology. Trunk and KV cache at an ingress are taken from `memory` too.
+    threads
+        Threads that torch may use in one operation.
+    """
+
+    node: NodeId
+    coordinator: str = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
+    address: str = "127.0.0.1"
+    ports: Ports = Ports()
+    model: str
+    store: str | None = None
+    data: str
+    memory: Memory
+    context: Context = Context()
+    dtype: HeldDtype = "checkpoint"
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a config file; raises `InvalidFile` with every fault. Paths come back absolute."""
+    settings = load_yaml(path, Settings, settings_faults)
+    base = path.resolve().parent
+    store = str(base / settings.store) if settings.store is not None else None
+    absolute = {"model": str(base / settings.model), "data": str(base / settings.data), "store": store}
+    return settings.model_copy(update=absolute)
+
+
+def settings_faults(settings: Settings) -> Iterator[Fault]:
+    """Yield what in a well-formed config cannot be meant."""
+    try:
+        require_loopback(settings.address)
+    except InvalidAddress as error:
+        yield Fault("address", str(error))
+    try:
+        require_loopback(parse_address(settings.coordinator).host)
+    except InvalidAddress as error:
+        yield Fault("coordinator", str(error))
+    memory = settings.memory
+    if memory.device + memory.host + memory.disk == 0:
+        yield Fault("memory", "allows nothing: device, host and disk are all 0 bytes; give at least one")
+    ports = [port for port in (settings.ports.expert, settings.ports.weights, settings.ports.client) if port]
+    if len(set(ports)) != len(ports):
+        yield Fault("ports", "names one port twice; each plane needs its own")
