@@ -79,6 +79,8 @@ class Oracle:
         self._demand32 = self._demand.astype(np.float32)
         self._masked = _masked_experts(arrays)
         self._blocks = _expert_blocks(arrays)
+        exact = arrays.num_experts * len(sets) <= EXACT_CELLS
+        self.rounding = 0.0 if exact else 2 * self._rounding(np.dtype(np.float32))  # relative, of a set's cost
 
     def answer(self, theta: Floats, index: Ints | None = None) -> Answer:
         """Return the best set of every expert; over the sets of `index` only, when given, which bounds nothing."""

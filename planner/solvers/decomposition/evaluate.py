@@ -1,0 +1,85 @@
+"""What a placement costs and whether it keeps every constraint, on plain arrays.
+
+Decides nothing. Must not know how placements are found: every incumbent passes through here.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.solvers.decomposition.arrays import Bools, Floats, Incumbent, PlacementArrays, Serving
+from planner.solvers.decomposition.holder_sets import num_domains
+
+TOLERANCE = 1e-9
+
+
+def holders_are_feasible(arrays: PlacementArrays, holders: Bools) -> bool:
+    """Whether memory, tiers, domains, bans, pins and the limit of new copies are kept by `holders` `[K, P]`."""
+    if (holders.sum(axis=0) > arrays.slots).any() or not admissible(arrays, holders, np.arange(len(holders))).all():
+        return False
+    new = arrays.new_copies
+    return new is None or new.limit is None or int((holders & new.is_new).sum()) <= new.limit
+
+
+def admissible(arrays: PlacementArrays, holders: Bools, experts: npt.NDArray[np.int64]) -> Bools:
+    """Whether each row of `holders` `[X, P]` is a set that `experts` `[X]` may have: tiers, domains, bans, pins."""
+    on_node = np.zeros((len(holders), arrays.num_nodes), dtype=np.int64)
+    for place, node in enumerate(arrays.node_of_place):
+        on_node[:, node] += holders[:, place]
+    fine = (on_node <= 1).all(axis=1) & (num_domains(arrays, holders) >= max(arrays.required, 1))
+    if arrays.allowed is not None:
+        fine &= ~(holders & ~arrays.allowed[experts]).any(axis=1)
+    if arrays.pinned is not None:
+        fine &= ~(arrays.pinned[experts] & (on_node == 0)).any(axis=1)
+    return np.asarray(fine)
+
+
+def nearest_places(arrays: PlacementArrays, holders: Bools, costs: Floats) -> npt.NDArray[np.int16]:
+    """Return the cheapest holder `[I, K]` for each ingress at costs `[L', I, P]`; ties go to the lower place."""
+    layer = arrays.layer_of_expert if len(costs) > 1 else np.zeros(arrays.num_experts, dtype=np.int64)
+    best = np.full(arrays.demand.shape, np.inf)
+    place = np.zeros(arrays.demand.shape, dtype=np.int16)
+    for p in range(arrays.num_places):
+        cost = costs[:, :, p][layer].T
+        closer = holders[:, p] & (cost < best)
+        np.copyto(best, cost, where=closer)
+        place[closer] = p
+    return place
+
+
+def serve_whole(arrays: PlacementArrays, place: npt.NDArray[np.int16]) -> Serving:
+    """Return the serving in which `place` `[I, K]` serves all of each ingress's demand."""
+    num_ingress, num_experts = place.shape
+    expert = np.repeat(np.arange(num_experts), num_ingress)
+    ingress = np.tile(np.arange(num_ingress), num_experts)
+    return Serving(ingress, expert, place.T.reshape(-1).astype(np.int64), np.ones(len(expert)))
+
+
+def objective_of(arrays: PlacementArrays, holders: Bools, serving: Serving) -> float:
+    """Σ d a c + price of new copies + Σ weight · heaviest node per layer, s."""
+    flow = arrays.demand[serving.ingress, serving.expert] * serving.share
+    total = float(flow @ arrays.cost[serving.ingress, serving.place])
+    if arrays.new_copies is not None:
+        total += float(arrays.new_copies.price[holders].sum())
+    if arrays.makespan is not None:
+        load = np.zeros((arrays.num_layers, arrays.num_nodes))
+        cell = (arrays.layer_of_expert[serving.expert], arrays.node_of_place[serving.place])
+        np.add.at(load, cell, flow * arrays.makespan.service[serving.place])
+        total += float(arrays.makespan.weight @ load.max(axis=1))
+    return total
+
+
+def rows_are_kept(arrays: PlacementArrays, serving: Serving) -> bool:
+    """Whether load and link rows are kept, within rounding."""
+    if arrays.rows is None:
+        return True
+    flow = arrays.demand[serving.ingress, serving.expert] * serving.share
+    use = arrays.rows.weight[:, serving.ingress, serving.place] @ flow
+    return bool((use <= arrays.rows.limit * (1 + 1e-7) + TOLERANCE).all())
+
+
+def as_incumbent(arrays: PlacementArrays, holders: Bools, place: npt.NDArray[np.int16]) -> Incumbent | None:
+    """Return the placement with its objective; None where it breaks a constraint."""
+    serving = serve_whole(arrays, place)
+    if not holders_are_feasible(arrays, holders) or not rows_are_kept(arrays, serving):
+        return None
+    return Incumbent(holders, serving, objective_of(arrays, holders, serving))
