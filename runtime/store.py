@@ -86,11 +86,12 @@ def layout_of(checkpoint: Checkpoint, dtype: HeldDtype = "checkpoint") -> Record
     """Return how a record of this model is laid out at `dtype`, and how its experts compute."""
     first = next(iter(checkpoint.expert_tensors.values()))
     shapes = {role: entry.shape for role, entry in first.items()}
+    named: list[tuple[Any, tuple[int, ...]]]
     try:
         if checkpoint.family == "gpt_oss":
-            named: list[tuple[Any, tuple[int, ...]]] = [(role, shapes[role]) for role in _GPT_OSS_ROLES]
+            named = [(role, shapes[role]) for role in _GPT_OSS_ROLES]
         elif "gate_up_proj" in shapes:
-            named: list[tuple[Any, tuple[int, ...]]] = [(role, shapes[role]) for role in ("gate_up_proj", "down_proj")]
+            named = [(role, shapes[role]) for role in ("gate_up_proj", "down_proj")]
         else:
             ffn, hidden = shapes["gate_proj"]
             named = [("gate_up_proj", (2 * ffn, hidden)), ("down_proj", shapes["down_proj"])]

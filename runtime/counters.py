@@ -1,0 +1,115 @@
+"""What happened while tokens were served: routing per layer and expert, calls, waits, times.
+
+Decides how it is summed: each step counts for itself, and is added to the node's counters when it ends. Must not know
+who reads them. Times are seconds.
+"""
+
+import threading
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.topology import Tier
+
+
+@dataclass
+class Counts:
+    """Sums over some tokens that entered at this node.
+
+    Attributes
+    ----------
+    routed
+        [L, E] int64: tokens routed to each expert.
+    tokens, steps
+        Tokens and forwards.
+    events, remote_events
+        (token, layer) pairs, and those with at least one expert computed elsewhere.
+    rows, remote_rows
+        (token, layer, expert) evaluations, and those computed elsewhere.
+    tier_rows
+        Local evaluations by the tier that the expert was found in.
+    local_calls, remote_calls
+        Groups of evaluations computed at once: by layer here, by layer and holder elsewhere.
+    trunk_s, local_s, wait_s
+        Time in the trunk, in local experts, and waiting for answers after that.
+    """
+
+    routed: NDArray[np.int64]
+    tokens: int = 0
+    steps: int = 0
+    events: int = 0
+    remote_events: int = 0
+    rows: int = 0
+    remote_rows: int = 0
+    tier_rows: dict[Tier, int] = field(default_factory=dict)
+    local_calls: int = 0
+    remote_calls: int = 0
+    trunk_s: float = 0.0
+    local_s: float = 0.0
+    wait_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of all evaluations whose expert was in a device slot of this node; None before the first."""
+        return self.tier_rows.get("device", 0) / self.rows if self.rows else None
+
+    @property
+    def remote_call_share(self) -> float | None:
+        """Share of evaluations computed elsewhere; None before the first."""
+        return self.remote_rows / self.rows if self.rows else None
+
+    @property
+    def any_remote_share(self) -> float | None:
+        """Share of (token, layer) pairs with at least one expert computed elsewhere; None before the first."""
+        return self.remote_events / self.events if self.events else None
+
+    def count_layer(
+        self, layer: int, expert: NDArray[np.intp], *, tokens: int, remote_rows: int, remote_tokens: int
+    ) -> None:
+        """Count one layer of a forward; `expert` [R] names the expert of each row. Modifies."""
+        if tokens == 1:
+            self.routed[layer, expert] += 1  # a token's experts differ
+        else:
+            self.routed[layer] += np.bincount(expert, minlength=self.routed.shape[1])
+        self.events += tokens
+        self.remote_events += remote_tokens
+        self.rows += len(expert)
+        self.remote_rows += remote_rows
+
+    def add(self, other: "Counts") -> None:
+        """Add other sums to these. Modifies."""
+        self.routed += other.routed
+        for tier, rows in other.tier_rows.items():
+            self.tier_rows[tier] = self.tier_rows.get(tier, 0) + rows
+        for name in _PLAIN:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+_PLAIN = (
+    *("tokens", "steps", "events", "remote_events", "rows", "remote_rows", "local_calls", "remote_calls"),
+    *("trunk_s", "local_s", "wait_s"),
+)
+
+
+class Counters:
+    """The sums of a node. Thread-safe."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._shape = (layers, experts)
+        self._lock = threading.Lock()
+        self._total = self.fresh()
+
+    def fresh(self) -> Counts:
+        """Return empty sums for one step. Does not modify."""
+        return Counts(np.zeros(self._shape, dtype=np.int64))
+
+    def add(self, counts: Counts) -> None:
+        """Add the sums of a step that ended. Modifies."""
+        with self._lock:
+            self._total.add(counts)
+
+    def snapshot(self) -> Counts:
+        """Return a copy of the sums so far. Does not modify."""
+        with self._lock:
+            return replace(self._total, routed=self._total.routed.copy(), tier_rows=dict(self._total.tier_rows))

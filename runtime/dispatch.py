@@ -1,0 +1,218 @@
+"""One layer of one forward: the router's choice split by holder, remote calls begun, local experts run, all combined.
+
+Decides what is computed where (from the step's `Routing`) and in which order results are added. Flow: rows sorted as
+eager experts would compute them → calls through the port → local rows meanwhile → sum. Must not know sockets.
+"""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runtime.counters import Counts
+from runtime.errors import CallFailed, ExpertUnavailable
+from runtime.experts import Combine, ExpertCall, execute_call
+from runtime.routing import LOCAL, Routing
+from runtime.slots import Residency
+
+__all__ = ["Combine", "Dispatcher", "ExpertCall", "ExpertCaller", "NoCaller", "PendingCall", "execute_call"]
+
+
+class PendingCall(Protocol):
+    """A call under way."""
+
+    def result(self) -> torch.Tensor:
+        """Block until the answer is there; raises a `RuntimeFault` naming layer, expert and holder."""
+        ...
+
+
+class ExpertCaller(Protocol):
+    """The port through which experts of other nodes are called. Used by one thread at a time."""
+
+    def begin(self, call: ExpertCall) -> PendingCall:
+        """Send a call and return at once. The tensors of `call` do not change until its result is taken."""
+        ...
+
+
+class NoCaller:
+    """The port of a node that has no peers."""
+
+    def begin(self, call: ExpertCall) -> PendingCall:
+        """Fail: there is nobody to call."""
+        raise CallFailed(call.layer, tuple(sorted(set(call.expert.tolist()))), call.holder, "this node has no peers")
+
+
+class _Rows(NamedTuple):
+    """The router's choice as rows, sorted by expert, then position in the top k, then token."""
+
+    token: NDArray[np.intp]  # [R]
+    expert: NDArray[np.intp]  # [R]
+    weight: torch.Tensor  # [R] float32
+
+
+class _Sent(NamedTuple):
+    call: ExpertCall
+    pending: PendingCall
+    rows: NDArray[np.intp]  # which of the forward's rows
+    token: NDArray[np.intp]  # [T'] which of the forward's tokens
+
+
+@dataclass
+class Dispatcher:
+    """Runs the routed experts of every layer of one step.
+
+    Attributes
+    ----------
+    turn
+        Which of the routing's variants layer 0 uses; the next layer uses the next.
+    spent_s
+        Time in `run` so far, so that the rest of the step's time is the trunk's.
+    """
+
+    residency: Residency
+    routing: Routing
+    caller: ExpertCaller
+    counts: Counts
+    combine: Combine = "partial"
+    turn: int = 0
+    spent_s: float = field(default=0.0, init=False)
+
+    def run(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the chosen experts.
+
+        Parameters
+        ----------
+        layer
+            Counted among layers with experts.
+        hidden, top_k_index, top_k_weights
+            [T, D], [T, K] int64, [T, K].
+
+        Returns
+        -------
+        torch.Tensor
+            [T, D] in the dtype of `hidden`.
+        """
+        began = perf_counter()
+        rows = _sorted_rows(top_k_index, top_k_weights)
+        tables = self.routing.tables
+        holder = tables[(self.turn + layer) % len(tables), layer, rows.expert]
+        if (holder < LOCAL).any():
+            missing = int(rows.expert[holder < LOCAL][0])
+            raise ExpertUnavailable(layer, missing, f"any node in epoch {self.routing.epoch}")
+        sent = self._begin(layer, hidden, rows, holder) if holder.any() else []
+        self._count(layer, rows, holder, sent, tokens=hidden.shape[0])
+        combined = self._combine(layer, hidden, rows, holder, sent)
+        self.spent_s += perf_counter() - began
+        return combined
+
+    def _begin(self, layer: int, hidden: torch.Tensor, rows: _Rows, holder: NDArray[np.int32]) -> list[_Sent]:
+        """Begin one call per holder, in holder order."""
+        sent = []
+        for index in np.unique(holder[holder > LOCAL]):
+            mine = np.flatnonzero(holder == index)
+            name = self.routing.holders[index - 1]
+            call, token = self._call(layer, name, hidden, rows, mine)
+            sent.append(_Sent(call, self.caller.begin(call), mine, token))
+        return sent
+
+    def _call(
+        self, layer: int, holder: str, hidden: torch.Tensor, rows: _Rows, mine: NDArray[np.intp]
+    ) -> tuple[ExpertCall, NDArray[np.intp]]:
+        """Make the call for rows `mine`, with just the tokens they need."""
+        token, position = rows.token[mine], rows.token[mine]
+        if hidden.shape[0] > 1:
+            token, position = np.unique(token, return_inverse=True)
+            hidden = hidden[torch.from_numpy(token)]
+        else:
+            token = token[:1]
+        call = ExpertCall(
+            holder=holder,
+            epoch=self.routing.epoch,
+            layer=layer,
+            combine=self.combine,
+            hidden=hidden,
+            token=position.astype(np.int32),
+            expert=rows.expert[mine].astype(np.int32),
+            weight=rows.weight[torch.from_numpy(mine)],
+        )
+        return call, token
+
+    def _count(self, layer: int, rows: _Rows, holder: NDArray[np.int32], sent: list[_Sent], *, tokens: int) -> None:
+        remote_rows = remote_tokens = 0
+        if sent:
+            remote_rows = sum(len(each.rows) for each in sent)
+            remote_tokens = 1 if tokens == 1 else len(np.unique(rows.token[holder > LOCAL]))
+        self.counts.count_layer(layer, rows.expert, tokens=tokens, remote_rows=remote_rows, remote_tokens=remote_tokens)
+        self.counts.remote_calls += len(sent)
+        self.counts.local_calls += remote_rows < len(rows.expert)
+
+    def _combine(
+        self, layer: int, hidden: torch.Tensor, rows: _Rows, holder: NDArray[np.int32], sent: list[_Sent]
+    ) -> torch.Tensor:
+        """Run the local rows, take the answers, add everything up."""
+        mine = np.flatnonzero(holder == LOCAL) if sent else None  # None: all rows
+        local = self._run_local(layer, hidden, rows, mine)
+        if self.combine == "partial":
+            total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if local is None else local
+            for each in sent:
+                answer = self._answer(each)
+                if len(answer) == len(hidden):
+                    total = total + answer
+                else:
+                    total.index_add_(0, torch.from_numpy(each.token), answer)
+            return total.to(hidden.dtype)
+        if mine is None and local is not None:
+            ordered = local
+        else:
+            ordered = torch.empty((len(rows.token), hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
+            if local is not None and mine is not None:
+                ordered[torch.from_numpy(mine)] = local
+            for each in sent:
+                ordered[torch.from_numpy(each.rows)] = self._answer(each)
+        return torch.zeros_like(hidden).index_add_(0, torch.from_numpy(rows.token), ordered)
+
+    def _run_local(
+        self, layer: int, hidden: torch.Tensor, rows: _Rows, mine: NDArray[np.intp] | None
+    ) -> torch.Tensor | None:
+        """Compute rows `mine` (all if None) here; None where there are none."""
+        if mine is not None and not len(mine):
+            return None
+        began = perf_counter()
+        every = mine is None
+        call = ExpertCall(
+            holder="",
+            epoch=self.routing.epoch,
+            layer=layer,
+            combine=self.combine,
+            hidden=hidden,
+            token=rows.token if every else rows.token[mine],  # type: ignore[arg-type]
+            expert=rows.expert if every else rows.expert[mine],  # type: ignore[arg-type]
+            weight=rows.weight if mine is None else rows.weight[torch.from_numpy(mine)],
+        )
+        answer = execute_call(self.residency, call, tier_rows=self.counts.tier_rows)
+        self.counts.local_s += perf_counter() - began
+        return answer
+
+    def _answer(self, sent: _Sent) -> torch.Tensor:
+        began = perf_counter()
+        answer = sent.pending.result()
+        self.counts.wait_s += perf_counter() - began
+        call = sent.call
+        if tuple(answer.shape) != call.answer_shape or answer.dtype != call.answer_dtype:
+            reason = f"answer is {answer.dtype} {tuple(answer.shape)}, expected {call.answer_dtype} {call.answer_shape}"
+            raise CallFailed(call.layer, tuple(sorted(set(call.expert.tolist()))), call.holder, reason)
+        return answer.to(call.hidden.device)
+
+
+def _sorted_rows(top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> _Rows:
+    """Sort [T, K] choices into rows: by expert, then position in the top k, then token, as eager experts do."""
+    num_tokens = top_k_index.shape[0]
+    chosen = top_k_index.t().reshape(-1).cpu().numpy()  # [K * T], position by position
+    order = chosen.argsort(kind="stable")
+    weight = top_k_weights.t().reshape(-1)[torch.from_numpy(order)].float()
+    return _Rows(order % num_tokens, chosen[order], weight)

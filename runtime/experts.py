@@ -1,0 +1,196 @@
+"""What an expert computes, and what a holder does with a call: the same bits as transformers' eager experts.
+
+Decides the order of arithmetic. Axes: T tokens, R rows (one row is one token at one expert), D hidden, F ffn.
+Flow: `ExpertCall` → weights borrowed → one matrix product per expert over its rows → rows, or partial sums per token.
+Must not know who called, nor which node it runs on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from runtime.errors import InvalidInput, RuntimeFault
+from runtime.slots import Borrowed, ExpertWeights, Residency
+from schemas.store import ExpertForm
+from schemas.topology import Tier
+
+Combine = Literal["partial", "ordered"]
+ExpertMath = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
+"""(weights, x [n, D]) -> [n, D], not yet weighted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """Some tokens of one layer, and which experts of `holder` they need.
+
+    Attributes
+    ----------
+    hidden
+        [T', D], the model's dtype: just the tokens needed, in their order in the forward.
+    token, expert
+        [R] int32: row r is token ``hidden[token[r]]`` at expert ``expert[r]``. Rows are sorted by expert; within an
+        expert they keep the order in which eager experts compute them (position in the top k, then token), since
+        a matrix product may round a row differently in another place.
+    weight
+        [R] float32: the router's weight of each row.
+    combine
+        ``partial``: the answer is one weighted sum per token, [T', D] float32. ``ordered``: one weighted row per
+        (token, expert), [R, D] in the model's dtype.
+    """
+
+    holder: str
+    epoch: int
+    layer: int
+    combine: Combine
+    hidden: torch.Tensor
+    token: NDArray[np.int32]
+    expert: NDArray[np.int32]
+    weight: torch.Tensor
+
+    def check(self) -> None:
+        """Refuse a call whose rows contradict its tokens or their own order, as a peer's might; raises InvalidInput."""
+        rows = len(self.token)
+        if not rows or len(self.expert) != rows or tuple(self.weight.shape) != (rows,):
+            raise InvalidInput(f"layer {self.layer}: a call needs as many tokens, experts and weights, at least one")
+        if self.token.min() < 0 or self.token.max() >= self.hidden.shape[0]:
+            raise InvalidInput(f"layer {self.layer}: a row names a token outside of {self.hidden.shape[0]}")
+        if (np.diff(self.expert) < 0).any() or len(np.unique(self._pairs())) != rows:
+            raise InvalidInput(f"layer {self.layer}: rows are not sorted by expert, or one is there twice")
+
+    def _pairs(self) -> NDArray[np.int64]:
+        return self.expert.astype(np.int64) * self.hidden.shape[0] + self.token
+
+    @property
+    def answer_shape(self) -> tuple[int, int]:
+        """Shape of the answer."""
+        return (len(self.token) if self.combine == "ordered" else self.hidden.shape[0], self.hidden.shape[1])
+
+    @property
+    def answer_dtype(self) -> torch.dtype:
+        """Dtype of the answer."""
+        return self.hidden.dtype if self.combine == "ordered" else torch.float32
+
+
+TierRows = dict[Tier, int]
+"""Rows computed from each tier."""
+
+
+def execute_call(residency: Residency, call: ExpertCall, *, tier_rows: TierRows | None = None) -> torch.Tensor:
+    """Compute a call from the replicas held here; see `ExpertCall.combine` for the answer.
+
+    Parameters
+    ----------
+    tier_rows
+        Adds the rows computed from each tier, where given.
+
+    Raises
+    ------
+    ExpertUnavailable
+        One of the experts is not held here.
+    """
+    math = expert_math(residency.layout.form)
+    bounds = _group_bounds(call.expert)
+    experts = [int(call.expert[start]) for start in bounds[:-1]]
+    with torch.inference_mode(), residency.borrow(call.layer, experts) as borrowed:
+        if tier_rows is not None:
+            _count_tiers(tier_rows, borrowed, bounds)
+        weight = call.weight.unsqueeze(1)
+        if call.hidden.shape[0] == 1:
+            rows = [
+                math(lent.weights, call.hidden) * weight[row : row + 1] for row, lent in enumerate(borrowed)
+            ]  # one token: a row per expert, nothing to gather
+            return _finish_one(rows, call)
+        token = torch.from_numpy(call.token)
+        groups = zip(bounds[:-1], bounds[1:], borrowed, strict=True)
+        rows = [math(lent.weights, call.hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
+        return _finish(rows, token, call)
+
+
+def _finish_one(rows: list[torch.Tensor], call: ExpertCall) -> torch.Tensor:
+    if call.combine == "ordered":
+        return torch.cat(rows).to(call.hidden.dtype)
+    total = rows[0].float()
+    for row in rows[1:]:
+        total = total + row
+    return total
+
+
+def _finish(rows: list[torch.Tensor], token: torch.Tensor, call: ExpertCall) -> torch.Tensor:
+    if call.combine == "ordered":
+        return torch.cat(rows).to(call.hidden.dtype)
+    total = torch.zeros(call.answer_shape, dtype=torch.float32, device=call.hidden.device)
+    return total.index_add_(0, token.to(total.device), torch.cat(rows).float())
+
+
+def _group_bounds(expert: NDArray[np.int32]) -> list[int]:
+    """Return where the rows of each expert start, and the end.
+
+    >>> _group_bounds(np.array([3, 3, 5], dtype=np.int32))
+    [0, 2, 3]
+    """
+    values = expert.tolist() if len(expert) <= 16 else None
+    if values is not None:
+        starts = [row for row, value in enumerate(values) if row == 0 or value != values[row - 1]]
+        return [*starts, len(values)]
+    return [0, *(np.flatnonzero(np.diff(expert)) + 1).tolist(), len(expert)]
+
+
+def _count_tiers(tier_rows: TierRows, borrowed: list[Borrowed], bounds: list[int]) -> None:
+    for start, end, lent in zip(bounds, bounds[1:], borrowed, strict=False):
+        tier_rows[lent.tier] = tier_rows.get(lent.tier, 0) + end - start
+
+
+_MATH: dict[ExpertForm, ExpertMath] = {}
+
+
+def expert_math(form: ExpertForm) -> ExpertMath:
+    """Return the function of a form."""
+    found = _MATH.get(form)
+    if found is None:
+        found = _MATH[form] = _gpt_oss(form) if form.kind == "gpt_oss" else _swiglu(form)
+    return found
+
+
+def _swiglu(form: ExpertForm) -> ExpertMath:
+    """Gate and up in one product, then down: Mixtral, OLMoE, Qwen, DeepSeek."""
+    activation = _activation(form.activation)
+
+    def forward(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+        gate, up = functional.linear(x, weights.gate_up).chunk(2, dim=-1)  # [n, F] each
+        return functional.linear(activation(gate) * up, weights.down)  # [n, D]
+
+    return forward
+
+
+def _gpt_oss(form: ExpertForm) -> ExpertMath:
+    """Gate and up interleaved, clamped, with biases; weights are not transposed."""
+    alpha, limit = form.alpha, form.limit
+
+    def forward(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+        gate_up = x @ weights.gate_up + _present(weights.gate_up_bias)  # [n, 2F]
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        gate = gate.clamp(min=None, max=limit)
+        up = up.clamp(min=-limit, max=limit)
+        return ((up + 1) * (gate * torch.sigmoid(gate * alpha))) @ weights.down + _present(weights.down_bias)
+
+    return forward
+
+
+def _present(bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is None:
+        raise RuntimeFault("experts of this form need biases, and their records hold none; prepare the store again")
+    return bias
+
+
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name == "silu":
+        return functional.silu
+    from transformers.activations import ACT2FN
+
+    found: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return found
