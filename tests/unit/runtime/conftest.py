@@ -1,0 +1,35 @@
+"""Session-wide checkpoints and stores of every family."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.store import Store
+from tests.families import make_checkpoint, make_store
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the directory of a family's small checkpoint, made once."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_checkpoint(family, root / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Store]:
+    """Return the store of a family's small checkpoint, made once."""
+    root, made = tmp_path_factory.mktemp("stores"), {}
+
+    def get(family: str) -> Store:
+        if family not in made:
+            made[family] = make_store(checkpoint(family), root / family)
+        return made[family]
+
+    return get
