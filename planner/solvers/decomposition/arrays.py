@@ -193,7 +193,7 @@ class Stop(StrEnum):
     """Why the decomposition stopped."""
 
     GAP = "gap"
-    OPTIMAL = "optimal"
+
     TIME = "time"
     EXHAUSTED = "exhausted"
     INTERRUPTED = "interrupted"

@@ -13,6 +13,7 @@ import highspy
 import numpy as np
 
 from planner.solvers.decomposition.arrays import Floats
+from planner.solvers.decomposition.highs import INF, add_columns, add_rows, join, new_model
 from planner.solvers.decomposition.prices import Choice, Coupling
 
 SERIOUS = 0.1  # share of the promised gain that must come true before the box grows
@@ -26,10 +27,12 @@ class Bundle:
         self.coupling, self.num_groups = coupling, num_groups
         self.center, self.radius = start, 1.0
         self.value, self.promise = -np.inf, np.inf
-        self._unit = float(coupling.scale[coupling.memory].max())  # objective seconds per unit of the model
+        self._unit = coupling.unit  # objective seconds per unit of the model
         self._scale = coupling.scale
         self._idle = np.zeros(0, dtype=np.int64)  # passes since each cut bound
-        self._model = _quiet_model()
+        self._model = new_model()
+        self._model.setOptionValue("threads", 1)
+        self._model.setOptionValue("presolve", "off")
         self._add_columns()
 
     def learn(self, theta: Floats, value: float, choice: Choice) -> bool:
@@ -72,34 +75,26 @@ class Bundle:
         """θ in units of its scale, then one height t_g per group; minimise limit·θ − Σ t_g."""
         coupling, size = self.coupling, self.coupling.size
         cost = np.concatenate([coupling.limit * self._scale / self._unit, -np.ones(self.num_groups)])
-        low = np.concatenate([np.zeros(size), np.full(self.num_groups, -highspy.kHighsInf)])
-        high = np.full(len(cost), highspy.kHighsInf)
-        none = np.zeros(0, dtype=np.int32)
-        self._model.addCols(len(cost), cost, low, high, 0, none, none, np.zeros(0))
+        low = np.concatenate([np.zeros(size), np.full(self.num_groups, -INF)])
+        add_columns(self._model, cost, low, np.full(len(cost), INF))
         self._first_cut = 0
         if coupling.arrays.makespan is not None:
             self._add_weight_rows(coupling.arrays.makespan.weight)
 
     def _add_weight_rows(self, weight: Floats) -> None:
         """Prices of a layer's heaviest node add up to at most the layer's weight."""
-        nodes = self.coupling.arrays.num_nodes
-        column = np.arange(self.coupling.heaviest.start, self.coupling.heaviest.stop, dtype=np.int32)
-        start = np.arange(0, len(column), nodes, dtype=np.int32)
-        floor = np.full(len(weight), -highspy.kHighsInf)
-        self._model.addRows(len(weight), floor, weight, len(column), start, column, self._scale[column])
+        column = np.arange(self.coupling.heaviest.start, self.coupling.heaviest.stop)
+        row = np.arange(len(column)) // self.coupling.arrays.num_nodes
+        add_rows(self._model, np.full(len(weight), -INF), weight, (row, column, self._scale[column]))
         self._first_cut = len(weight)
 
     def _add_cuts(self, choice: Choice) -> None:
         """t_g − use_g·θ ≤ own_g."""
-        row, column = np.nonzero(choice.use)
-        entries = -(choice.use * self._scale / self._unit)[row, column]
-        heights = np.arange(self.num_groups)
-        order = np.argsort(np.concatenate([row, heights]), kind="stable")
-        index = np.concatenate([column, self.coupling.size + heights])[order].astype(np.int32)
-        value = np.concatenate([entries, np.ones(self.num_groups)])[order]
-        start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.num_groups) + 1)[:-1]]).astype(np.int32)
-        floor = np.full(self.num_groups, -highspy.kHighsInf)
-        self._model.addRows(self.num_groups, floor, choice.own / self._unit, len(index), start, index, value)
+        group, price = np.nonzero(choice.use)
+        used = (group, price, -(choice.use * self._scale / self._unit)[group, price])
+        every = np.arange(self.num_groups)
+        heights = (every, self.coupling.size + every, np.ones(self.num_groups))
+        add_rows(self._model, np.full(self.num_groups, -INF), choice.own / self._unit, join(used, heights))
         self._idle = np.concatenate([self._idle, np.zeros(self.num_groups, dtype=np.int64)])
 
     def _age(self, binding: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
@@ -108,11 +103,3 @@ class Bundle:
         if len(stale) > 2 * self.num_groups:
             self._model.deleteRows(len(stale), (stale + self._first_cut).astype(np.int32))
             self._idle = np.delete(self._idle, stale)
-
-
-def _quiet_model() -> highspy.Highs:
-    model = highspy.Highs()
-    model.setOptionValue("output_flag", False)
-    model.setOptionValue("threads", 1)
-    model.setOptionValue("presolve", "off")
-    return model

@@ -96,9 +96,7 @@ def within(columns: Columns, slack: float) -> Columns:
     return columns.take(np.flatnonzero(keep))
 
 
-def _cheapest_places(
-    coupling: Coupling, sets: HolderSets, theta: Floats, ties: NearTies
-) -> npt.NDArray[np.int16]:
+def _cheapest_places(coupling: Coupling, sets: HolderSets, theta: Floats, ties: NearTies) -> npt.NDArray[np.int16]:
     costs = coupling.layer_costs(theta)
     index, inverse = np.unique(ties.chosen, return_inverse=True)
     if len(costs) == 1:

@@ -10,31 +10,13 @@ import numpy as np
 
 from planner.solvers.decomposition.arrays import Floats, Ints
 from planner.solvers.decomposition.columns import Columns
+from planner.solvers.decomposition.highs import INF, add_columns, add_rows, join, new_model, set_binary
 from planner.solvers.decomposition.prices import Coupling
 
 
 @dataclass(frozen=True)
-class CoreResult:
-    """Answer of the restricted model.
-
-    Parameters
-    ----------
-    picked
-        `[K]`, index of each expert's column; None where none was found.
-    bound
-        No choice among these columns costs less, s.
-    is_solved
-        Whether the model was solved to its gap.
-    """
-
-    picked: Ints | None
-    bound: float
-    is_solved: bool
-
-
-@dataclass(frozen=True)
-class CoreLimits:
-    """When to stop: seconds, relative gap, or an objective (s) that is good enough."""
+class ModelLimits:
+    """When a restricted model stops: seconds, relative gap, or an objective (s) that is good enough."""
 
     seconds: float
     gap: float
@@ -43,111 +25,115 @@ class CoreLimits:
     seed: int
 
 
-def choose_columns(coupling: Coupling, columns: Columns, limits: CoreLimits) -> CoreResult:
-    """Minimise own costs and heaviest nodes over one column per expert.
+@dataclass(frozen=True)
+class ModelResult:
+    """Answer of a restricted model.
+
+    Parameters
+    ----------
+    values
+        Value of each variable; None where no solution was found.
+    bound
+        No solution of this model costs less, s; inf where it is infeasible.
+    is_solved
+        Whether the model was solved to its gap, or proved infeasible.
+    """
+
+    values: Floats | None
+    bound: float
+    is_solved: bool
+
+
+def choose_columns(coupling: Coupling, columns: Columns, limits: ModelLimits) -> tuple[Ints | None, ModelResult]:
+    """Minimise own costs and heaviest nodes over one column per expert; return each expert's column `[K]`.
 
     Experts with one column are constants; the others (free) have a binary per column.
     """
     counts = np.bincount(columns.expert, minlength=coupling.arrays.num_experts)
-    is_free = counts[columns.expert] > 1
-    fixed, free = columns.take(np.flatnonzero(~is_free)), columns.take(np.flatnonzero(is_free))
-    picked = columns.first.copy()
-    unit = float(coupling.scale[coupling.memory].max())
-    builder = _Core(coupling, fixed, free, unit)
-    builder.set_limits(limits)
-    values, bound, solved = builder.solve()
-    if values is None:
-        return CoreResult(None, bound, solved)
-    position = np.flatnonzero(is_free)
-    best = np.lexsort((-values, free.expert))
+    position = np.flatnonzero(counts[columns.expert] > 1)
+    fixed, free = columns.take(np.flatnonzero(counts[columns.expert] == 1)), columns.take(position)
+    unit = coupling.unit
+    result = run_model(_build(coupling, fixed, free, unit), limits, unit=unit)
+    if result.values is None:
+        return None, result
+    best = np.lexsort((-result.values[: len(free)], free.expert))
     winners = best[np.flatnonzero(np.diff(free.expert[best], prepend=-1))]
+    picked = columns.first.copy()
     picked[free.expert[winners]] = position[winners]
-    return CoreResult(picked, bound, solved)
+    return picked, result
 
 
-class _Core:
-    """One HiGHS model, in units of `unit` seconds."""
+def run_model(model: highspy.Highs, limits: ModelLimits, *, unit: float) -> ModelResult:
+    """Solve a model whose costs are in units of `unit` seconds. Modifies the model."""
+    for name, value in (
+        ("time_limit", max(limits.seconds, 0.05)),
+        ("mip_rel_gap", limits.gap),
+        ("objective_target", limits.good_enough / unit),
+        ("threads", limits.threads),
+        ("random_seed", limits.seed % (1 << 31)),
+    ):
+        model.setOptionValue(name, value)
+    model.run()
+    status, info = model.getModelStatus(), model.getInfo()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        return ModelResult(None, np.inf, is_solved=True)
+    bound = _proved(model) * unit
+    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        return ModelResult(None, bound, is_solved=False)
+    solved = status == highspy.HighsModelStatus.kOptimal
+    return ModelResult(np.asarray(model.getSolution().col_value), bound, is_solved=solved)
 
-    def __init__(self, coupling: Coupling, fixed: Columns, free: Columns, unit: float) -> None:
-        self._coupling, self._fixed, self._free, self._unit = coupling, fixed, free, unit
-        self._model = highspy.Highs()
-        self._model.setOptionValue("output_flag", False)
-        self._add_variables()
-        self._add_one_column_each()
-        self._add_shared_limits()
-        self._add_heaviest_nodes()
 
-    def set_limits(self, limits: CoreLimits) -> None:
-        offset = self._fixed.own.sum() / self._unit
-        self._model.changeObjectiveOffset(offset)
-        for name, value in (
-            ("time_limit", max(limits.seconds, 0.05)),
-            ("mip_rel_gap", limits.gap),
-            ("objective_target", limits.good_enough / self._unit),
-            ("threads", limits.threads),
-            ("random_seed", limits.seed % (1 << 31)),
-        ):
-            self._model.setOptionValue(name, value)
+def _proved(model: highspy.Highs) -> float:
+    info = model.getInfo()
+    if model.getLp().integrality_:
+        return float(info.mip_dual_bound)
+    solved = model.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    return float(info.objective_function_value) if solved else -np.inf
 
-    def solve(self) -> tuple[Floats | None, float, bool]:
-        """Return the values of the free columns (None without a solution), the bound in s, and whether it is solved."""
-        self._model.run()
-        status, info = self._model.getModelStatus(), self._model.getInfo()
-        if status == highspy.HighsModelStatus.kInfeasible:
-            return None, np.inf, True
-        has_binaries = len(self._free) > 0
-        bound = (info.mip_dual_bound if has_binaries else info.objective_function_value) * self._unit
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-            return None, bound, False
-        values = np.asarray(self._model.getSolution().col_value)[: len(self._free)]
-        return values, bound, status == highspy.HighsModelStatus.kOptimal
 
-    def _add_variables(self) -> None:
-        """Binaries z per free column; where heaviest nodes cost, one height h ≥ 0 per layer."""
-        count, makespan = len(self._free), self._coupling.arrays.makespan
-        weight = np.zeros(0) if makespan is None else makespan.weight
-        cost = np.concatenate([self._free.own, weight]) / self._unit
-        high = np.concatenate([np.ones(count), np.full(len(weight), highspy.kHighsInf)])
-        none = np.zeros(0, dtype=np.int32)
-        self._model.addCols(len(cost), cost, np.zeros(len(cost)), high, 0, none, none, np.zeros(0))
-        kinds = np.full(count, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
-        self._model.changeColsIntegrality(count, np.arange(count, dtype=np.int32), kinds)
+def _build(coupling: Coupling, fixed: Columns, free: Columns, unit: float) -> highspy.Highs:
+    """Binaries z per free column, and one height h ≥ 0 per layer where heaviest nodes cost."""
+    count, makespan = len(free), coupling.arrays.makespan
+    weight = np.zeros(0) if makespan is None else makespan.weight
+    model = new_model()
+    cost = np.concatenate([free.own, weight]) / unit
+    add_columns(model, cost, np.zeros(len(cost)), np.concatenate([np.ones(count), np.full(len(weight), INF)]))
+    model.changeObjectiveOffset(fixed.own.sum() / unit)
+    if count:
+        set_binary(model, count)
+        _add_one_column_each(model, free)
+    _add_shared_limits(model, coupling, fixed, free)
+    if makespan is not None:
+        _add_heaviest_nodes(model, coupling, fixed, free)
+    return model
 
-    def _add_one_column_each(self) -> None:
-        """Σ z = 1 over the columns of each free expert."""
-        count = len(self._free)
-        start = np.flatnonzero(np.diff(self._free.expert, prepend=-1))
-        ones = np.ones(len(start))
-        index = np.arange(count, dtype=np.int32)
-        self._model.addRows(len(start), ones, ones, count, start.astype(np.int32), index, np.ones(count))
 
-    def _add_shared_limits(self) -> None:
-        """Σ use · z ≤ limit − use of the fixed experts, for memory, new copies and rows."""
-        width = self._coupling.heaviest.start
-        left = self._coupling.limit[:width] - self._fixed.use.sum(axis=0)
-        scale = np.maximum(np.abs(self._free.use).max(axis=0, initial=0.0), 1e-30)
-        scale[self._coupling.memory] = 1.0
-        scale[self._coupling.copies] = 1.0
-        row, column = np.nonzero(self._free.use.T)
-        start = np.searchsorted(row, np.arange(width)).astype(np.int32)
-        value = (self._free.use / scale)[column, row]
-        floor = np.full(width, -highspy.kHighsInf)
-        self._model.addRows(width, floor, left / scale, len(row), start, column.astype(np.int32), value)
+def _add_one_column_each(model: highspy.Highs, free: Columns) -> None:
+    """Σ z = 1 over the columns of each free expert."""
+    _, row = np.unique(free.expert, return_inverse=True)
+    ones = np.ones(int(row[-1]) + 1)
+    add_rows(model, ones, ones, (row, np.arange(len(free)), np.ones(len(free))))
 
-    def _add_heaviest_nodes(self) -> None:
-        """Σ load · z − h ≤ − load of the fixed experts, for each layer and node."""
-        arrays = self._coupling.arrays
-        if arrays.makespan is None:
-            return
-        base = np.zeros((arrays.num_layers, arrays.num_nodes))
-        np.add.at(base, arrays.layer_of_expert[self._fixed.expert], self._fixed.load)
-        column, node = np.nonzero(self._free.load)
-        row = arrays.layer_of_expert[self._free.expert[column]] * arrays.num_nodes + node
-        count = base.size
-        height = len(self._free) + np.arange(count) // arrays.num_nodes
-        order = np.argsort(np.concatenate([row, np.arange(count)]), kind="stable")
-        index = np.concatenate([column, height])[order].astype(np.int32)
-        value = np.concatenate([self._free.load[column, node], -np.ones(count)])[order]
-        start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=count) + 1)[:-1]]).astype(np.int32)
-        floor = np.full(count, -highspy.kHighsInf)
-        self._model.addRows(count, floor, -base.reshape(-1), len(index), start, index, value)
+
+def _add_shared_limits(model: highspy.Highs, coupling: Coupling, fixed: Columns, free: Columns) -> None:
+    """Σ use · z ≤ limit − use of the fixed experts, for memory, new copies and rows."""
+    width = coupling.heaviest.start
+    left = coupling.limit[:width] - fixed.use.sum(axis=0)
+    size = np.ones(width)
+    size[coupling.rows] = np.maximum(free.use[:, coupling.rows].max(axis=0, initial=0.0), 1e-30)
+    column, row = np.nonzero(free.use)
+    add_rows(model, np.full(width, -INF), left / size, (row, column, (free.use / size)[column, row]))
+
+
+def _add_heaviest_nodes(model: highspy.Highs, coupling: Coupling, fixed: Columns, free: Columns) -> None:
+    """Σ load · z − h ≤ − load of the fixed experts, for each layer and node."""
+    arrays = coupling.arrays
+    base = np.zeros((arrays.num_layers, arrays.num_nodes))
+    np.add.at(base, arrays.layer_of_expert[fixed.expert], fixed.load)
+    column, node = np.nonzero(free.load)
+    row = arrays.layer_of_expert[free.expert[column]] * arrays.num_nodes + node
+    every = np.arange(base.size)
+    heights = (every, len(free) + every // arrays.num_nodes, -np.ones(base.size))
+    entries = join((row, column, free.load[column, node]), heights)
+    add_rows(model, np.full(base.size, -INF), -base.reshape(-1), entries)

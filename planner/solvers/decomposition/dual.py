@@ -12,7 +12,7 @@ import numpy as np
 from planner.solvers.decomposition.arrays import Floats, Ints
 from planner.solvers.decomposition.bundle import Bundle
 from planner.solvers.decomposition.oracle import Answer, Oracle
-from planner.solvers.decomposition.prices import summarise
+from planner.solvers.decomposition.prices import Choice, summarise
 
 ENOUGH_SETS = 3000  # holder sets looked at before the first pass over all
 WHOLE_SETS = 8192  # up to here every pass looks at all
@@ -33,7 +33,7 @@ class Dual:
         every = len(oracle.sets)
         self.index: Ints = np.arange(every) if every <= WHOLE_SETS else oracle.sets.smallest(ENOUGH_SETS)
         self.bound, self.best_theta = -np.inf, self.bundle.center
-        self.best_answer: Answer | None = None
+        self.best_answer = oracle.answer(self.best_theta, self.index)
         self.recent: deque[Answer] = deque(maxlen=KEEP_ANSWERS)
 
     @property
@@ -90,14 +90,17 @@ class Dual:
     def _value(self, theta: Floats, answer: Answer) -> float:
         return float(answer.lower.sum() - self.coupling.limit @ theta)
 
-    def _choice(self, answer: Answer):  # type: ignore[no-untyped-def]
-        return summarise(self.coupling, self.oracle.sets.member[answer.chosen].astype(float), answer.place, self.group)
+    def _choice(self, answer: Answer) -> Choice:
+        held = self.oracle.sets.member[answer.chosen].astype(np.float64)
+        return summarise(self.coupling, held, answer.place, self.group)
 
 
 def _start(oracle: Oracle) -> Floats:
-    theta = np.zeros(oracle.coupling.size)
-    theta[oracle.coupling.memory] = 0.3 * oracle.coupling.scale[oracle.coupling.memory]
-    theta[oracle.coupling.heaviest] = oracle.coupling.scale[oracle.coupling.heaviest]
+    coupling = oracle.coupling
+    theta = np.zeros(coupling.size)
+    theta[coupling.memory] = 0.3 * coupling.unit
+    if oracle.arrays.makespan is not None:
+        theta[coupling.heaviest] = coupling.ceiling[coupling.heaviest] / oracle.arrays.num_nodes
     return theta
 
 

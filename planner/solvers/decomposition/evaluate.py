@@ -9,7 +9,7 @@ import numpy.typing as npt
 from planner.solvers.decomposition.arrays import Bools, Floats, Incumbent, PlacementArrays, Serving
 from planner.solvers.decomposition.holder_sets import num_domains
 
-TOLERANCE = 1e-9
+ROW_SLACK = 1e-6  # relative; HiGHS keeps rows to about 1e-7
 
 
 def holders_are_feasible(arrays: PlacementArrays, holders: Bools) -> bool:
@@ -74,12 +74,29 @@ def rows_are_kept(arrays: PlacementArrays, serving: Serving) -> bool:
         return True
     flow = arrays.demand[serving.ingress, serving.expert] * serving.share
     use = arrays.rows.weight[:, serving.ingress, serving.place] @ flow
-    return bool((use <= arrays.rows.limit * (1 + 1e-7) + TOLERANCE).all())
+    return bool((use <= arrays.rows.limit * (1 + ROW_SLACK) + 1e-12).all())
 
 
-def as_incumbent(arrays: PlacementArrays, holders: Bools, place: npt.NDArray[np.int16]) -> Incumbent | None:
+def worst_cost(arrays: PlacementArrays) -> float:
+    """Cost that no placement exceeds, s: a problem whose bound lies above it has none."""
+    asked = arrays.demand.sum(axis=1)
+    total = float(asked @ arrays.cost.max(axis=1))
+    if arrays.new_copies is not None:
+        total += float(arrays.new_copies.price.sum())
+    if arrays.makespan is not None:
+        total += float(arrays.makespan.weight.max() * arrays.makespan.service.max() * asked.sum())
+    return total * (1 + 1e-9) + 1e-12
+
+
+def as_incumbent(arrays: PlacementArrays, holders: Bools, serving: Serving) -> Incumbent | None:
     """Return the placement with its objective; None where it breaks a constraint."""
-    serving = serve_whole(arrays, place)
     if not holders_are_feasible(arrays, holders) or not rows_are_kept(arrays, serving):
         return None
     return Incumbent(holders, serving, objective_of(arrays, holders, serving))
+
+
+def served_by_nearest(arrays: PlacementArrays, holders: Bools, costs: Floats) -> Incumbent | None:
+    """Return the placement where each ingress asks its cheapest holder at `costs` `[L', I, P]`; None if it breaks."""
+    if not holders.any(axis=1).all():
+        return None
+    return as_incumbent(arrays, holders, serve_whole(arrays, nearest_places(arrays, holders, costs)))

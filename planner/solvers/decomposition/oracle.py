@@ -8,6 +8,8 @@ the bound is lowered by the worst rounding that this can cause.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +76,7 @@ class Oracle:
 
     def __init__(self, arrays: PlacementArrays, sets: HolderSets, pool: ThreadPoolExecutor | None = None) -> None:
         self.arrays, self.sets, self.coupling = arrays, sets, Coupling(arrays)
-        self._map: Callable[..., Iterator[object]] = pool.map if pool else map
+        self._map: Callable[..., Iterator[Any]] = pool.map if pool else map
         self._demand = np.ascontiguousarray(arrays.demand.T)
         self._demand32 = self._demand.astype(np.float32)
         self._masked = _masked_experts(arrays)
@@ -90,24 +92,27 @@ class Oracle:
         place = np.zeros(self.arrays.demand.shape, dtype=np.int16)
         extras = self.coupling.holder_extras(theta)
         for block in self._priced_blocks(theta, index):
-            parts = self._map(lambda rows, block=block: self._best(block, rows, extras), self._row_tiles(block))
-            best, arg = (np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[call-overload]
+            parts = self._map(partial(self._best, block, extras=extras), self._row_tiles(block))
+            best, arg = (np.concatenate(column) for column in zip(*parts, strict=True))
             lower[block.experts], chosen[block.experts] = best, index[arg]
             place[:, block.experts] = block.place[:, arg]
         return Answer(lower, chosen, place)
 
-    def near_ties(self, theta: Floats, answer: Answer, slack: float, index: Ints | None = None) -> NearTies:
-        """Return every set (of `index`) that costs at most `slack` more than the best of its expert."""
+    def near_ties(
+        self, theta: Floats, answer: Answer, slack: float, *, most: int, index: Ints | None = None
+    ) -> NearTies | None:
+        """Return every set (of `index`) that costs at most `slack` more than its expert's best; None beyond `most`."""
         index = np.arange(len(self.sets)) if index is None else index
         extras = self.coupling.holder_extras(theta)
         found: list[tuple[Ints, Ints, Floats]] = []
+        count = 0
         for block in self._priced_blocks(theta, index):
-            found.extend(
-                self._map(  # type: ignore[arg-type]
-                    lambda rows, block=block: self._within(block, rows, extras, answer.lower, slack),
-                    self._row_tiles(block),
-                )
-            )
+            within = partial(self._within, block, extras=extras, lower=answer.lower, slack=slack)
+            for part in self._map(within, self._row_tiles(block)):
+                found.append(part)
+                count += len(part[0])
+                if count > most:
+                    return None
         expert, chosen, reduced = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.lexsort((reduced, expert))
         return NearTies(expert[order], index[chosen[order]], reduced[order])
@@ -150,7 +155,7 @@ class Oracle:
             broken += arrays.pinned[experts].astype(float) @ (1 - on_node).T
         return broken > 0.5
 
-    def _best(self, block: _Block, rows: Ints, extras: Floats | None) -> tuple[Floats, Ints]:
+    def _best(self, block: _Block, rows: Ints, *, extras: Floats | None) -> tuple[Floats, Ints]:
         best, arg = np.full(len(rows), np.inf), np.zeros(len(rows), dtype=np.int64)
         for start in range(0, len(block.index), TILE_SETS):
             values = self._values(block, rows, slice(start, start + TILE_SETS), extras)
@@ -161,7 +166,7 @@ class Oracle:
         return best * (1 - self._rounding(block.near.dtype)), arg
 
     def _within(
-        self, block: _Block, rows: Ints, extras: Floats | None, lower: Floats, slack: float
+        self, block: _Block, rows: Ints, *, extras: Floats | None, lower: Floats, slack: float
     ) -> tuple[Ints, Ints, Floats]:
         experts = block.experts[rows]
         floor = lower[experts][:, None]

@@ -58,34 +58,37 @@ class Coupling:
         return limit
 
     @cached_property
-    def scale(self) -> Floats:
-        """A natural size of each price, `[θ]`: what the shared thing can be worth, to start steps from."""
-        arrays, scale = self.arrays, np.ones(self.size)
-        worth = float(np.mean(arrays.demand.sum(axis=0))) * float(arrays.cost.mean()) + 1e-30
-        scale[self.memory] = worth
-        scale[self.copies] = worth
-        if arrays.rows is not None:
-            scale[self.rows] = arrays.cost.mean() / np.maximum(arrays.rows.weight.max(axis=(1, 2)), 1e-30)
+    def unit(self) -> float:
+        """What serving a mean expert costs, s: the unit of every model, so that tolerances mean something."""
+        arrays = self.arrays
+        per_call = float(arrays.cost.mean())
         if arrays.makespan is not None:
-            scale[self.heaviest] = np.repeat(arrays.makespan.weight, arrays.num_nodes) / arrays.num_nodes + 1e-30
+            per_call += float(arrays.makespan.weight.max() * arrays.makespan.service.max())
+        unit = per_call * float(arrays.demand.sum(axis=0).mean())
+        if arrays.new_copies is not None:
+            unit += float(arrays.new_copies.price.mean())
+        return unit if unit > 0 else 1.0
+
+    @cached_property
+    def scale(self) -> Floats:
+        """A natural size of each price, `[θ]`, to take steps in; positive."""
+        arrays, scale = self.arrays, np.full(self.size, self.unit)
+        if arrays.rows is not None:
+            used = arrays.rows.weight.max(axis=(1, 2)) * arrays.demand.sum(axis=0).mean()
+            scale[self.rows] = self.unit / np.where(used > 0, used, 1.0)
+        if arrays.makespan is not None:
+            weight = np.where(arrays.makespan.weight > 0, arrays.makespan.weight, 1.0)
+            scale[self.heaviest] = np.repeat(weight / arrays.num_nodes, arrays.num_nodes)
         return scale
 
     @cached_property
     def ceiling(self) -> Floats:
-        """Highest price worth trying, `[θ]`: no expert can save more per unit of the shared thing."""
-        arrays, ceiling = self.arrays, np.full(self.size, np.inf)
-        spread = float((arrays.demand.sum(axis=0)).max()) * float(arrays.cost.max()) + 1e-30
-        if arrays.new_copies is not None:
-            spread += float(arrays.new_copies.price.max()) * arrays.num_nodes
+        """Highest price worth trying, `[θ]`: about what an expert can save per unit of the shared thing."""
+        arrays, ceiling = self.arrays, 1e3 * self.scale
+        spread = float(arrays.demand.sum(axis=0).max()) * float(arrays.cost.max()) + self.unit
+        ceiling[self.memory] = np.maximum(10 * spread, ceiling[self.memory])
         if arrays.makespan is not None:
-            peak = arrays.makespan.weight.max() * arrays.makespan.service.max()
-            spread += float(arrays.demand.sum(axis=0).max()) * float(peak)
             ceiling[self.heaviest] = np.repeat(arrays.makespan.weight, arrays.num_nodes)
-        ceiling[self.memory] = spread
-        ceiling[self.copies] = spread
-        if arrays.rows is not None:
-            ceiling[self.memory] *= 10
-            ceiling[self.rows] = self.scale[self.rows] * 1e3
         return ceiling
 
     def layer_costs(self, theta: Floats) -> Floats:

@@ -37,11 +37,11 @@ class Scorer:
         return self.costs[self.arrays.layer_of_expert[experts], :, place].T
 
     def value(self, holders: Bools, experts: Ints) -> Floats:
-        """Cost of each expert with these holders, `[X]` for `holders` `[X, P]`."""
+        """Cost of each expert with these holders, `[X]` for `holders` `[X, P]`; 0 where there is none."""
         near = np.full((len(self.arrays.cost), len(experts)), np.inf)
         for place in range(holders.shape[1]):
             np.minimum(near, np.where(holders[:, place], self.cost_at(experts, place), np.inf), out=near)
-        total = (self.arrays.demand[:, experts] * near).sum(axis=0)
+        total = (self.arrays.demand[:, experts] * np.where(holders.any(axis=1), near, 0.0)).sum(axis=0)
         return total if self.copy_price is None else total + (holders * self.copy_price[experts]).sum(axis=1)
 
     def price_of(self, place: int, experts: Ints) -> Floats:
@@ -125,7 +125,7 @@ def swap(scorer: Scorer, holders: Bools, rounds: int) -> Bools:
 
 def _swap_round(scorer: Scorer, holders: Bools) -> bool:
     near, second, nearest = _two_nearest(scorer, holders)
-    slack = scorer.arrays.demand * (second - near)  # inf where the only holder would go
+    slack = scorer.arrays.demand * np.where(np.isfinite(second), second - near, 0.0)  # an only holder must stay anyway
     touched = np.zeros(len(holders), dtype=np.bool_)
     tiny = 1e-9 * float((scorer.arrays.demand * near).sum()) / len(holders)
     for place in range(scorer.arrays.num_places):

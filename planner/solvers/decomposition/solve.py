@@ -7,7 +7,7 @@ Flow: current placement → prices and bound (`dual`) → repair, fill, swap (`s
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -26,16 +26,18 @@ from planner.solvers.decomposition.arrays import (
     gap_of,
 )
 from planner.solvers.decomposition.columns import Columns, collect, most_undecided
-from planner.solvers.decomposition.core import CoreLimits, choose_columns
+from planner.solvers.decomposition.core import ModelLimits, ModelResult, choose_columns
 from planner.solvers.decomposition.dual import Dual
-from planner.solvers.decomposition.evaluate import as_incumbent, nearest_places
+from planner.solvers.decomposition.evaluate import as_incumbent, serve_whole, served_by_nearest, worst_cost
 from planner.solvers.decomposition.holder_sets import enumerate_sets
-from planner.solvers.decomposition.oracle import Oracle
+from planner.solvers.decomposition.oracle import Answer, Oracle
 from planner.solvers.decomposition.prices import Coupling
 from planner.solvers.decomposition.search import Scorer, fill, repair, swap
+from planner.solvers.decomposition.shares import SetOptions, choose_sets_and_shares, count_shares
 
 CORE_SIZES = (300, 1200, 5000)  # experts with a choice in each restricted model
 PROOF_COLUMNS = 60_000
+PROOF_SHARES = 40_000
 DUAL_SHARE = 0.6  # of the time limit
 SWAP_ROUNDS = 40
 
@@ -46,7 +48,7 @@ class Run:
     def __init__(self, arrays: PlacementArrays, settings: Settings) -> None:
         self.arrays, self.settings = arrays, settings
         self.incumbent: Incumbent | None = None
-        self.bound = 0.0 # every cost is non-negative
+        self.bound = 0.0  # every cost is non-negative
         self.history: list[Progress] = []
         self.is_interrupted = False
         self._started = time.monotonic()
@@ -60,6 +62,11 @@ class Run:
     def seconds_left(self) -> float:
         """Seconds until the time limit; 0 once interrupted."""
         return 0.0 if self.is_interrupted else max(0.0, self.settings.time_limit_s - self.seconds)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do or no time to do it."""
+        return self.is_closed or self.seconds_left == 0 or self.bound == np.inf
 
     @property
     def is_closed(self) -> bool:
@@ -100,7 +107,7 @@ def solve_arrays(arrays: PlacementArrays, settings: Settings | None = None, star
     settings = settings or Settings()
     run = Run(arrays, settings)
     if start is not None:
-        run.offer(as_incumbent(arrays, start, nearest_places(arrays, start, arrays.cost[None])), "current placement")
+        run.offer(served_by_nearest(arrays, start, arrays.cost[None]), "current placement")
     with _workers(settings.threads) as pool:
         return _solve(arrays, run, pool)
 
@@ -108,23 +115,32 @@ def solve_arrays(arrays: PlacementArrays, settings: Settings | None = None, star
 def _solve(arrays: PlacementArrays, run: Run, pool: ThreadPoolExecutor | None) -> Outcome:
     coupling = Coupling(arrays)
     sets = enumerate_sets(arrays)
-    oracle = Oracle(arrays, sets, pool)
-    dual = Dual(oracle)
+    if len(sets) == 0:
+        run.prove(np.inf, "no holder set spans enough failure domains")
+        return run.outcome(Stop.INFEASIBLE, np.zeros(arrays.num_places))
+    dual = Dual(Oracle(arrays, sets, pool))
     _find_prices(run, dual)
+    if dual.bound > worst_cost(arrays):
+        run.prove(np.inf, "no placement keeps the shared limits")
+    else:
+        _find_placement(run, dual)
     price = dual.best_theta[coupling.memory] / arrays.expert_bytes
-    if not np.isfinite(dual.bound):
-        return run.outcome(Stop.INFEASIBLE, price)
-    _round(run, dual)
-    for size in CORE_SIZES:
-        if run.is_closed or run.seconds_left == 0:
-            break
-        _restricted(run, dual, size)
-        if _prove(run, dual):
-            return run.outcome(Stop.OPTIMAL, price)
     return run.outcome(_stop_reason(run), price)
 
 
+def _find_placement(run: Run, dual: Dual) -> None:
+    _round(run, dual)
+    _prove(run, dual)
+    for size in CORE_SIZES:
+        if run.is_over:
+            break
+        _restricted(run, dual, size)
+        _prove(run, dual)
+
+
 def _stop_reason(run: Run) -> Stop:
+    if np.isinf(run.bound):
+        return Stop.INFEASIBLE
     if run.is_closed:
         return Stop.GAP
     if run.is_interrupted:
@@ -134,83 +150,109 @@ def _stop_reason(run: Run) -> Stop:
 
 def _find_prices(run: Run, dual: Dual) -> None:
     deadline = run.seconds + DUAL_SHARE * run.seconds_left
+    hopeless = worst_cost(run.arrays)
 
     def keep_going() -> bool:
         if np.isfinite(dual.bound):
             run.prove(dual.bound, "prices")
-        return run.seconds < deadline and not run.is_interrupted and dual.bound < np.inf
+        return run.seconds < deadline and not run.is_interrupted and dual.bound <= hopeless
 
     dual.solve(0.05 * run.settings.gap, keep_going=keep_going)
 
 
+def _scorer(dual: Dual) -> Scorer:
+    new = dual.coupling.arrays.new_copies
+    return Scorer(dual.coupling.arrays, dual.coupling.layer_costs(dual.best_theta), None if new is None else new.price)
+
+
 def _round(run: Run, dual: Dual) -> None:
     """Offer the best answer's holders, repaired, filled and improved by swaps."""
-    arrays, answer = run.arrays, dual.best_answer
-    if answer is None:
-        return
-    costs = dual.coupling.layer_costs(dual.best_theta)
-    new = arrays.new_copies
-    scorer = Scorer(arrays, costs, None if new is None else new.price)
-    holders = fill(scorer, repair(scorer, dual.oracle.sets.member[answer.chosen]))
-    run.offer(as_incumbent(arrays, holders, nearest_places(arrays, holders, costs)), "rounding")
-    if run.seconds_left > 0 and not run.is_closed:
+    scorer = _scorer(dual)
+    holders = fill(scorer, repair(scorer, dual.oracle.sets.member[dual.best_answer.chosen]))
+    run.offer(served_by_nearest(run.arrays, holders, scorer.costs), "rounding")
+    if not run.is_over:
         holders = swap(scorer, holders, SWAP_ROUNDS)
-        run.offer(as_incumbent(arrays, holders, nearest_places(arrays, holders, costs)), "swaps")
+        run.offer(served_by_nearest(run.arrays, holders, scorer.costs), "swaps")
 
 
 def _restricted(run: Run, dual: Dual, size: int) -> None:
     """Offer the best choice among the columns of the `size` most undecided experts."""
-    theta, answer = dual.best_theta, dual.best_answer
-    assert answer is not None
-    unit = float(dual.coupling.scale[dual.coupling.memory].max())
-    slack = 1e-3 * unit
-    columns = None
-    for _ in range(8):
-        ties = dual.oracle.near_ties(theta, answer, slack, dual.index)
-        past = () if run.arrays.is_separable else tuple(dual.recent)
-        columns = collect(dual.coupling, dual.oracle.sets, theta, answer.lower, ties, (answer, *past))
-        if (np.bincount(columns.expert) > 1).sum() >= size or len(columns) > 40 * size:
+    slack = 1e-3 * dual.coupling.unit
+    past = () if run.arrays.is_separable else tuple(dual.recent)
+    columns = _near_columns(dual, slack, past)
+    while columns is None or (np.bincount(columns.expert) > 1).sum() < size:
+        wider = _near_columns(dual, 3 * slack, past)
+        if wider is None or (columns is not None and len(wider) == len(columns)):
             break
-        slack *= 3
-    columns = most_undecided(columns, num_experts=size, per_expert=8)
-    _offer_choice(run, dual, columns, f"{size} undecided")
+        slack, columns = 3 * slack, wider
+    if columns is not None:
+        _offer_columns(run, dual, most_undecided(columns, num_experts=size, per_expert=8), f"{size} undecided")
 
 
-def _offer_choice(run: Run, dual: Dual, columns: Columns, phase: str) -> float | None:
-    """Solve the model of these columns, offer its placement, and return its bound if it was solved."""
-    settings, arrays = run.settings, run.arrays
-    good = run.bound * (1 + 0.5 * settings.gap)
-    limits = CoreLimits(run.seconds_left, 0.1 * settings.gap, good, settings.threads, settings.seed)
-    result = choose_columns(dual.coupling, columns, limits)
-    if result.picked is not None:
-        holders, place = columns.held[result.picked], columns.place[:, result.picked]
-        run.offer(as_incumbent(arrays, holders, place), phase)
-        costs = dual.coupling.layer_costs(dual.best_theta)
-        filled = fill(Scorer(arrays, costs, None if arrays.new_copies is None else arrays.new_copies.price), holders)
-        run.offer(as_incumbent(arrays, filled, nearest_places(arrays, filled, costs)), phase + ", filled")
-    return result.bound if result.is_solved else None
+def _near_columns(dual: Dual, slack: float, past: Sequence[Answer]) -> Columns | None:
+    ties = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS, index=dual.index)
+    if ties is None:
+        return None
+    answers = (dual.best_answer, *past)
+    return collect(dual.coupling, dual.oracle.sets, dual.best_theta, dual.best_answer.lower, ties, answers)
 
 
-def _prove(run: Run, dual: Dual) -> bool:
-    """Close the gap with a model of every column that a better placement could use; return whether that was done.
+def _limits(run: Run) -> ModelLimits:
+    gap = run.settings.gap
+    return ModelLimits(
+        run.seconds_left, 0.1 * gap, run.bound * (1 + 0.5 * gap), run.settings.threads, run.settings.seed
+    )
 
-    A column whose reduced cost exceeds incumbent − bound belongs to no better placement.
+
+def _offer_columns(run: Run, dual: Dual, columns: Columns, phase: str) -> ModelResult:
+    """Solve the model of these columns and offer its placement, with free memory filled."""
+    arrays = run.arrays
+    picked, result = choose_columns(dual.coupling, columns, _limits(run))
+    if picked is not None:
+        holders = columns.held[picked]
+        run.offer(as_incumbent(arrays, holders, serve_whole(arrays, columns.place[:, picked])), phase)
+        scorer = _scorer(dual)
+        filled = fill(scorer, holders)
+        run.offer(served_by_nearest(arrays, filled, scorer.costs), phase)
+        if not arrays.is_separable and not run.is_closed:
+            _offer_shares(run, dual, SetOptions(np.arange(arrays.num_experts), filled), phase)
+    return result
+
+
+def _offer_shares(run: Run, dual: Dual, options: SetOptions, phase: str) -> ModelResult:
+    """Solve the exact model of these sets and offer its placement."""
+    found, result = choose_sets_and_shares(dual.coupling, options, _limits(run))
+    if found is not None:
+        run.offer(as_incumbent(run.arrays, *found), phase)
+    return result
+
+
+def _prove(run: Run, dual: Dual) -> None:
+    """Close the gap with a model of every set that a better placement could use, where there are few enough.
+
+    A set whose reduced cost exceeds incumbent − bound belongs to no better placement; without an incumbent, a set
+    whose reduced cost exceeds the cost of the worst placement − bound belongs to none at all.
     """
-    if run.incumbent is None or not run.arrays.is_separable or run.seconds_left == 0:
-        return False
-    answer = dual.best_answer
-    slack = run.incumbent.objective - dual.bound + dual.oracle.rounding * float(answer.lower.max())
-    ties = dual.oracle.near_ties(dual.best_theta, answer, slack, dual.index)
-    if len(ties.expert) > PROOF_COLUMNS:
-        return False
-    if not dual.is_whole:
-        ties = dual.oracle.near_ties(dual.best_theta, answer, slack)
-    columns = collect(dual.coupling, dual.oracle.sets, dual.best_theta, answer.lower, ties, (answer,))
-    bound = _offer_choice(run, dual, columns, "all that could matter")
-    if bound is None:
-        return False
-    run.prove(min(bound, run.incumbent.objective), "proof")
-    return run.is_closed
+    if run.is_over:
+        return
+    ceiling = worst_cost(run.arrays) if run.incumbent is None else run.incumbent.objective
+    slack = ceiling - dual.bound + dual.oracle.rounding * float(dual.best_answer.lower.max()) + 1e-9 * abs(ceiling)
+    few = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS, index=dual.index)
+    if few is None:
+        return
+    ties = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS)
+    if ties is None:
+        return
+    sets, phase = dual.oracle.sets, "all that could matter"
+    if run.arrays.is_separable:
+        columns = collect(dual.coupling, sets, dual.best_theta, dual.best_answer.lower, ties, ())
+        result = _offer_columns(run, dual, columns, phase)
+    else:
+        options = SetOptions(ties.expert, sets.member[ties.chosen])
+        if count_shares(run.arrays, options) > PROOF_SHARES:
+            return
+        result = _offer_shares(run, dual, options, phase)
+    run.prove(result.bound, "proof")
 
 
 @contextmanager
