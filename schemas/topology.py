@@ -31,11 +31,17 @@ class Memory(FrozenModel):
 
 
 class Compute(FrozenModel):
-    """How long one expert takes for one token from the device and from host memory, in µs, and the disk's rate."""
+    """How long one expert takes for one token from the device and from host memory, in µs, and the disk's rate.
+
+    `trunk_layer_us` is one layer without its experts for one token; `call_overhead_us` what a call to an expert of
+    this node takes in software, beside link and evaluation. Both matter to simulation only.
+    """
 
     expert_us: Annotated[float, Field(gt=0, le=1e9)] = 50.0
     host_expert_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
     disk_bandwidth: Bandwidth = 500e6
+    trunk_layer_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    call_overhead_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
 
     @property
     def host_us(self) -> float:
