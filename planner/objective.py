@@ -1,0 +1,163 @@
+"""What a placement costs: the one definition that every solver's claim is checked against.
+
+Decides the objectives of FORMULATION.md (remote-calls, additive-latency) and the true wait per recorded event (a
+layer waits for the slowest of its K experts). Must not know any solver. A placement is bool ``[P, L, E]``.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+
+from planner.problem import Bools, Events, Floats, Ints, Problem
+
+ObjectiveName = Literal["additive-latency", "remote-calls"]
+OBJECTIVES: Final[tuple[ObjectiveName, ...]] = get_args(ObjectiveName)
+
+_TIE_BREAK: Final = 1e-6  # remote-calls: of two placements with as many calls, the one with less latency
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which replica serves a caller.
+
+    Attributes
+    ----------
+    holder
+        Place that serves most of a caller's calls for an expert, int64 ``[N, L, E]``.
+    share
+        Share of the calls that each place serves, float64 ``[N, P, L, E]``; None where `holder` serves all.
+    """
+
+    holder: Ints
+    share: Floats | None = None
+
+
+def unit_cost(problem: Problem, objective: ObjectiveName) -> Floats:
+    """Cost of one call from node n served at place p, float64 ``[N, P]``: each objective is demand x this."""
+    if objective == "additive-latency":
+        return problem.cost_s
+    remote = _is_remote(problem).astype(np.float64)
+    highest = problem.cost_s.max(initial=0.0)
+    tie_break = _TIE_BREAK / highest if highest else 0.0
+    return remote + tie_break * problem.cost_s
+
+
+def _is_remote(problem: Problem) -> Bools:
+    """Whether a place lies on another node than the caller, bool ``[N, P]``."""
+    remote: Bools = problem.place_node[None, :] != np.arange(problem.num_nodes)[:, None]
+    return remote
+
+
+def nearest(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routing:
+    """Route every call to the cheapest replica; the first place where several cost the same."""
+    unit = unit_cost(problem, objective)
+    holder = np.empty((problem.num_nodes, problem.layers, problem.experts), dtype=np.int64)
+    for node in range(problem.num_nodes):
+        holder[node] = np.where(placed, unit[node][:, None, None], np.inf).argmin(axis=0)
+    return Routing(holder)
+
+
+def placement_cost(problem: Problem, routing: Routing, objective: ObjectiveName) -> float:
+    """Objective value: demand times unit cost, summed over callers and experts (for latency: s waited per s)."""
+    unit = unit_cost(problem, objective)
+    if routing.share is None:
+        return float((problem.caller_demand * _looked_up(unit, routing)).sum())
+    return float(np.einsum("nle,np,nple->", problem.caller_demand, unit, routing.share))
+
+
+def _looked_up(table: Floats, routing: Routing) -> Floats:
+    """Value ``table[n, place]`` of the place that serves each call, or its mean over shares, ``[N, L, E]``."""
+    if routing.share is not None:
+        return np.asarray(np.einsum("np,nple->nle", table, routing.share))
+    return np.asarray(table[np.arange(len(table))[:, None, None], routing.holder])
+
+
+def node_load(problem: Problem, routing: Routing) -> Floats:
+    """Seconds of compute per second that calls cost each node, float64 ``[N]``."""
+    per_place = _demand_per_pair(problem, routing).sum(axis=0) * problem.service_s
+    return np.bincount(problem.place_node, weights=per_place, minlength=problem.num_nodes).astype(np.float64)
+
+
+def link_load(problem: Problem, routing: Routing) -> Floats:
+    """Bytes per second that calls put on each link, both directions together, float64 ``[U]``."""
+    per_place = _demand_per_pair(problem, routing)
+    pairs = np.zeros((problem.num_nodes, problem.num_nodes))
+    np.add.at(pairs.T, problem.place_node, per_place.T)
+    calls = pairs[problem.hop_caller, problem.hop_holder]
+    crossing = np.bincount(problem.hop_link, weights=calls, minlength=len(problem.link_limit))
+    return crossing.astype(np.float64) * problem.call_bytes
+
+
+def _demand_per_pair(problem: Problem, routing: Routing) -> Floats:
+    """Calls per second from each node to each place, float64 ``[N, P]``."""
+    demand = problem.caller_demand
+    if routing.share is not None:
+        return np.asarray(np.einsum("nle,nple->np", demand, routing.share))
+    callers = np.broadcast_to(np.arange(problem.num_nodes)[:, None, None], demand.shape)
+    flat = (callers * problem.num_places + routing.holder).ravel()
+    total = np.bincount(flat, weights=demand.ravel(), minlength=problem.num_nodes * problem.num_places)
+    return total.astype(np.float64).reshape(problem.num_nodes, problem.num_places)
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What tokens meet under a placement, by ingress and over all.
+
+    Attributes
+    ----------
+    remote_calls, any_remote, latency_s, bytes_per_token
+        By ingress, float64 ``[I]``: share of calls served elsewhere; share of (token, layer) events with at least one
+        call elsewhere; seconds a token waits, each layer for the slowest of its calls; bytes over the network.
+    remote_call_share, predicted_latency_s, mean_bytes_per_token
+        Means over all tokens that enter.
+    any_remote_share
+        Mean over ingresses.
+    """
+
+    remote_calls: Floats
+    any_remote: Floats
+    latency_s: Floats
+    bytes_per_token: Floats
+    remote_call_share: float
+    any_remote_share: float
+    predicted_latency_s: float
+    mean_bytes_per_token: float
+
+
+def judge(problem: Problem, routing: Routing) -> Judgement:
+    """Evaluate a placement on the problem's recorded events."""
+    away = _is_remote(problem).astype(np.float64)
+    remote, wait = _looked_up(away, routing), _looked_up(problem.cost_s, routing)
+    holder_node = problem.place_node[routing.holder]
+    layers = np.arange(problem.layers)
+    rows = []
+    for trunk, share, events in zip(problem.trunk_node, problem.share, problem.events, strict=True):
+        remote_here, wait_here, holder_here = (table[trunk, layers] for table in (remote, wait, holder_node))
+        calls = float((share * remote_here).sum() / max(share.sum(), 1e-300))
+        rows.append((calls, *_event_means(events, remote_here, wait_here, holder_here != trunk[:, None], holder_here)))
+    calls_, any_remote, latency, messages = np.array(rows).T
+    weights = problem.tokens_per_s / problem.tokens_per_s.sum()
+    sent = messages * problem.call_bytes
+    return Judgement(
+        remote_calls=calls_,
+        any_remote=any_remote,
+        latency_s=latency,
+        bytes_per_token=sent,
+        remote_call_share=float(weights @ calls_),
+        any_remote_share=float(any_remote.mean()),
+        predicted_latency_s=float(weights @ latency),
+        mean_bytes_per_token=float(weights @ sent),
+    )
+
+
+def _event_means(events: Events, remote: Floats, wait: Floats, away: Bools, holder: Ints) -> tuple[float, float, float]:
+    """Any-remote share, seconds waited and messages per token over events ``[T, L, K]``; tables are ``[L, E]``."""
+    layers = np.arange(events.shape[1])[None, :, None]
+    local = (1.0 - remote)[layers, events].prod(axis=2)
+    slowest = wait[layers, events].max(axis=2)
+    nodes = np.sort(np.where(away, holder, -1)[layers, events], axis=2)  # -1: served here, so no message
+    first = np.ones_like(nodes, dtype=bool)
+    first[:, :, 1:] = nodes[:, :, 1:] != nodes[:, :, :-1]
+    messages = (first & (nodes >= 0)).sum(axis=(1, 2))
+    return float(1.0 - local.mean()), float(slowest.sum(axis=1).mean()), float(messages.mean())

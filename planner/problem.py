@@ -1,0 +1,226 @@
+"""The placement problem as arrays: everything that solvers, objective and feasibility know.
+
+Decides the axes, once for all: I ingresses, N nodes, P places, L layers, E experts, T tokens, K chosen experts,
+U links. A place is a tier of a node with room for experts. Calls start where the trunk of a layer runs, so demand
+and cost are counted from there: ``trunk_node`` is data. Must not know any solver, file or topology schema beyond
+`build_problem`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.capacity import expert_budget
+from planner.cost import call_bytes, call_seconds, find_paths, service_seconds
+from planner.demand import activation_share
+from schemas.model import ModelSpec
+from schemas.topology import TIERS, Tier, Topology
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Events = NDArray[np.int16]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One placement problem.
+
+    Attributes
+    ----------
+    expert_bytes, call_bytes
+        Bytes of one expert; bytes of one remote call, both directions.
+    place_node, place_tier
+        Node and tier (index into ``TIERS``) of each place, int64 ``[P]``, ordered by node, then fastest tier first.
+    capacity_bytes
+        Room for experts, int64 ``[P]``.
+    cost_s
+        Seconds that a call from node n to a replica at place p adds to a token, float64 ``[N, P]``.
+    service_s
+        Seconds of the holder's compute per evaluation, float64 ``[P]``.
+    transfer_s
+        Seconds to bring one expert from one node to another, float64 ``[N, N]``.
+    compute_limit
+        Highest utilisation of a node's compute, float64 ``[N]``.
+    link_ends, link_limit
+        Nodes of each link, int64 ``[U, 2]``; bytes/s that calls may put on it, float64 ``[U]``.
+    hop_caller, hop_holder, hop_link
+        One row per link on the path from caller to holder, int64 ``[H]``.
+    ingress_node, tokens_per_s
+        Node, int64 ``[I]``, and token rate, float64 ``[I]``, of each ingress.
+    share
+        Share of an ingress's tokens that activate an expert, float64 ``[I, L, E]``.
+    trunk_node
+        Node that runs the trunk of a layer for tokens of an ingress, int64 ``[I, L]``.
+    required
+        Nodes that must hold each expert.
+    pinned, banned
+        Experts that a node must, must not hold, bool ``[N, L, E]``.
+    events
+        Recorded choices of each ingress's workload, int16 ``[T, L, K]`` each.
+    trunk_bytes, kv_bytes
+        Memory already taken from each node, int64 ``[N]``.
+    """
+
+    node_ids: tuple[str, ...]
+    layers: int
+    experts: int
+    top_k: int
+    expert_bytes: int
+    call_bytes: int
+    place_node: Ints
+    place_tier: Ints
+    capacity_bytes: Ints
+    cost_s: Floats
+    service_s: Floats
+    transfer_s: Floats
+    compute_limit: Floats
+    link_ends: Ints
+    link_limit: Floats
+    hop_caller: Ints
+    hop_holder: Ints
+    hop_link: Ints
+    ingress_node: Ints
+    tokens_per_s: Floats
+    share: Floats
+    trunk_node: Ints
+    required: int
+    pinned: Bools
+    banned: Bools
+    events: tuple[Events, ...]
+    trunk_bytes: Ints
+    kv_bytes: Ints
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return len(self.node_ids)
+
+    @property
+    def num_places(self) -> int:
+        """P."""
+        return len(self.place_node)
+
+    @cached_property
+    def slots(self) -> Ints:
+        """Experts that fit into each place, int64 ``[P]``."""
+        return self.capacity_bytes // self.expert_bytes
+
+    @cached_property
+    def node_slots(self) -> Ints:
+        """Different experts that a node can hold over all of its tiers, int64 ``[N]``."""
+        total = np.bincount(self.place_node, weights=self.slots, minlength=self.num_nodes).astype(np.int64)
+        return np.minimum(total, self.layers * self.experts)
+
+    @cached_property
+    def allowed(self) -> Bools:
+        """Whether an expert may be kept at a place, bool ``[P, L, E]``."""
+        return ~self.banned[self.place_node] & (self.slots > 0)[:, None, None]
+
+    @cached_property
+    def demand(self) -> Floats:
+        """Evaluations per second that tokens of an ingress ask for, float64 ``[I, L, E]``."""
+        return self.tokens_per_s[:, None, None] * self.share
+
+    @cached_property
+    def caller_demand(self) -> Floats:
+        """Evaluations per second that a node's trunk asks for, float64 ``[N, L, E]``."""
+        total = np.zeros((self.num_nodes, self.layers, self.experts))
+        for nodes, demand in zip(self.trunk_node, self.demand, strict=True):
+            np.add.at(total, (nodes, np.arange(self.layers)), demand)
+        return total
+
+    def held(self, placed: Bools) -> Bools:
+        """Whether a node holds an expert in any tier, bool ``[N, L, E]``, from places ``[P, L, E]``."""
+        nodes = np.zeros((self.num_nodes, self.layers, self.experts), dtype=bool)
+        for place, node in enumerate(self.place_node):
+            nodes[node] |= placed[place]
+        return nodes
+
+    def place_name(self, place: int) -> str:
+        """Name a place as a reader does: ``press (host)``."""
+        return f"{self.node_ids[self.place_node[place]]} ({self.tier(place)})"
+
+    def tier(self, place: int) -> Tier:
+        """Tier of a place."""
+        return TIERS[int(self.place_tier[place])]
+
+    def link_name(self, link: int) -> str:
+        """Name a link by its two nodes."""
+        first, second = self.link_ends[link]
+        return f"{self.node_ids[first]} - {self.node_ids[second]}"
+
+    def judged_on(self, events: Sequence[Events]) -> "Problem":
+        """Return the same cluster with the demand of other events, one array per ingress."""
+        share = np.stack([activation_share(chosen, self.experts) for chosen in events])
+        return replace(self, share=share, events=tuple(events))
+
+
+def build_problem(
+    topology: Topology, model: ModelSpec, events: Sequence[Events], shares: Sequence[Floats] | None = None
+) -> Problem:
+    """Turn a topology and recorded choices into arrays.
+
+    Parameters
+    ----------
+    model
+        As held in the topology's dtype.
+    events
+        Chosen experts ``[T, L, K]`` of each ingress, in the order of the topology's nodes.
+    shares
+        Activation share ``[L, E]`` of each ingress where something newer than `events` is known.
+
+    Raises
+    ------
+    InfeasibleProblem
+        Where trunk and KV cache do not fit.
+    """
+    budget = expert_budget(topology, model)
+    paths = find_paths(topology)
+    ingress = np.array([n for n, node in enumerate(topology.nodes) if node.ingress], dtype=np.int64)
+    place_node, place_tier = (axis.astype(np.int64) for axis in np.nonzero(budget.expert_bytes > 0))
+    index = {node.id: position for position, node in enumerate(topology.nodes)}
+    pinned, banned = _pins(topology, model, index)
+    if shares is None:
+        shares = [activation_share(chosen, model.experts) for chosen in events]
+    return Problem(
+        node_ids=tuple(index),
+        layers=model.layers,
+        experts=model.experts,
+        top_k=model.top_k,
+        expert_bytes=model.expert_bytes,
+        call_bytes=call_bytes(model),
+        place_node=place_node,
+        place_tier=place_tier,
+        capacity_bytes=budget.expert_bytes[place_node, place_tier],
+        cost_s=call_seconds(topology, model, paths)[:, place_node, place_tier],
+        service_s=service_seconds(topology, model)[place_node, place_tier],
+        transfer_s=paths.latency_s + model.expert_bytes / paths.bandwidth,
+        compute_limit=np.full(len(index), topology.limits.compute),
+        link_ends=paths.link_ends,
+        link_limit=np.array([link.bandwidth * topology.limits.link for link in topology.links], dtype=np.float64),
+        hop_caller=paths.hop_caller,
+        hop_holder=paths.hop_holder,
+        hop_link=paths.hop_link,
+        ingress_node=ingress,
+        tokens_per_s=np.array([node.ingress.tokens_per_s for node in topology.nodes if node.ingress]),
+        share=np.stack(shares),
+        trunk_node=np.tile(ingress[:, None], (1, model.layers)),
+        required=topology.replicas.required,
+        pinned=pinned,
+        banned=banned,
+        events=tuple(events),
+        trunk_bytes=budget.trunk_bytes,
+        kv_bytes=budget.kv_bytes,
+    )
+
+
+def _pins(topology: Topology, model: ModelSpec, index: dict[str, int]) -> tuple[Bools, Bools]:
+    pinned = np.zeros((len(index), model.layers, model.experts), dtype=bool)
+    banned = np.zeros_like(pinned)
+    for pin in topology.pins:
+        (banned if pin.ban else pinned)[index[pin.node], pin.layer, pin.expert] = True
+    return pinned, banned
