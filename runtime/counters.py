@@ -6,6 +6,7 @@ who reads them. Times are seconds.
 
 import threading
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,7 @@ class Counts:
     trunk_s: float = 0.0
     local_s: float = 0.0
     wait_s: float = 0.0
+    _chosen: list[NDArray[np.integer[Any]]] = field(default_factory=list)
 
     @property
     def hit_rate(self) -> float | None:
@@ -65,20 +67,24 @@ class Counts:
         return self.remote_events / self.events if self.events else None
 
     def count_layer(
-        self, layer: int, expert: NDArray[np.intp], *, tokens: int, remote_rows: int, remote_tokens: int
+        self, layer: int, expert: NDArray[np.integer[Any]], *, tokens: int, remote_rows: int, remote_tokens: int
     ) -> None:
         """Count one layer of a forward; `expert` [R] names the expert of each row. Modifies."""
-        if tokens == 1:
-            self.routed[layer, expert] += 1  # a token's experts differ
-        else:
-            self.routed[layer] += np.bincount(expert, minlength=self.routed.shape[1])
+        self._chosen.append(expert + layer * self.routed.shape[1])
         self.events += tokens
         self.remote_events += remote_tokens
         self.rows += len(expert)
         self.remote_rows += remote_rows
 
+    def settle(self) -> None:
+        """Bring `routed` up to date: layers only note what was chosen, since counting at once is cheaper. Modifies."""
+        if self._chosen:
+            flat = np.bincount(np.concatenate(self._chosen), minlength=self.routed.size)
+            self.routed += flat.reshape(self.routed.shape)
+            self._chosen.clear()
+
     def add(self, other: "Counts") -> None:
-        """Add other sums to these. Modifies."""
+        """Add other sums, which are settled, to these. Modifies."""
         self.routed += other.routed
         for tier, rows in other.tier_rows.items():
             self.tier_rows[tier] = self.tier_rows.get(tier, 0) + rows
@@ -106,10 +112,13 @@ class Counters:
 
     def add(self, counts: Counts) -> None:
         """Add the sums of a step that ended. Modifies."""
+        counts.settle()
         with self._lock:
             self._total.add(counts)
 
     def snapshot(self) -> Counts:
         """Return a copy of the sums so far. Does not modify."""
         with self._lock:
-            return replace(self._total, routed=self._total.routed.copy(), tier_rows=dict(self._total.tier_rows))
+            return replace(
+                self._total, routed=self._total.routed.copy(), tier_rows=dict(self._total.tier_rows), _chosen=[]
+            )

@@ -6,7 +6,7 @@ eager experts would compute them → calls through the port → local rows meanw
 
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
-from runtime.experts import Combine, ExpertCall, execute_call
+from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
 from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
 
@@ -45,19 +45,11 @@ class NoCaller:
         raise CallFailed(call.layer, tuple(sorted(set(call.expert.tolist()))), call.holder, "this node has no peers")
 
 
-class _Rows(NamedTuple):
-    """The router's choice as rows, sorted by expert, then position in the top k, then token."""
-
-    token: NDArray[np.intp]  # [R]
-    expert: NDArray[np.intp]  # [R]
-    weight: torch.Tensor  # [R] float32
-
-
 class _Sent(NamedTuple):
     call: ExpertCall
     pending: PendingCall
     rows: NDArray[np.intp]  # which of the forward's rows
-    token: NDArray[np.intp]  # [T'] which of the forward's tokens
+    token: NDArray[np.integer[Any]]  # [T'] which of the forward's tokens
 
 
 @dataclass
@@ -101,16 +93,17 @@ class Dispatcher:
         rows = _sorted_rows(top_k_index, top_k_weights)
         tables = self.routing.tables
         holder = tables[(self.turn + layer) % len(tables), layer, rows.expert]
-        if (holder < LOCAL).any():
+        if not self.routing.is_complete and (holder < LOCAL).any():
             missing = int(rows.expert[holder < LOCAL][0])
             raise ExpertUnavailable(layer, missing, f"any node in epoch {self.routing.epoch}")
-        sent = self._begin(layer, hidden, rows, holder) if holder.any() else []
+        local = self.routing.is_local or not holder.any()
+        sent = [] if local else self._begin(layer, hidden, rows, holder)
         self._count(layer, rows, holder, sent, tokens=hidden.shape[0])
         combined = self._combine(layer, hidden, rows, holder, sent)
         self.spent_s += perf_counter() - began
         return combined
 
-    def _begin(self, layer: int, hidden: torch.Tensor, rows: _Rows, holder: NDArray[np.int32]) -> list[_Sent]:
+    def _begin(self, layer: int, hidden: torch.Tensor, rows: Rows, holder: NDArray[np.int32]) -> list[_Sent]:
         """Begin one call per holder, in holder order."""
         sent = []
         for index in np.unique(holder[holder > LOCAL]):
@@ -121,8 +114,8 @@ class Dispatcher:
         return sent
 
     def _call(
-        self, layer: int, holder: str, hidden: torch.Tensor, rows: _Rows, mine: NDArray[np.intp]
-    ) -> tuple[ExpertCall, NDArray[np.intp]]:
+        self, layer: int, holder: str, hidden: torch.Tensor, rows: Rows, mine: NDArray[np.intp]
+    ) -> tuple[ExpertCall, NDArray[np.integer[Any]]]:
         """Make the call for rows `mine`, with just the tokens they need."""
         token, position = rows.token[mine], rows.token[mine]
         if hidden.shape[0] > 1:
@@ -142,7 +135,7 @@ class Dispatcher:
         )
         return call, token
 
-    def _count(self, layer: int, rows: _Rows, holder: NDArray[np.int32], sent: list[_Sent], *, tokens: int) -> None:
+    def _count(self, layer: int, rows: Rows, holder: NDArray[np.int32], sent: list[_Sent], *, tokens: int) -> None:
         remote_rows = remote_tokens = 0
         if sent:
             remote_rows = sum(len(each.rows) for each in sent)
@@ -152,7 +145,7 @@ class Dispatcher:
         self.counts.local_calls += remote_rows < len(rows.expert)
 
     def _combine(
-        self, layer: int, hidden: torch.Tensor, rows: _Rows, holder: NDArray[np.int32], sent: list[_Sent]
+        self, layer: int, hidden: torch.Tensor, rows: Rows, holder: NDArray[np.int32], sent: list[_Sent]
     ) -> torch.Tensor:
         """Run the local rows, take the answers, add everything up."""
         mine = np.flatnonzero(holder == LOCAL) if sent else None  # None: all rows
@@ -177,24 +170,17 @@ class Dispatcher:
         return torch.zeros_like(hidden).index_add_(0, torch.from_numpy(rows.token), ordered)
 
     def _run_local(
-        self, layer: int, hidden: torch.Tensor, rows: _Rows, mine: NDArray[np.intp] | None
+        self, layer: int, hidden: torch.Tensor, rows: Rows, mine: NDArray[np.intp] | None
     ) -> torch.Tensor | None:
         """Compute rows `mine` (all if None) here; None where there are none."""
         if mine is not None and not len(mine):
             return None
         began = perf_counter()
-        every = mine is None
-        call = ExpertCall(
-            holder="",
-            epoch=self.routing.epoch,
-            layer=layer,
-            combine=self.combine,
-            hidden=hidden,
-            token=rows.token if every else rows.token[mine],  # type: ignore[arg-type]
-            expert=rows.expert if every else rows.expert[mine],  # type: ignore[arg-type]
-            weight=rows.weight if mine is None else rows.weight[torch.from_numpy(mine)],
+        if mine is not None:
+            rows = Rows(rows.token[mine], rows.expert[mine], rows.weight[torch.from_numpy(mine)])
+        answer = compute_rows(
+            self.residency, layer, rows, hidden, combine=self.combine, tier_rows=self.counts.tier_rows
         )
-        answer = execute_call(self.residency, call, tier_rows=self.counts.tier_rows)
         self.counts.local_s += perf_counter() - began
         return answer
 
@@ -209,10 +195,12 @@ class Dispatcher:
         return answer.to(call.hidden.device)
 
 
-def _sorted_rows(top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> _Rows:
+def _sorted_rows(top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Rows:
     """Sort [T, K] choices into rows: by expert, then position in the top k, then token, as eager experts do."""
     num_tokens = top_k_index.shape[0]
-    chosen = top_k_index.t().reshape(-1).cpu().numpy()  # [K * T], position by position
+    if num_tokens > 1:
+        top_k_index, top_k_weights = top_k_index.t(), top_k_weights.t()
+    chosen = top_k_index.reshape(-1).cpu().numpy()  # [K * T], position by position
     order = chosen.argsort(kind="stable")
-    weight = top_k_weights.t().reshape(-1)[torch.from_numpy(order)].float()
-    return _Rows(order % num_tokens, chosen[order], weight)
+    weight = top_k_weights.reshape(-1)[torch.from_numpy(order)].float()
+    return Rows(order % num_tokens, chosen[order], weight)

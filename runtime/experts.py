@@ -5,9 +5,10 @@ Flow: `ExpertCall` → weights borrowed → one matrix product per expert over i
 Must not know who called, nor which node it runs on.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ from schemas.topology import Tier
 Combine = Literal["partial", "ordered"]
 ExpertMath = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
 """(weights, x [n, D]) -> [n, D], not yet weighted."""
+
+
+class Rows(NamedTuple):
+    """(token, expert) pairs to compute, in the order that `ExpertCall` tells."""
+
+    token: NDArray[np.integer[Any]]  # [R]
+    expert: NDArray[np.integer[Any]]  # [R]
+    weight: torch.Tensor  # [R] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,41 +102,48 @@ def execute_call(residency: Residency, call: ExpertCall, *, tier_rows: TierRows 
     ExpertUnavailable
         One of the experts is not held here.
     """
+    return compute_rows(
+        residency,
+        call.layer,
+        Rows(call.token, call.expert, call.weight),
+        call.hidden,
+        combine=call.combine,
+        tier_rows=tier_rows,
+    )
+
+
+def compute_rows(
+    residency: Residency,
+    layer: int,
+    rows: Rows,
+    hidden: torch.Tensor,
+    *,
+    combine: Combine,
+    tier_rows: TierRows | None = None,
+) -> torch.Tensor:
+    """Compute rows of one layer from the replicas held here, as `execute_call` does; hidden is [T, D]."""
     math = expert_math(residency.layout.form)
-    bounds = _group_bounds(call.expert)
-    experts = [int(call.expert[start]) for start in bounds[:-1]]
-    with torch.inference_mode(), residency.borrow(call.layer, experts) as borrowed:
+    bounds = _group_bounds(rows.expert)
+    experts = rows.expert[bounds[:-1]].tolist()
+    with torch.inference_mode(), residency.borrow(layer, experts) as borrowed:
         if tier_rows is not None:
             _count_tiers(tier_rows, borrowed, bounds)
-        weight = call.weight.unsqueeze(1)
-        if call.hidden.shape[0] == 1:
-            rows = [
-                math(lent.weights, call.hidden) * weight[row : row + 1] for row, lent in enumerate(borrowed)
-            ]  # one token: a row per expert, nothing to gather
-            return _finish_one(rows, call)
-        token = torch.from_numpy(call.token)
+        weight = rows.weight.unsqueeze(1)
+        if hidden.shape[0] == 1:  # a row per expert, nothing to gather
+            weighted = [math(lent.weights, hidden) * weight[row : row + 1] for row, lent in enumerate(borrowed)]
+            if combine == "partial":
+                return functools.reduce(torch.add, weighted).float()
+            return torch.cat(weighted).to(hidden.dtype)
+        token = torch.from_numpy(rows.token).to(hidden.device)
         groups = zip(bounds[:-1], bounds[1:], borrowed, strict=True)
-        rows = [math(lent.weights, call.hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
-        return _finish(rows, token, call)
+        weighted = [math(lent.weights, hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
+        if combine == "ordered":
+            return torch.cat(weighted).to(hidden.dtype)
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        return total.index_add_(0, token, torch.cat(weighted).float())
 
 
-def _finish_one(rows: list[torch.Tensor], call: ExpertCall) -> torch.Tensor:
-    if call.combine == "ordered":
-        return torch.cat(rows).to(call.hidden.dtype)
-    total = rows[0].float()
-    for row in rows[1:]:
-        total = total + row
-    return total
-
-
-def _finish(rows: list[torch.Tensor], token: torch.Tensor, call: ExpertCall) -> torch.Tensor:
-    if call.combine == "ordered":
-        return torch.cat(rows).to(call.hidden.dtype)
-    total = torch.zeros(call.answer_shape, dtype=torch.float32, device=call.hidden.device)
-    return total.index_add_(0, token.to(total.device), torch.cat(rows).float())
-
-
-def _group_bounds(expert: NDArray[np.int32]) -> list[int]:
+def _group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:
     """Return where the rows of each expert start, and the end.
 
     >>> _group_bounds(np.array([3, 3, 5], dtype=np.int32))

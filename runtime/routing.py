@@ -7,6 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -36,6 +37,16 @@ class Routing:
     epoch: int
     holders: tuple[str, ...]
     tables: NDArray[np.int32]
+
+    @cached_property
+    def is_complete(self) -> bool:
+        """Whether every expert is held by somebody."""
+        return bool((self.tables != NOBODY).all())
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether every expert is held here."""
+        return bool((self.tables == LOCAL).all())
 
     @classmethod
     def build(
