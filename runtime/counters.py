@@ -49,7 +49,7 @@ class Counts:
     trunk_s: float = 0.0
     local_s: float = 0.0
     wait_s: float = 0.0
-    _chosen: list[NDArray[np.integer[Any]]] = field(default_factory=list)
+    _chosen: list[NDArray[np.integer[Any]]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def hit_rate(self) -> float | None:

@@ -1,0 +1,136 @@
+"""Stores: records equal the checkpoint's weights, bad input is refused, nothing is left half-written."""
+
+import errno
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runtime import store as store_module
+from runtime.errors import DiskFull, InvalidInput, InvalidStore
+from runtime.loading import torch_dtype
+from runtime.store import Store, layout_of, prepare_store
+from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
+from schemas.store import RECORDS_NAME
+from tests.families import make_checkpoint
+
+
+def tensors_of(store, key):
+    record = store.by_key[key]
+    data = np.frombuffer(store.read(record.sha256), dtype=np.uint8).copy()
+    elements = torch.from_numpy(data).view(torch_dtype(store.manifest.dtype))
+    starts = [part.offset // elements.element_size() for part in store.manifest.layout.parts]
+    return {
+        part.name: elements[start : start + part.elements].view(part.shape)
+        for start, part in zip(starts, store.manifest.layout.parts, strict=True)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["checkpoint", "float32", "float16", "bfloat16"])
+def test_records_hold_the_weights_of_each_expert(checkpoint, tmp_path, dtype):
+    seen = []
+    prepare_store(
+        checkpoint("mixtral"), tmp_path / "s", dtype=dtype, progress=lambda done, total: seen.append((done, total))
+    )
+    store, weights = Store.open(tmp_path / "s"), load_file(checkpoint("mixtral") / "model.safetensors")
+    assert seen == [(n, 32) for n in range(1, 33)]
+    held = torch_dtype(store.manifest.dtype)
+    assert store.manifest.model.expert_bytes == 3 * 64 * 32 * held.itemsize
+    prefix = "model.layers.2.block_sparse_moe.experts.5."
+    gate, up, down = (weights[f"{prefix}{name}.weight"].to(held) for name in ("w1", "w3", "w2"))
+    found = tensors_of(store, (2, 5))
+    assert torch.equal(found["gate_up_proj"], torch.cat([gate, up]))
+    assert torch.equal(found["down_proj"], down)
+
+
+def test_gpt_oss_records_keep_its_own_layout(checkpoint, store):
+    weights = load_file(checkpoint("gpt_oss") / "model.safetensors")
+    found = tensors_of(store("gpt_oss"), (1, 3))
+    assert found.keys() == {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, weights[f"model.layers.1.mlp.experts.{name}"][3])
+
+
+def test_records_are_aligned_and_named_by_content(store):
+    opened = store("deepseek_v3")
+    assert opened.manifest.model.moe_layer_indices == (1, 2, 3)  # the first layer is dense
+    for record in opened.manifest.records:
+        assert record.offset % 4096 == 0
+        assert hashlib.sha256(opened.read(record.sha256)).hexdigest() == record.sha256
+    first = opened.manifest.records[0]
+    assert opened.read(first.sha256, 100, 50) == opened.read(first.sha256)[100:150]
+    with pytest.raises(InvalidInput, match="leave its"):
+        opened.read(first.sha256, first.bytes, 1)
+
+
+def test_layout_equals_the_manifests(checkpoint, store):
+    for family in ("olmoe", "gpt_oss"):
+        assert layout_of(read_checkpoint(checkpoint(family)), "float32") == store(family).manifest.layout
+
+
+def left(path):
+    return sorted(child.name for child in path.iterdir())
+
+
+def test_existing_store_is_not_overwritten(checkpoint, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "mine").touch()
+    with pytest.raises(InvalidInput, match="exists already"):
+        prepare_store(checkpoint("olmoe"), tmp_path / "s")
+    assert left(tmp_path / "s") == ["mine"]
+
+
+def test_disk_too_small_is_told_before_writing(checkpoint, tmp_path, monkeypatch):
+    small = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: small)
+    with pytest.raises(DiskFull, match="1000 B free") as caught:
+        prepare_store(checkpoint("olmoe"), tmp_path / "s")
+    assert caught.value.free == 1000
+    assert left(tmp_path) == []
+
+
+def test_disk_full_while_writing_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module.os, "fsync", full)
+    with pytest.raises(DiskFull):
+        prepare_store(checkpoint("olmoe"), tmp_path / "s")
+    assert left(tmp_path) == []
+
+
+def test_truncated_checkpoint_is_refused(tmp_path):
+    model = make_checkpoint("olmoe", tmp_path / "model", layers=1)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InvalidCheckpoint, match="truncated"):
+        prepare_store(model, tmp_path / "s")
+    assert left(tmp_path) == ["model"]
+
+
+def test_unsupported_family_is_refused(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path / "model")
+    with pytest.raises(InvalidCheckpoint, match="'llama' is not supported"):
+        prepare_store(tmp_path / "model", tmp_path / "s")
+    assert left(tmp_path) == ["model"]
+
+
+def test_damaged_stores_are_refused(store, tmp_path):
+    with pytest.raises(InvalidStore, match="not a usable store"):
+        Store.open(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(store("olmoe").path, copy)
+    with (copy / RECORDS_NAME).open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(InvalidStore, match="truncated: 1000 bytes"):
+        Store.open(copy)
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"expert": 1,', '"expert": 2,', 1))
+    with pytest.raises(InvalidStore, match="every one of 4 × 8 experts"):
+        Store.open(copy)
