@@ -314,9 +314,12 @@ class AgentMachine:
         return (*state.kept, *newer)
 
 
-def wanted_replicas(assignments: Iterable[Assignment]) -> dict[tuple[int, int], AssignedReplica]:
-    """Return what must be here by (layer, expert); where two epochs differ in the tier, the newer decides."""
-    return {(r.record.layer, r.record.expert): r for a in assignments for r in a.replicas}
+Held = tuple[int, int, Tier]
+
+
+def wanted_replicas(assignments: Iterable[Assignment]) -> dict[Held, AssignedReplica]:
+    """Return what must be here by (layer, expert, tier); an expert may be in two tiers while an epoch changes."""
+    return {(r.record.layer, r.record.expert, r.tier): r for a in assignments for r in a.replicas}
 
 
 def over_budget(assignments: Iterable[Assignment], budget: Budget) -> str:

@@ -41,6 +41,8 @@ class Settings(FrozenModel):
         As in the topology. Trunk and KV cache at an ingress are taken from `memory` too.
     threads
         Threads that torch may use in one operation.
+    call_timeout_s, absence_timeout_s
+        How long an expert call may take, and how long a holder without a replica elsewhere may be away.
     """
 
     node: NodeId
@@ -54,7 +56,8 @@ class Settings(FrozenModel):
     context: Context = Context()
     dtype: HeldDtype = "checkpoint"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    absence_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
 
 
 def load_settings(path: Path) -> Settings:

@@ -5,6 +5,7 @@ Must not know what is sent.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import zmq
 
@@ -14,6 +15,7 @@ from schemas.wire import DEALER_OPTIONS, ROUTER_OPTIONS, Plane, plane_options
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
+Buffer = Any  # bytes, memoryview or NumPy array: there is no common type for them before Python 3.12
 
 
 def make_socket(context: Context, kind: int, plane: Plane, *, frame_bytes: int = 0, identity: bytes = b"") -> Socket:
@@ -45,6 +47,11 @@ def bind(socket: Socket, address: Address, what: str) -> int:
 def connect(socket: Socket, host: str, port: int) -> None:
     """Connect to a peer, which need not be there yet."""
     socket.connect(Address(host, port).endpoint)
+
+
+def is_connected(dealer: Socket) -> bool:
+    """Whether a peer is there: with IMMEDIATE set, a DEALER without one takes nothing."""
+    return bool(int(dealer.get(zmq.EVENTS)) & zmq.POLLOUT)
 
 
 def inproc_pair(context: Context, name: str) -> tuple[Socket, Callable[[], Socket]]:

@@ -14,6 +14,8 @@ from typing import Any
 import click
 
 from planner.compare import compare_strategies, held_out
+from planner.control.cli import COMMANDS
+from planner.control.cli import COMMANDS as CONTROL_COMMANDS
 from planner.errors import InfeasibleProblem, PlannerError
 from planner.inputs import load_inputs
 from planner.objective import OBJECTIVES
@@ -288,6 +290,10 @@ def schema(name: str) -> None:
     _print_json(SCHEMAS[name].model_json_schema())
 
 
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
 def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
 
@@ -295,6 +301,10 @@ def _print_json(document: Any) -> None:
 def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         click.echo(line)
+
+
+for _command in CONTROL_COMMANDS:
+    cli.add_command(_command)
 
 
 def main() -> None:

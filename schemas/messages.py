@@ -98,14 +98,15 @@ class Served(FrozenModel):
 
     Attributes
     ----------
-    local_rows, disk_rows, remote_rows
-        Rows computed here from memory, here after a read from disk, and by another node.
+    device_rows, host_rows, disk_rows, remote_rows
+        Rows computed here from each tier, and by other nodes.
     calls, call_wait_s
         Expert calls made and the seconds their layers waited for them beyond local work.
     """
 
     tokens: Count = 0
-    local_rows: Count = 0
+    device_rows: Count = 0
+    host_rows: Count = 0
     disk_rows: Count = 0
     remote_rows: Count = 0
     substituted_rows: Count = 0
@@ -429,10 +430,11 @@ class Generated(FrozenModel):
 
 
 class Finished(FrozenModel):
-    """An answer is complete."""
+    """An answer is complete; `text` is what was held back as part of a character."""
 
     type: Literal["finished"] = "finished"
     request: str
+    text: str = ""
     reason: Literal["length", "stop"]
     prompt_tokens: Count
     tokens: Count

@@ -36,7 +36,7 @@ def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: floa
         )  # fmt: skip
     beat = view.heartbeat
     served = beat.served if beat else Served()
-    rows = served.local_rows + served.disk_rows + served.remote_rows
+    rows = served.device_rows + served.host_rows + served.disk_rows + served.remote_rows
     state = _state(view, now)
     return NodeStatus(
         id=node,
@@ -45,7 +45,7 @@ def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: floa
         experts=beat.held if beat else TierCounts(),
         memory_used=beat.used if beat else TierBytes(),
         memory_allowed=view.hello.memory,
-        hit_rate=served.local_rows / rows if rows else None,
+        hit_rate=served.device_rows / rows if rows else None,
         substitution_share=served.substituted_rows / rows if rows else None,
         remote_share=served.remote_rows / rows if rows else None,
         tokens_per_s=served.tokens_per_s if state != "away" else 0.0,

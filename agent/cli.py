@@ -1,0 +1,123 @@
+"""The `agent` command. Decides how it is spelled and how errors are told; everything else is elsewhere.
+
+Imports torch and transformers only in the commands that need them, so that `--help` and `generate` start fast.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from agent.offline import COMMANDS as OFFLINE_COMMANDS
+from schemas.checkpoint import InvalidCheckpoint
+from schemas.files import InvalidFile
+from schemas.outcome import ExitCode
+from schemas.topology import DEFAULT_COORDINATOR_PORT
+
+DEFAULT_COORDINATOR = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
+
+
+@click.group()
+@click.version_option(package_name="expertmesh", prog_name="agent")
+def cli() -> None:
+    """One node of an ExpertMesh: prepares weights, runs a node, generates text."""
+
+
+@cli.command()
+@click.option("--config", required=True, type=click.Path(path_type=Path), help="The agent's YAML file.")
+@click.option("--verbose", "-v", is_flag=True, help="Log every change.")
+def run(config: Path, verbose: bool) -> None:
+    """Run this node's agent until it is stopped."""
+    from agent.settings import load_settings
+
+    settings = load_settings(config)
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # read once, when torch is imported
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format=f"%(asctime)s {settings.node} %(message)s",
+        stream=sys.stderr,
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    from agent.node import Node
+
+    node = Node(settings, stop.is_set)
+    try:
+        node.run()
+    finally:
+        node.close()
+
+
+@cli.command()
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--node", required=True, help="Where the prompt enters: an ingress of the topology.")
+@click.option(
+    "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
+    metavar="HOST:PORT", help="Where planner serve listens.",
+)  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=1, max=1 << 20), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0, max=100), default=0.0, help="0, the default, is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0, max=(1 << 63) - 1), default=0, show_default=True)
+@click.option(
+    "--combine", type=click.Choice(["partial", "ordered"]), default="partial", show_default=True,
+    help="ordered is bit-equal to one node, and sends more.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+def generate(*, node: str, coordinator: str, as_json: bool, **wanted: Any) -> None:
+    """Generate text from the running cluster."""
+    from agent.client import Answer, stream
+
+    answer = Answer()
+    try:
+        for piece in stream(node, coordinator, answer, **wanted):
+            if not as_json:
+                click.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        click.echo("", err=True)
+        raise click.Abort from None
+    finally:
+        if not as_json and answer.tokens:
+            click.echo()
+    if as_json:
+        click.echo(json.dumps(answer.document()))
+
+
+for _command in OFFLINE_COMMANDS:
+    cli.add_command(_command)
+
+
+def main() -> NoReturn:
+    """Run the command; the one place where errors become a message and an exit code."""
+    try:
+        result = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(ExitCode.FAILED)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        click.echo(f"agent: {error}", err=True)
+        sys.exit(code)
+    sys.exit(result if isinstance(result, int) else ExitCode.DONE)
+
+
+def _exit_code(error: Exception) -> ExitCode | None:
+    """Return the code of a domain error; None for anything unforeseen."""
+    if isinstance(error, InvalidFile | InvalidCheckpoint):
+        return ExitCode.INVALID
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, ExitCode) else None

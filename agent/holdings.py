@@ -1,0 +1,193 @@
+"""What weights a node has: replicas in their tiers, backing copies on disk, and (where there is one) a store.
+
+Decides where a record is looked for first, and how much disk backing copies may take: what the disk budget leaves
+beside replicas of the disk tier, so that a restart need not pull again. Only replicas are ever executed. Whatever is
+read is checked against its sha256 before it is used. Must not know sockets or epochs.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from agent.errors import CannotPrepare
+from agent.machine import Held
+from runtime.errors import ExpertUnavailable, RuntimeFault
+from runtime.slots import Key, Record, Residency
+from runtime.store import Store
+from schemas.messages import AssignedReplica
+from schemas.outcome import ExitCode
+from schemas.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+_BACKED: Final = ("device", "host")  # a replica of the disk tier is its own copy
+
+
+class Holdings:
+    """The weights of one node. Thread-safe: one thread changes them, others read.
+
+    Parameters
+    ----------
+    data
+        ``records`` below it belongs to the disk tier (`residency`), ``backing`` to this class.
+    disk_budget
+        Bytes that both together may take.
+    """
+
+    def __init__(self, residency: Residency, store: Store | None, data: Path, *, disk_budget: int) -> None:
+        self.residency = residency
+        self.store = store
+        self._records = data / "records"
+        self._backing = data / "backing"
+        self._disk_budget = disk_budget
+        self._lock = threading.Lock()
+        self._keys: dict[str, Key] = {}
+        self._sizes: dict[str, int] = {}
+        self._backed: dict[str, int] = {}
+
+    def open(self, known: Mapping[Held, AssignedReplica]) -> None:
+        """Make the directories, and remove every file that is none of the `known` replicas' records. Modifies."""
+        names = {replica.record.sha256 for replica in known.values()}
+        for directory in (self._records, self._backing):
+            directory.mkdir(parents=True, exist_ok=True)
+            for file in directory.iterdir():
+                if file.name not in names:
+                    file.unlink()
+        self._backed = {file.name: file.stat().st_size for file in self._backing.iterdir()}
+
+    def missing(self, wanted: Mapping[Held, AssignedReplica]) -> list[AssignedReplica]:
+        """Return the wanted replicas that are not in their tier. Does not modify."""
+        held = {(*key, tier) for tier, keys in self.residency.held().items() for key in keys}
+        return [replica for place, replica in sorted(wanted.items()) if place not in held]
+
+    def require_room(self, wanted: Mapping[Held, AssignedReplica], missing: Iterable[AssignedReplica]) -> None:
+        """Raise `CannotPrepare` if the disk lacks room for missing records of its tier. May drop backing copies."""
+        for_disk = {r.record.sha256: r.record.bytes for r in wanted.values() if r.tier == "disk"}
+        self._trim(max(0, self._disk_budget - sum(for_disk.values())))
+        needed = sum({r.record.sha256: r.record.bytes for r in missing if r.tier == "disk"}.values())
+        free = shutil.disk_usage(self._records).free
+        if needed > free:
+            raise CannotPrepare(
+                f"{self._records}: the disk is full: records need {format_bytes(needed)}, {format_bytes(free)} are "
+                "free; free some space there and apply again",
+                ExitCode.INFEASIBLE,
+            )
+
+    def find(self, replica: AssignedReplica) -> Record | None:
+        """Return a record that is here already, verified; damaged files are removed."""
+        name = replica.record.sha256
+        for file in (self._records / name, self._backing / name):
+            data = _read_file(file)
+            if data is not None and _is_intact(data, name):
+                return data
+            if data is not None:
+                log.warning("%s is damaged; it is fetched again", file)
+                file.unlink(missing_ok=True)
+                self._backed.pop(name, None)
+        key = (replica.record.layer, replica.record.expert)
+        if self.residency.holds(key) and _is_intact(data := self.residency.record(key), name):
+            return data
+        if self.store is not None and name in self.store.by_sha256 and _is_intact(data := self.store.read(name), name):
+            return data
+        return None
+
+    def hold(self, replica: AssignedReplica, record: Record) -> None:
+        """Put a verified record into its tier, with a backing copy where there is room. Modifies."""
+        name, key = replica.record.sha256, (replica.record.layer, replica.record.expert)
+        self.residency.put(key, replica.tier, record)
+        with self._lock:
+            self._keys[name], self._sizes[name] = key, len(record)
+        if replica.tier in _BACKED:
+            self._back(name, record)
+
+    def keep(self, wanted: Mapping[Held, AssignedReplica]) -> None:
+        """Drop every replica and backing copy that is not wanted. Modifies."""
+        for tier, keys in self.residency.held().items():
+            for key in keys:
+                if (*key, tier) not in wanted:
+                    self.residency.drop(key, tier)
+        names = {replica.record.sha256 for replica in wanted.values()}
+        with self._lock:
+            for name in self._keys.keys() - names:
+                del self._keys[name], self._sizes[name]
+        for name in self._backed.keys() - names:
+            self._unback(name)
+
+    @property
+    def backing_bytes(self) -> int:
+        """Bytes of backing copies."""
+        return sum(self._backed.copy().values())
+
+    def size(self, sha256: str) -> int:
+        """Return a record's bytes for a peer; raises KeyError where it is not here."""
+        with self._lock:
+            found = self._sizes.get(sha256)
+        if found is None:
+            found = self._stored(sha256).by_sha256[sha256].bytes
+        return found
+
+    def read(self, sha256: str, offset: int, length: int) -> bytes:
+        """Return bytes of a record for a peer; raises KeyError where it is not here."""
+        with self._lock:
+            key = self._keys.get(sha256)
+        if key is None:
+            return self._stored(sha256).read(sha256, offset, length)
+        for directory in (self._backing, self._records):
+            try:
+                with (directory / sha256).open("rb") as stream:
+                    return os.pread(stream.fileno(), length, offset)
+            except FileNotFoundError:
+                continue
+        try:
+            return self.residency.record(key)[offset : offset + length]
+        except (ExpertUnavailable, RuntimeFault) as error:
+            raise KeyError(sha256) from error
+
+    def _stored(self, sha256: str) -> Store:
+        if self.store is None or sha256 not in self.store.by_sha256:
+            raise KeyError(sha256)
+        return self.store
+
+    def _back(self, name: str, record: Record) -> None:
+        """Write a backing copy, if budget and disk have room: without one a restart pulls again, no more."""
+        if name in self._backed:
+            return
+        used = self.residency.used()["disk"] + self.backing_bytes
+        free = shutil.disk_usage(self._backing).free
+        if used + len(record) > self._disk_budget or 2 * len(record) > free:
+            return
+        temporary = self._backing / f".{name}"
+        try:
+            temporary.write_bytes(record)
+            temporary.replace(self._backing / name)
+            self._backed[name] = len(record)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            log.warning("%s: no room for backing copies; a restart pulls from peers", self._backing)
+
+    def _trim(self, allowed: int) -> None:
+        while self._backed and self.backing_bytes > allowed:
+            self._unback(next(reversed(self._backed)))
+
+    def _unback(self, name: str) -> None:
+        (self._backing / name).unlink(missing_ok=True)
+        self._backed.pop(name, None)
+
+
+def _read_file(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _is_intact(record: Record, sha256: str) -> bool:
+    return hashlib.sha256(record).hexdigest() == sha256

@@ -1,0 +1,419 @@
+"""One node's daemon: performs what the machine decides, and owns all threads and sockets of the agent.
+
+Threads: this one (control plane, journal, machine) · expert server · weights server · clients and their workers ·
+one preparation at a time. They share values that are replaced whole (fence, routes, endpoints), and locks only where
+`runtime` has them. Decides nothing about epochs.
+
+Flow: message or finished work ──► event ──► `AgentMachine.handle` ──► persist, obtain, activate, keep ──► heartbeat.
+"""
+
+import logging
+import queue
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, assert_never
+
+import torch
+import zmq
+
+from agent import machine as m
+from agent.clients import ClientServer
+from agent.control import ControlLine
+from agent.errors import CoordinatorAbsent, Refused
+from agent.generation import Generator, Ingress
+from agent.holdings import Holdings
+from agent.journal import Journal
+from agent.peers import Patience, PeerCaller
+from agent.preparing import Preparation
+from agent.routes import EpochRoutes, epoch_routes
+from agent.serving import ExpertServer, Fence, Work
+from agent.settings import Settings
+from agent.transfer import WeightsServer
+from agent.transport import Context, bind, make_socket
+from runtime.counters import Counters
+from runtime.errors import InvalidStore
+from runtime.routing import EpochBoard, Routing
+from runtime.slots import Residency
+from runtime.store import Store, layout_of
+from schemas import messages as msg
+from schemas.activation import NodeCounts
+from schemas.address import Address
+from schemas.checkpoint import read_checkpoint
+from schemas.model import ModelSpec
+from schemas.outcome import ExitCode
+from schemas.topology import TIERS, Tier
+from schemas.wire import Limits
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S: Final = 0.5
+FIRST_CONTACT_S: Final = 8.0
+SWITCH_INTERVAL_S: Final = 0.0005  # how long a computing thread may keep another from answering
+_POLL_MS: Final = 50
+_RATE_S: Final = 5.0
+
+
+class Node:
+    """One agent. Making it binds its sockets; `run` serves until `stopped` says so; `close` leaves nothing behind."""
+
+    def __init__(self, settings: Settings, stopped: Callable[[], bool]) -> None:
+        self._settings = settings
+        self._is_over = False
+        self._stopped = lambda: self._is_over or stopped()
+        self._context: Context = zmq.Context()
+        self._threads: list[ExpertServer | WeightsServer | ClientServer] = []
+        self._journal: Journal | None = None
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        settings = self._settings
+        checkpoint = read_checkpoint(Path(settings.model))
+        self._spec: ModelSpec = checkpoint.model_spec.held_as(settings.dtype)
+        layout = layout_of(checkpoint, settings.dtype)
+        store = _open_store(settings, self._spec)
+        data = Path(settings.data)
+        self._journal = Journal(data / "agent.journal", settings.node)
+        memory = settings.memory
+        self._memory = msg.TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
+        kv_bytes = self._spec.kv_bytes(tokens=settings.context.tokens, sessions=settings.context.sessions)
+        trunk_tier: Tier = "device" if memory.device else "host"
+        budget = m.Budget(self._memory, trunk_tier, self._spec.trunk_bytes + kv_bytes)
+        self._kv_budget = kv_bytes
+        self._machine = m.AgentMachine(self._journal.state, budget)
+        budgets = {tier: getattr(self._memory, tier) for tier in TIERS}
+        self._residency = Residency(layout, budgets, data / "records")
+        self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk)
+        self._counters = Counters(self._spec.layers, self._spec.experts)
+        nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
+        self._board = EpochBoard(nothing)
+        self._routes = EpochRoutes(nothing, {}, frozenset())
+        self._ingress: Ingress | None = None
+        self._is_ingress = False
+        self._work = Work()
+        self._peers: Mapping[str, msg.Endpoints] = {}
+        self._events: queue.SimpleQueue[m.Obtained | m.NotObtained] = queue.SimpleQueue()
+        self._preparation: Preparation | None = None
+        self._incarnation = uuid.uuid4().hex
+        self._generation = ""
+        self._said_hello_at = 0.0
+        self._beat_at = 0.0
+        self._last_standing: msg.Standing | None = None
+        self._rate = _Rate()
+        self._bind(store is not None)
+
+    def _bind(self, has_store: bool) -> None:
+        """Bind all planes before any thread starts, so that a port in use ends the program cleanly."""
+        settings, spec = self._settings, self._spec
+        self._has_store = has_store
+        self._limits = Limits(
+            spec.layers, spec.experts, spec.top_k, spec.hidden_size, max(1024, settings.context.tokens)
+        )
+        router, ports, host = zmq.ROUTER, settings.ports, settings.address
+        expert = make_socket(self._context, router, "expert", frame_bytes=self._limits.call_bytes)
+        weights = make_socket(self._context, router, "weights")
+        client = make_socket(self._context, router, "control")
+        self._endpoints = msg.Endpoints(
+            address=host,
+            expert=bind(expert, Address(host, ports.expert), "expert calls"),
+            weights=bind(weights, Address(host, ports.weights), "weights"),
+            client=bind(client, Address(host, ports.client), "clients"),
+        )
+        self._threads = [
+            ExpertServer(expert, self._residency, self._limits, self._work, self._stopped),
+            WeightsServer(weights, self._holdings, self._stopped),
+            ClientServer(
+                self._context,
+                client,
+                workers=settings.context.sessions,
+                make_source=self._make_generator,
+                stopped=self._stopped,
+            ),
+        ]
+        self._line = ControlLine(self._context, settings.coordinator, settings.node)
+
+    def _make_generator(self) -> Generator:
+        caller = PeerCaller(
+            self._context,
+            endpoints=lambda: self._peers,
+            routes=lambda: self._routes,
+            residency=self._residency,
+            limits=self._limits,
+            patience=Patience(answer_s=self._settings.call_timeout_s, absence_s=self._settings.absence_timeout_s),
+        )
+        return Generator(caller, self._ready_ingress, self._why_not)
+
+    def run(self) -> None:
+        """Serve until stopped."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        torch.set_num_threads(self._settings.threads)
+        state = self._machine.state
+        known = (*state.kept, *(a for a in (state.active, state.pending) if a is not None))
+        self._holdings.open(m.wanted_replicas(known))
+        for thread in self._threads:
+            thread.start()
+        self._handle(m.Started())
+        began = time.monotonic()
+        while not self._stopped():
+            for message in self._line.receive(_POLL_MS):
+                self._take(message)
+            while not self._events.empty():
+                self._handle(self._events.get())
+            self._speak()
+            if not self._generation and state.active is None and time.monotonic() - began > FIRST_CONTACT_S:
+                raise CoordinatorAbsent(
+                    f"no coordinator answers at {self._settings.coordinator}; start it with planner serve TOPOLOGY, "
+                    "or correct coordinator in the config"
+                )
+
+    def close(self) -> None:
+        """Stop every thread and close every socket."""
+        self._is_over = True
+        preparation = getattr(self, "_preparation", None)
+        if preparation is not None:
+            preparation.stop()
+            preparation.join()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        self._context.destroy(linger=0)
+        if self._journal is not None:
+            self._journal.close()
+
+    def _take(self, message: msg.Message) -> None:
+        match message:
+            case msg.Welcome(cluster=cluster, generation=generation):
+                log.info("welcome in cluster %s", cluster)
+                self._generation = generation
+            case msg.Unknown():
+                self._generation = ""
+                self._said_hello_at = 0.0
+            case msg.Peers(peers=peers):
+                self._peers = {peer.node: peer.endpoints for peer in peers}
+            case msg.Prepare(assignment=assignment):
+                self._handle(m.PrepareReceived(assignment))
+            case msg.Commit(epoch=epoch, plan=plan):
+                self._handle(m.CommitReceived(epoch, plan))
+            case msg.Retire(epoch=epoch):
+                self._handle(m.RetireReceived(epoch))
+            case msg.Abort(epoch=epoch, plan=plan):
+                self._handle(m.AbortReceived(epoch, plan))
+            case msg.CatalogueRequest():
+                self._send_catalogue()
+            case msg.CountsRequest():
+                self._send_counts()
+            case msg.Refusal(code=code, message=text):
+                self._refused(code, text)
+            case _:
+                log.warning("the coordinator sent a %s, which an agent does not take", message.type)
+
+    def _refused(self, code: ExitCode, text: str) -> None:
+        """End where the coordinator will not have this node; one that serves tokens goes on and says so."""
+        if self._machine.state.active is None:
+            raise Refused(f"the coordinator refused {self._settings.node}: {text}", code)
+        log.error("the coordinator refused this node: %s", text)
+
+    def _handle(self, event: m.Event) -> None:
+        """Let the machine decide, and do what it says in its order."""
+        for instruction in self._machine.handle(event):
+            try:
+                self._perform(instruction)
+            except sqlite3.OperationalError as error:
+                self._take_back(event, error)
+                return
+        self._set_fence()
+        self._speak()
+
+    def _take_back(self, event: m.Event, error: sqlite3.OperationalError) -> None:
+        """Refuse a preparation that cannot be journalled; anything else ends the process, which then starts over."""
+        if not isinstance(event, m.PrepareReceived) or self._journal is None:
+            raise error
+        assignment, text = event.assignment, f"{self._journal.path}: cannot be written: {error}; free some space there"
+        self._machine.state = self._journal.state
+        self._machine.fault = msg.PrepareFault(
+            epoch=assignment.epoch, plan=assignment.plan, code=ExitCode.INFEASIBLE, message=text
+        )
+        self._speak()
+
+    def _perform(self, instruction: m.Instruction) -> None:
+        match instruction:
+            case m.Persist(state):
+                if self._journal is not None:
+                    self._journal.write(state)
+            case m.Obtain():
+                self._stop_preparation()
+                self._preparation = Preparation(
+                    instruction,
+                    self._holdings,
+                    self._context,
+                    endpoints=self._endpoints_of,
+                    load_trunk=self._load_trunk,
+                    report=self._events.put,
+                )
+                self._preparation.start()
+            case m.StopObtaining():
+                self._stop_preparation()
+            case m.Activate(assignment):
+                self._activate(assignment)
+            case m.Keep(assignments):
+                self._holdings.keep(m.wanted_replicas(assignments))
+            case _:
+                assert_never(instruction)
+
+    def _endpoints_of(self, node: str) -> msg.Endpoints | None:
+        return self._peers.get(node)
+
+    def _stop_preparation(self) -> None:
+        if self._preparation is not None:
+            self._preparation.stop()
+            self._preparation.join()
+            self._preparation = None
+
+    def _activate(self, assignment: msg.Assignment) -> None:
+        log.info("epoch %d is active", assignment.epoch)
+        self._set_fence()
+        self._routes = epoch_routes(assignment, layers=self._spec.layers, experts=self._spec.experts)
+        self._board.install(self._routes.routing)
+        self._is_ingress = assignment.ingress
+
+    def _set_fence(self) -> None:
+        machine = self._machine
+        self._work.fence = Fence(machine.state.retired, machine.served_epochs, machine.active_epoch)
+
+    def _load_trunk(self) -> None:
+        """Load trunk and tokenizer, once; called by a preparation."""
+        if self._ingress is not None:
+            return
+        from runtime.engine import Segment
+        from runtime.loading import load_tokenizer, load_trunk
+
+        path = Path(self._settings.model)
+        trunk = load_trunk(path, dtype=self._settings.dtype)
+        segment = Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=self._kv_budget)
+        self._ingress = Ingress(segment, load_tokenizer(path), self._settings.context.tokens)
+
+    def _ready_ingress(self) -> Ingress | None:
+        return self._ingress if self._is_ingress else None
+
+    def _why_not(self) -> str:
+        if self._machine.state.active is None:
+            return "no plan is active; apply one with planner apply PLAN"
+        if self._machine.active_epoch == 0:
+            return f"{self._settings.node} was restarted and is fetching its experts; try again in a moment"
+        return f"{self._settings.node} takes no tokens in under this plan; ask an ingress of the topology"
+
+    def _speak(self) -> None:
+        """Say hello or send a heartbeat: regularly, and at once when something has changed."""
+        now = time.monotonic()
+        running = self._board.running_before(self._machine.active_epoch)
+        standing = self._machine.standing(self._machine.active_epoch - 1 if running else None)
+        if not self._generation:
+            if now - self._said_hello_at > 1.0:
+                self._said_hello_at = now
+                self._line.send(self._hello(standing))
+            return
+        if standing != self._last_standing or now - self._beat_at >= HEARTBEAT_S:
+            self._last_standing, self._beat_at = standing, now
+            self._line.send(self._heartbeat(standing, now))
+
+    def _hello(self, standing: msg.Standing) -> msg.Hello:
+        return msg.Hello(
+            node=self._settings.node,
+            incarnation=self._incarnation,
+            cluster=self._machine.state.cluster,
+            model=self._spec,
+            dtype=self._settings.dtype,
+            endpoints=self._endpoints,
+            memory=self._memory,
+            has_store=self._has_store,
+            standing=standing,
+        )
+
+    def _heartbeat(self, standing: msg.Standing, now: float) -> msg.Heartbeat:
+        counts = self._counters.snapshot()
+        held = {tier: len(keys) for tier, keys in self._residency.held().items()}
+        begun, ended = self._work.begun, self._work.ended
+        preparation = self._preparation
+        return msg.Heartbeat(
+            node=self._settings.node,
+            incarnation=self._incarnation,
+            progress=counts.steps + ended,
+            in_flight=max(0, begun - ended) + self._board.running_before(sys.maxsize),
+            standing=standing,
+            held=msg.TierCounts(**held),
+            used=self._used(),
+            served=msg.Served(
+                tokens=counts.tokens,
+                device_rows=counts.tier_rows.get("device", 0),
+                host_rows=counts.tier_rows.get("host", 0),
+                disk_rows=counts.tier_rows.get("disk", 0),
+                remote_rows=counts.remote_rows,
+                calls=counts.remote_calls,
+                call_wait_s=counts.wait_s,
+                calls_served=ended,
+                tokens_per_s=self._rate.update(now, counts.tokens),
+            ),
+            moved=preparation.moved if preparation else 0,
+            to_move=preparation.to_move if preparation else 0,
+        )
+
+    def _used(self) -> msg.TierBytes:
+        """Bytes taken of each tier: experts, backing copies, and at an ingress trunk and KV cache."""
+        used = dict(self._residency.used())
+        used["disk"] += self._holdings.backing_bytes
+        if self._ingress is not None:
+            used[self._machine.budget.trunk_tier] += self._machine.budget.trunk_bytes
+        return msg.TierBytes(**used)
+
+    def _send_catalogue(self) -> None:
+        store = self._holdings.store
+        if store is None:
+            return
+        records = tuple(
+            msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in store.manifest.records
+        )
+        manifest = store.manifest
+        self._line.send(
+            msg.Catalogue(node=self._settings.node, model=manifest.model, layout=manifest.layout, records=records)
+        )
+
+    def _send_counts(self) -> None:
+        counts = self._counters.snapshot()
+        routed = tuple(tuple(int(count) for count in layer) for layer in counts.routed)
+        self._line.send(msg.Counts(counts=NodeCounts(node=self._settings.node, tokens=counts.tokens, counts=routed)))
+
+
+class _Rate:
+    """Tokens per second over the last seconds."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def update(self, now: float, tokens: int) -> float:
+        """Take the count in and return the rate."""
+        self._seen.append((now, tokens))
+        while now - self._seen[0][0] > _RATE_S:
+            self._seen.pop(0)
+        (since, before), elapsed = self._seen[0], now - self._seen[0][0]
+        return (tokens - before) / elapsed if elapsed > 0 and since else 0.0
+
+
+def _open_store(settings: Settings, spec: ModelSpec) -> Store | None:
+    """Open the store of the config, checked to be of the same model and dtype."""
+    if settings.store is None:
+        return None
+    store = Store.open(Path(settings.store))
+    theirs = store.manifest.model
+    if theirs.model_copy(update={"id": spec.id}) != spec:
+        raise InvalidStore(
+            f"{settings.store}: holds experts of {theirs.id} as {store.manifest.dtype}, the config says {spec.id} as "
+            f"{settings.dtype}; make it again with agent prepare --dtype {settings.dtype}"
+        )
+    return store

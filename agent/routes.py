@@ -1,0 +1,49 @@
+"""From an epoch's assignment to whom is called for what, now and if that fails.
+
+Decides nothing that the assignment does not say. Pure; must not know sockets.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runtime.routing import Routing
+from schemas.messages import Assignment
+from schemas.placement import Route
+
+
+@dataclass(frozen=True)
+class EpochRoutes:
+    """One epoch as an ingress sees it.
+
+    Attributes
+    ----------
+    routing
+        What the dispatcher uses: the first choice, in turn where a plan splits calls.
+    holders
+        All other nodes that hold (layer, expert), best first.
+    local
+        Experts held here.
+    """
+
+    routing: Routing
+    holders: Mapping[tuple[int, int], tuple[str, ...]]
+    local: frozenset[tuple[int, int]]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch."""
+        return self.routing.epoch
+
+
+def epoch_routes(assignment: Assignment, *, layers: int, experts: int) -> EpochRoutes:
+    """Return the routes of an assignment."""
+    local = frozenset((r.record.layer, r.record.expert) for r in assignment.replicas)
+    routes = []
+    for hop in assignment.routing:
+        shares = hop.shares or (1.0,)
+        routes += [
+            Route(ingress="here", layer=hop.layer, expert=hop.expert, holder=holder, share=share)
+            for holder, share in zip(hop.holders, shares, strict=False)
+        ]
+    routing = Routing.build(assignment.epoch, layers=layers, experts=experts, local=local, routes=routes)
+    return EpochRoutes(routing, {(h.layer, h.expert): h.holders for h in assignment.routing}, local)

@@ -1,0 +1,135 @@
+"""Answering expert calls of other nodes: receive, compute, send, in one thread and nothing in between.
+
+Decides which epochs are answered (the fence) and that a bad call gets a typed fault, never a crash. Tensors are made
+where the frames lie, after `schemas.wire` has checked every length. Must not know plans or sessions.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+import zmq
+
+from agent.transport import Buffer, Socket
+from runtime.errors import ExpertUnavailable, RuntimeFault
+from runtime.experts import ExpertCall, execute_call
+from runtime.loading import torch_dtype
+from runtime.slots import Residency
+from schemas.messages import RemoteProtocolError
+from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, pack_answer, pack_fault, parse_call
+
+log = logging.getLogger(__name__)
+
+_POLL_MS: Final = 100
+_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Epochs whose calls are answered; those below `retired` are stale for ever."""
+
+    retired: int = 0
+    served: frozenset[int] = frozenset()
+    active: int = 0
+
+    def objection(self, epoch: int) -> CallFault | None:
+        """Return why a call of `epoch` is not answered, or None."""
+        if epoch in self.served:
+            return None
+        if epoch < self.retired:
+            text = f"epoch {epoch} is retired, this node is at {self.active}"
+            return CallFault(code="stale_epoch", message=text, epoch=self.active)
+        text = f"epoch {epoch} is not served here (yet), this node is at {self.active}"
+        return CallFault(code="unknown_epoch", message=text, epoch=self.active)
+
+
+@dataclass
+class Work:
+    """What the server does, for heartbeats: calls begun and ended."""
+
+    begun: int = 0
+    ended: int = 0
+    fence: Fence = field(default_factory=Fence)
+
+
+class ExpertServer(threading.Thread):
+    """Owns the ROUTER it is given and serves until stopped."""
+
+    def __init__(
+        self, socket: Socket, residency: Residency, limits: Limits, work: Work, stopped: Callable[[], bool]
+    ) -> None:
+        super().__init__(name="experts", daemon=True)
+        self._socket = socket
+        self._residency = residency
+        self._limits = limits
+        self._work = work
+        self._stopped = stopped
+
+    def run(self) -> None:
+        """Serve until stopped."""
+        socket = self._socket
+        try:
+            while not self._stopped():
+                if not socket.poll(_POLL_MS):
+                    continue
+                frames = socket.recv_multipart(copy=False)
+                answer = self._answer([frame.buffer for frame in frames[1:]])
+                if answer is not None:
+                    self._send(frames[0], answer)
+        finally:
+            socket.close()
+
+    def _send(self, identity: zmq.Frame, answer: list[Buffer]) -> None:
+        try:
+            self._socket.send_multipart([identity.bytes, *answer], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("expert plane: an answer could not be sent: %s", error)  # the caller repeats its call
+
+    def _answer(self, frames: list[memoryview]) -> list[Buffer] | None:
+        try:
+            header = parse_call(frames, self._limits)
+        except RemoteProtocolError as error:
+            log.warning("expert plane: %s", error)
+            return None
+        self._work.begun += 1
+        try:
+            return self._compute(header, frames)
+        finally:
+            self._work.ended += 1
+
+    def _compute(self, header: CallHeader, frames: list[memoryview]) -> list[Buffer]:
+        if fault := self._work.fence.objection(header.epoch):
+            return [*pack_fault(header.epoch, header.request, fault)]
+        try:
+            call = call_of(header, frames)
+            call.check()
+            answer = execute_call(self._residency, call)
+        except ExpertUnavailable as error:
+            return [*pack_fault(header.epoch, header.request, CallFault(code="not_held", message=str(error)))]
+        except (RuntimeFault, RuntimeError, ValueError, MemoryError) as error:
+            log.exception("a call of epoch %d layer %d failed", header.epoch, header.layer)
+            fault = CallFault(code="failed", message=f"{type(error).__name__}: {error}"[:500])
+            return [*pack_fault(header.epoch, header.request, fault)]
+        rows, size = answer.shape
+        reply = AnswerHeader(header.epoch, header.request, _NAMES[answer.dtype], rows, size)
+        return [pack_answer(reply), answer.contiguous().view(torch.uint8).numpy()]
+
+
+def call_of(header: CallHeader, frames: list[memoryview]) -> ExpertCall:
+    """Make the call of checked frames; its tensors share their memory."""
+    hidden = torch.frombuffer(frames[1], dtype=torch_dtype(header.dtype)).view(header.tokens, header.hidden_size)
+    weight = torch.frombuffer(frames[4], dtype=torch_dtype(header.weight_dtype))
+    return ExpertCall(
+        holder="",
+        epoch=header.epoch,
+        layer=header.layer,
+        combine=header.combine,
+        hidden=hidden,
+        token=np.frombuffer(frames[2], dtype=np.int32),
+        expert=np.frombuffer(frames[3], dtype=np.int32),
+        weight=weight,
+    )

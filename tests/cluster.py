@@ -1,0 +1,293 @@
+"""A cluster of real processes on loopback for tests: a coordinator, agents, plans made by hand, and the reference.
+
+`Cluster` starts and stops them and, at the end, makes sure that no process and no listening socket is left.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schemas.checkpoint import read_checkpoint
+from schemas.model import ModelSpec
+from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
+from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, write_plan
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL = REPOSITORY / "examples" / "models" / "tinymoe-demo"
+MIB = 1 << 20
+PLANNER = ("-c", "from planner.cli import main; main()")
+AGENT = ("-c", "from agent.cli import main; main()")
+PROMPTS = ("def add(a, b):\n", "The sum of 3 and 4 is", "Hello, how are you")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def spec(dtype: str = "float32") -> ModelSpec:
+    return read_checkpoint(MODEL).model_spec.held_as(dtype)  # type: ignore[arg-type]
+
+
+def wait_for(condition: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+class Cluster:
+    """Processes of one cluster below one directory."""
+
+    def __init__(
+        self,
+        path: Path,
+        nodes: int,
+        *,
+        store: Path,
+        dtype: str = "float32",
+        memory: dict[str, str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = path
+        self.port = free_port()
+        self.dtype = dtype
+        self.nodes = [f"n{index}" for index in range(nodes)]
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.ports: set[int] = {self.port}
+        self.memory = memory or {"device": "64 MiB", "host": "0 MiB", "disk": "64 MiB"}
+        self._settings = settings or {}
+        self._store = store
+        path.mkdir(parents=True, exist_ok=True)
+        self.topology = path / "topology.yaml"
+        self.topology.write_text(yaml.safe_dump(self._topology_document()))
+        for node in self.nodes:
+            self.write_config(node)
+
+    @property
+    def coordinator(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def _topology_document(self) -> dict[str, Any]:
+        first, *others = self.nodes
+        nodes = [{"id": n, "memory": self.memory, "ingress": {"workload": "w", "tokens_per_s": 1}} for n in self.nodes]
+        return {
+            "cluster": "test",
+            "model": str(MODEL),
+            "dtype": self.dtype,
+            "nodes": nodes,
+            "links": [{"between": [first, o], "latency": "1 ms", "bandwidth": "1 Gbit/s"} for o in others],
+            "workloads": {"w": "w.safetensors"},
+            "coordinator": {"address": "127.0.0.1", "port": self.port},
+        }
+
+    def write_config(self, node: str, **changes: Any) -> Path:
+        document = {
+            "node": node,
+            "coordinator": self.coordinator,
+            "model": str(MODEL),
+            "data": f"data-{node}",
+            "memory": self.memory,
+            "dtype": self.dtype,
+            "context": {"tokens": 512, "sessions": 3},
+            **({"store": str(self._store)} if node == self.nodes[0] else {}),
+            **self._settings,
+            **changes,
+        }
+        path = self.path / f"{node}.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    def start(self) -> "Cluster":
+        self.start_coordinator()
+        for node in self.nodes:
+            self.start_agent(node)
+        self.wait_up(self.nodes)
+        return self
+
+    def start_coordinator(self) -> None:
+        self._start("coordinator", *PLANNER, "serve", str(self.topology), "-v")
+
+    def start_agent(self, node: str) -> None:
+        self._start(node, *AGENT, "run", "--config", str(self.path / f"{node}.yaml"), "-v")
+
+    def _start(self, name: str, *command: str) -> None:
+        with (self.path / f"{name}.log").open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, *command], stdout=log, stderr=log, env=environment(), text=True
+            )
+
+    def wait_up(self, nodes: Iterable[str]) -> None:
+        wanted = set(nodes)
+        wait_for(lambda: wanted <= self.up(), timeout_s=60, what=f"{wanted} up; {self.logs()}")
+
+    def up(self) -> set[str]:
+        done = self.planner("status", "--json", "--coordinator", self.coordinator)
+        if done.returncode:
+            return set()
+        return {node["id"] for node in json.loads(done.stdout)["nodes"] if node["state"] == "up"}
+
+    def status(self) -> dict[str, Any]:
+        done = self.planner("status", "--json", "--coordinator", self.coordinator)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    def node_status(self, node: str) -> dict[str, Any]:
+        return next(each for each in self.status()["nodes"] if each["id"] == node)
+
+    def apply(self, plan: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        return self.planner("apply", str(plan), *options)
+
+    def planner(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return call(*PLANNER, *arguments)
+
+    def generate_command(self, node: str, prompt: str, *options: str) -> list[str]:
+        return [
+            sys.executable, *AGENT, "generate", "--prompt", prompt, "--node", node, "--coordinator", self.coordinator,
+            "--json", *options,
+        ]  # fmt: skip
+
+    def generate(self, node: str, prompt: str, *options: str) -> dict[str, Any]:
+        command = self.generate_command(node, prompt, *options)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+        assert done.returncode == 0, (done.stderr, self.logs())
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    def kill(self, name: str) -> None:
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def logs(self) -> str:
+        return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(self.path.glob("*.log")))
+
+    def stop(self) -> None:
+        """Ask every process to end; fail if one must be killed or leaves something behind."""
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        codes = {}
+        for name, process in self.processes.items():
+            try:
+                codes[name] = process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                codes[name] = -9
+        pids = {process.pid for process in self.processes.values()}
+        self.processes.clear()
+        assert set(codes.values()) <= {0}, (codes, self.logs())
+        assert not pids & {int(p) for p in os.listdir("/proc") if p.isdecimal()}
+        with socket.socket() as probe:  # the coordinator's port can be bound again at once
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", self.port))
+
+
+@contextmanager
+def running(path: Path, nodes: int, **options: Any) -> Iterator[Cluster]:
+    cluster = Cluster(path, nodes, **options)
+    try:
+        yield cluster.start()
+    except BaseException:
+        for process in cluster.processes.values():
+            process.kill()
+            process.wait()
+        cluster.processes.clear()
+        raise
+    else:
+        cluster.stop()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+def call(*command: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False
+    )
+
+
+def make_plan(
+    cluster: Cluster,
+    holders: Callable[[int, int], Iterable[str]],
+    *,
+    current: Plan | None = None,
+    tier: str = "device",
+    ingresses: Iterable[str] | None = None,
+    **changes: Any,
+) -> Plan:
+    """Make a plan by hand in one stage: `holders(layer, expert)` names the nodes of each expert."""
+    model = spec(cluster.dtype)
+    keys = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
+    placement = sorted_replicas(
+        Replica(layer=layer, expert=expert, node=node, tier=tier)  # type: ignore[arg-type]
+        for layer, expert in keys
+        for node in holders(layer, expert)
+    )
+    before = set(current.placement) if current else set()
+    size = model.expert_bytes
+    steps = [
+        Step(stage=1, action="replicate", layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=size)
+        for r in placement
+        if r not in before
+    ]
+    steps.append(Step(stage=1, action="switch"))
+    steps += [
+        Step(stage=1, action="drop", layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=size)
+        for r in sorted_replicas(before - set(placement))
+    ]
+    entries = tuple(cluster.nodes if ingresses is None else ingresses)
+    by_key: dict[tuple[int, int], list[str]] = {}
+    for replica in placement:
+        by_key.setdefault(replica.key, []).append(replica.node)
+    routes = [
+        Route(ingress=node, layer=key[0], expert=key[1], holder=nodes[0])
+        for node in entries
+        for key, nodes in by_key.items()
+        if node not in nodes
+    ]
+    base = current.epoch if current else 0
+    document = {
+        "cluster": "test",
+        "coordinator": cluster.coordinator,
+        "base_epoch": base,
+        "epoch": base + 1,
+        "model": model,
+        "dtype": cluster.dtype,
+        "placement": placement,
+        "routes": sorted_routes(routes),
+        "trunk": tuple(_stay(node, model) for node in entries),
+        "steps": tuple(steps),
+        "summary": Summary(status="feasible", solver="hand", objective_name="none", objective=0.0, seconds=0.0),
+        **changes,
+    }
+    return Plan(**document).sealed()
+
+
+def _stay(node: str, model: ModelSpec) -> TrunkPath:
+    segment = Segment(node=node, first_layer=0, last_layer=model.num_decoder_layers - 1)
+    return TrunkPath(ingress=node, segments=(segment,))
+
+
+def spread(nodes: list[str], shift: int = 0) -> Callable[[int, int], Iterable[str]]:
+    """Deal experts out to nodes in turn."""
+    return lambda layer, expert: [nodes[(layer + expert + shift) % len(nodes)]]
+
+
+def save(cluster: Cluster, plan: Plan, name: str = "plan.json") -> Path:
+    path = cluster.path / name
+    write_plan(path, plan)
+    return path
