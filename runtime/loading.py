@@ -23,6 +23,7 @@ LayerDispatch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 """(layer, hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]; `layer` counts layers with experts."""
 
 _EXPERT_CLASSES: Final = r"^(Mixtral|Olmoe|Qwen2Moe|Qwen3Moe|DeepseekV2|DeepseekV3|GptOss)Experts$"
+_TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 _EXPERT_KEYS: Final = r"\.experts\."  # not `.shared_experts.`, which belong to the trunk
 
 # Patches of transformers are process-wide, so only one load may be under way.
@@ -100,10 +101,12 @@ def load_tokenizer(model_dir: Path) -> Any:
     """Load the tokenizer of a checkpoint directory, which a model without text may lack; never from the network."""
     from transformers import AutoTokenizer
 
+    if not any(path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)):
+        raise InvalidCheckpoint(f"{model_dir}: has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{model_dir}: has no usable tokenizer: {_first_line(error)}") from error
+        raise InvalidCheckpoint(f"{model_dir}: its tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
 def load_whole(model_dir: Path, *, dtype: str, device: str = "cpu") -> Any:
