@@ -1,0 +1,143 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from planner.objective import judge, link_load, nearest, node_load
+from planner.simulate import Arrivals, build_network, simulate
+from planner.simulate.arrivals import draw_requests, tokens_by_ingress
+from planner.simulate.clock import run
+from planner.simulate.script import build_script
+from schemas.topology import Compute
+from tests.small_clusters import make_model, make_problem, make_topology, own_favourites
+
+
+def cluster(**options):
+    topology = make_topology([8, 10, 14], [20.0, 10.0, 30.0], **options)
+    problem = make_problem(topology, make_model())
+    return topology, problem, nearest(problem, own_favourites(problem), "additive-latency")
+
+
+def without_compute(problem):
+    """Compute that takes no time, in the costs too."""
+    own = np.arange(problem.num_nodes)[:, None] == problem.place_node[None, :]
+    cost = np.where(own, 0.0, problem.cost_s - problem.service_s[None, :])
+    return dataclasses.replace(problem, service_s=problem.service_s * 0, cost_s=cost)
+
+
+@pytest.mark.parametrize(
+    ("links", "bandwidth"),
+    # over a shared link two calls of one layer wait for each other, unless it is wide
+    [(None, 62.5e6), ([(0, 1), (1, 2)], 1e12)],
+    ids=["direct", "through n1"],
+)
+def test_without_queues_and_compute_latency_is_the_objectives(links, bandwidth):
+    topology, problem, routing = cluster(links=links, bandwidth=bandwidth)
+    problem = without_compute(problem)
+    script = build_script(problem, routing, build_network(topology), problem.events)
+    once_each = Arrivals(tokens=600, pattern="tokens", spacing="fixed", rate_scale=0.1)
+    requests = draw_requests(np.ones(3), [200, 200, 200], once_each)
+    times = run(script, requests)
+    entered = requests.ingress[times.request]
+    means = [times.latency_s[entered == ingress].mean() for ingress in range(3)]
+    np.testing.assert_allclose(means, judge(problem, routing).latency_s, rtol=1e-6)
+    np.testing.assert_allclose(times.network_s, times.latency_s, rtol=1e-6)
+
+
+def test_busy_time_and_bytes_are_what_the_placement_asks_for():
+    topology, problem, routing = cluster()
+    arrivals = Arrivals(tokens=30_000, pattern="tokens", spacing="fixed")
+    found = simulate(problem, routing, build_network(topology), arrivals)
+    np.testing.assert_allclose([node.offered for node in found.nodes], node_load(problem, routing), rtol=0.02)
+    seconds = 30_000 / problem.tokens_per_s.sum()
+    carried = np.array([link.bytes for link in found.links]).reshape(-1, 2)
+    assert (carried[:, 0] == carried[:, 1]).all(), "every call is answered over the link it came by"
+    # link_load counts one message per expert, a call bundles all experts of a holder
+    assert (carried.sum(axis=1) <= link_load(problem, routing) * seconds * 1.02).all()
+    per_token = judge(problem, routing).mean_bytes_per_token
+    assert carried.sum() / found.tokens == pytest.approx(per_token, rel=0.02)
+
+
+def test_parts_of_the_wait_add_up():
+    topology, problem, routing = cluster(
+        compute=Compute(expert_us=400, trunk_layer_us=300, call_overhead_us=150), bandwidth=1e6
+    )
+    found = simulate(problem, routing, build_network(topology), Arrivals(tokens=5000, rate_scale=3))
+    for latency in (found.total, *found.ingresses.values()):
+        waits = latency.waits
+        parts = waits.network_s + waits.queue_s + waits.compute_s + waits.overhead_s
+        assert parts == pytest.approx(latency.mean_s, rel=1e-9)
+        assert min(waits.network_s, waits.queue_s, waits.compute_s, waits.overhead_s) > 0
+        assert latency.p50_s <= latency.p95_s <= latency.p99_s
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others():
+    topology, problem, routing = cluster()
+    network = build_network(topology)
+    first, second, third = (simulate(problem, routing, network, Arrivals(tokens=3000, seed=s)) for s in (1, 1, 2))
+    assert first.total == second.total
+    assert first.links == second.links
+    assert first.total != third.total
+
+
+def test_queues_grow_with_the_rate_and_overload_is_named():
+    topology, problem, routing = cluster(compute=Compute(expert_us=500))
+    network = build_network(topology)
+    waits = [
+        simulate(problem, routing, network, Arrivals(tokens=4000, pattern="tokens", rate_scale=scale)).total.waits
+        for scale in (1, 8, 20)
+    ]
+    assert waits[0].queue_s < waits[1].queue_s < waits[2].queue_s
+    flooded = simulate(problem, routing, network, Arrivals(tokens=4000, pattern="tokens", rate_scale=200))
+    assert flooded.overloaded
+
+
+def test_single_server_queue_is_as_long_as_the_textbook_says():
+    """M/D/1: mean wait = rho s / (2 (1 - rho))."""
+    topology = make_topology([8], [50.0], compute=Compute(expert_us=10_000))
+    problem = make_problem(topology, make_model(layers=1, top_k=1))
+    routing = nearest(problem, own_favourites(problem), "additive-latency")
+    found = simulate(problem, routing, build_network(topology), Arrivals(tokens=60_000, pattern="tokens"))
+    assert found.total.waits.queue_s == pytest.approx(0.5 * 0.01 / (2 * 0.5), rel=0.05)
+
+
+def test_closed_sessions_never_overlap_within_one():
+    topology, problem, routing = cluster()
+    one = simulate(problem, routing, build_network(topology), Arrivals(tokens=3000, pattern="closed"))
+    many = simulate(problem, routing, build_network(topology), Arrivals(tokens=3000, pattern="closed", sessions=8))
+    assert one.elapsed_s > 4 * many.elapsed_s
+    assert one.total.waits.queue_s < many.total.waits.queue_s
+
+
+def test_split_routes_send_each_holder_its_share():
+    from planner.objective import Routing
+
+    topology = make_topology([0, 8, 8], [10.0, 0.0, 0.0])
+    problem = make_problem(topology, make_model(layers=1, top_k=1), tokens=4000)
+    share = np.zeros((3, 2, 1, 8))
+    share[:, 0], share[:, 1] = 0.25, 0.75
+    routing = Routing(share.argmax(axis=1), share)
+    found = simulate(problem, routing, build_network(topology), Arrivals(tokens=8000))
+    sent = {(link.source, link.target): link.bytes for link in found.links}
+    assert sent["n0", "n1"] / (sent["n0", "n1"] + sent["n0", "n2"]) == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_moving_trunk_pays_one_hop_where_it_moves_and_one_back():
+    topology = make_topology([12, 12], [10.0, 0.0], latency=5e-3)
+    problem = make_problem(topology, make_model())
+    everything = np.ones((2, 3, 8), dtype=bool)
+    everything[0, 2] = everything[1, 0] = everything[1, 1] = False
+    everything = dataclasses.replace(problem, trunk_node=np.array([[0, 0, 1]])), everything
+    moved, placed = everything
+    routing = nearest(moved, placed, "additive-latency")
+    found = simulate(moved, routing, build_network(topology), Arrivals(tokens=2000, rate_scale=0.01))
+    message = moved.call_bytes / 2
+    hop = 5e-3 + message / 62.5e6
+    assert found.total.waits.network_s == pytest.approx(2 * hop, rel=1e-9)
+    assert [link.bytes for link in found.links] == [2000 * message] * 2
+
+
+def test_tokens_are_shared_out_by_rate():
+    np.testing.assert_array_equal(tokens_by_ingress(np.array([1.0, 0.0, 3.0]), 400), [100, 0, 300])
+    with pytest.raises(ValueError, match="nothing to simulate"):
+        tokens_by_ingress(np.zeros(2), 400)
