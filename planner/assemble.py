@@ -10,14 +10,13 @@ import numpy as np
 
 from planner.errors import PlannerError
 from planner.inputs import Inputs
-from planner.migration import Ground, Stage, plan_stages
 from planner.objective import Judgement, Routing
-from planner.problem import Bools, Problem
+from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import Result
+from planner.steps import migration_steps
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import NodeSummary, Plan, Segment, Step, Summary, TrunkPath
-from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes
 
 _SHARE_FLOOR = 1e-6  # a smaller share of calls is a solver's rounding
@@ -55,7 +54,9 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     if current is not None:
         _require_same(inputs, current)
     placement, routes = placement_records(problem, solved.placed), route_records(problem, solved.routing)
-    steps, stages = _steps(problem, placement, routes, current)
+    steps, stages = migration_steps(problem, () if current is None else current.placement, placement)
+    if not stages and current is not None and current.routes != routes:
+        steps, stages = (Step(stage=1, action="switch"),), 1
     base = 0 if current is None else current.epoch
     plan = Plan(
         cluster=topology.cluster,
@@ -102,9 +103,9 @@ def route_records(problem: Problem, routing: Routing) -> tuple[Route, ...]:
     return sorted_routes(_split_routes(problem, routing, callers))
 
 
-def _split_routes(problem: Problem, routing: Routing, callers: Sequence[int]) -> Iterator[Route]:
+def _split_routes(problem: Problem, routing: Routing, callers: Ints) -> Iterator[Route]:
     names = problem.node_ids
-    for caller in callers:
+    for caller in callers.tolist():
         holder = problem.place_node[routing.holder[caller]]
         split = np.zeros(holder.shape, dtype=bool)
         if routing.share is not None:
@@ -130,79 +131,6 @@ def trunk_paths(problem: Problem, moe_layers: Sequence[int], decoder_layers: int
             for node, first, after in zip(runners, starts[:-1], starts[1:], strict=True)
         )
         yield TrunkPath(ingress=problem.node_ids[ingress], segments=segments)
-
-
-def _steps(
-    problem: Problem, placement: tuple[Replica, ...], routes: tuple[Route, ...], current: Plan | None
-) -> tuple[tuple[Step, ...], int]:
-    """Return the steps from the current plan's placement and their number of stages."""
-    before = () if current is None else current.placement
-    places = list(
-        dict.fromkeys(
-            [(problem.node_ids[n], TIERS[t]) for n, t in zip(problem.place_node, problem.place_tier, strict=True)]
-            + [(replica.node, replica.tier) for replica in before]
-        )
-    )
-    index = {place: number for number, place in enumerate(places)}
-    nodes = [*problem.node_ids, *sorted({node for node, _ in places} - set(problem.node_ids))]
-    count = problem.layers * problem.experts
-    held, target = np.zeros((len(places), count), dtype=bool), np.zeros((len(places), count), dtype=bool)
-    for records, array in ((before, held), (placement, target)):
-        for replica in records:
-            array[index[replica.node, replica.tier], replica.layer * problem.experts + replica.expert] = True
-    extra = len(places) - problem.num_places  # places that the topology no longer has: nothing new goes there
-    ground = Ground(
-        place_node=np.array([nodes.index(node) for node, _ in places]),
-        slots=np.concatenate([problem.slots, np.zeros(extra, dtype=np.int64)]),
-        allowed=np.concatenate(
-            [problem.allowed.reshape(problem.num_places, count), np.zeros((extra, count), dtype=bool)]
-        ),
-    )
-    stages = plan_stages(held, target, ground, keep=problem.required)
-    if not stages and current is not None and current.routes != routes:
-        return (Step(stage=1, action="switch"),), 1
-    steps: list[Step] = []
-    for number, stage in enumerate(stages, start=1):
-        steps.extend(_stage_steps(problem, number, stage, held, ground, nodes, [tier for _, tier in places]))
-        held = stage.after(held)
-    return tuple(steps), len(stages)
-
-
-def _stage_steps(
-    problem: Problem,
-    number: int,
-    stage: Stage,
-    held: Bools,
-    ground: Ground,
-    nodes: Sequence[str],
-    tiers: Sequence[Tier],
-) -> Iterator[Step]:
-    size = problem.expert_bytes
-    sources = _nearest_sources(problem, ground.nodes(held))
-    for expert, place in np.argwhere(stage.replicate.T).tolist():
-        node = int(ground.place_node[place])
-        source = int(sources[node, expert])
-        yield Step(
-            stage=number, action="replicate", layer=expert // problem.experts, expert=expert % problem.experts,
-            node=nodes[node], tier=tiers[place], bytes=size, source=nodes[source] if source >= 0 else None,
-        )  # fmt: skip
-    yield Step(stage=number, action="switch")
-    for expert, place in np.argwhere(stage.drop.T).tolist():
-        yield Step(
-            stage=number, action="drop", layer=expert // problem.experts, expert=expert % problem.experts,
-            node=nodes[ground.place_node[place]], tier=tiers[place], bytes=size,
-        )  # fmt: skip
-
-
-def _nearest_sources(problem: Problem, holding: Bools) -> np.ndarray:
-    """Node to bring an expert from, the quickest present holder, int64 ``[N, K]``; -1 where nobody holds it."""
-    total = len(holding)
-    quickest = np.full((total, total), np.finfo(np.float64).max)  # nodes that left the topology come last
-    quickest[: problem.num_nodes, : problem.num_nodes] = problem.transfer_s
-    sources = np.empty(holding.shape, dtype=np.int64)
-    for node in range(total):
-        sources[node] = np.where(holding, quickest[node][:, None], np.inf).argmin(axis=0)
-    return np.where(holding.any(axis=0), sources, -1)
 
 
 def summarise(solved: Solved) -> Summary:

@@ -13,13 +13,14 @@ from typing import Any
 
 import click
 
+from planner.child import Standing
 from planner.compare import compare_strategies, held_out
 from planner.control.cli import COMMANDS
 from planner.control.cli import COMMANDS as CONTROL_COMMANDS
 from planner.errors import InfeasibleProblem, PlannerError
 from planner.inputs import load_inputs
 from planner.objective import OBJECTIVES
-from planner.solve import SOLVERS, Standing
+from planner.solvers.choose import SOLVERS
 from schemas.activation import ActivationCounts, TraceHeader
 from schemas.base import FrozenModel
 from schemas.checkpoint import InvalidCheckpoint
@@ -80,6 +81,7 @@ def cli() -> None:
 @click.option("--counters", type=_EXISTING, help="What a running cluster counted, in place of traces.")
 @_json_option
 def solve(
+    *,
     topology: Path,
     output: Path | None,
     solver: str,
@@ -89,7 +91,6 @@ def solve(
     seed: int,
     current: Path | None,
     counters: Path | None,
-    *,
     as_json: bool,
 ) -> None:
     """Find a placement and write it as a plan."""
@@ -170,6 +171,7 @@ class _ProgressLine:
 @_seed_option
 @_json_option
 def compare(
+    *,
     topology: Path,
     strategies: str,
     holdout: tuple[str, ...],
@@ -177,7 +179,6 @@ def compare(
     time_limit: float,
     gap: float,
     seed: int,
-    *,
     as_json: bool,
 ) -> None:
     """Place by several strategies and judge them on events kept apart (the last 30 % of each trace by default)."""
@@ -222,10 +223,10 @@ def validate(topology: Path, *, as_json: bool) -> None:
         return
     from planner.report import console, room_table
 
-    model, tokens = inputs.model, sum(trace.header.tokens for trace in inputs.traces.values())
+    model, recorded = inputs.model, sum(trace.header.tokens for trace in inputs.traces.values())
     click.echo(
         f"{topology}: valid; {problem.num_nodes} nodes, {len(problem.link_limit)} links, "
-        f"{model.layers} layers × {model.experts} experts, {tokens} recorded tokens"
+        f"{model.layers} layers × {model.experts} experts, {recorded} recorded tokens"
     )
     console(sys.stdout).print(room_table(problem))
 

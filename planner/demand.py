@@ -108,7 +108,7 @@ def activation_share(chosen: NDArray[np.int16], experts: int) -> NDArray[np.floa
 
 def counted_share(counts: NodeCounts) -> NDArray[np.float64]:
     """Share of tokens that activate each expert, float64 ``[L, E]``, as one ingress counted it."""
-    return np.array(counts.counts, dtype=np.float64) / max(counts.tokens, 1)
+    return np.divide(np.array(counts.counts, dtype=np.float64), max(counts.tokens, 1))
 
 
 def counter_faults(counters: ActivationCounts, model: ModelSpec, *, cluster: str, nodes: set[str]) -> Iterator[Fault]:

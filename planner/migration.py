@@ -42,7 +42,7 @@ class Ground:
 
     def free(self, held: Bools) -> Ints:
         """Slots left at each place, int64 ``[P]``; negative where a place holds more than it may."""
-        return self.slots - held.sum(axis=1)
+        return np.asarray(self.slots - held.sum(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +122,9 @@ def _droppable(held: Bools, target: Bools, ground: Ground, keep: int, short: Boo
     obsolete = held & ~target
     arrived = ground.nodes(held & target)
     drop = obsolete & arrived[ground.place_node]  # the node keeps it, in another tier
-    nodes_left = arrived.sum(axis=0)
+    nodes_left: Ints = arrived.sum(axis=0)
     for place in np.argsort(short, kind="stable"):  # places that are not short keep theirs first
-        needed = obsolete[place] & ~drop[place] & (nodes_left < keep)
+        needed = np.asarray(obsolete[place] & ~drop[place] & (nodes_left < keep))
         nodes_left += needed
         drop[place] |= obsolete[place] & ~needed
     return drop
@@ -134,15 +134,16 @@ def _make_room(held: Bools, target: Bools, ground: Ground, keep: int, parked: Bo
     """Park a last replica elsewhere, at a free slot or at one that a duplicate leaves for it."""
     short = (target & ~held).sum(axis=1) > ground.free(held)
     nodes = ground.nodes(held)
-    blocking = [(p, k) for p, k in np.argwhere(held & ~target & ~parked) if short[p]]
+    blocking = [(p, k) for p, k in np.argwhere(held & ~target & ~parked).tolist() if short[p]]
     free = ground.free(held) > 0
     for place, expert in blocking:
-        for other in np.flatnonzero(free & ground.allowed[:, expert]):
+        for other in np.flatnonzero(free & ground.allowed[:, expert]).tolist():
             if _may_park(ground, nodes, place, other, expert):
                 return [_parking(held, place, other, expert, parked)]
     spare = held & (nodes.sum(axis=0) > max(keep, 1))
+    full = spare.any(axis=1) & (ground.free(held) == 0)
     for place, expert in blocking:
-        for other in np.flatnonzero(spare.any(axis=1) & (ground.free(held) == 0) & ground.allowed[:, expert]):
+        for other in np.flatnonzero(full & ground.allowed[:, expert]).tolist():
             if _may_park(ground, nodes, place, other, expert):
                 leaving = np.zeros_like(held)
                 leaving[other, np.flatnonzero(spare[other])[0]] = True

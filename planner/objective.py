@@ -90,7 +90,7 @@ def link_load(problem: Problem, routing: Routing) -> Floats:
 
 
 def _demand_per_pair(problem: Problem, routing: Routing) -> Floats:
-    """Calls per second from each node to each place, float64 ``[N, P]``."""
+    """Return calls per second from each node to each place, float64 ``[N, P]``."""
     demand = problem.caller_demand
     if routing.share is not None:
         return np.asarray(np.einsum("nle,nple->np", demand, routing.share))

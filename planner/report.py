@@ -124,7 +124,8 @@ def step_lines(plan: Plan) -> Iterator[str]:
             yield f"stage {step.stage}: switch to epoch {plan.base_epoch + step.stage}"
             continue
         source = f" from {step.source or 'a store'}" if step.action == "replicate" else ""
-        yield f"stage {step.stage}: {step.action} layer {step.layer} expert {step.expert} on {step.node} ({step.tier}){source}"
+        what = f"layer {step.layer} expert {step.expert} on {step.node} ({step.tier})"
+        yield f"stage {step.stage}: {step.action} {what}{source}"
 
 
 def difference(first: Plan, second: Plan) -> dict[str, Any]:

@@ -82,9 +82,10 @@ def relative_gap(objective: float | None, bound: float | None) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Incumbent:
-    """A better placement was found."""
+    """A better placement was found; `value` is its real objective."""
 
     placed: Bools
+    value: float
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import Any, Final
 import highspy
 import numpy as np
 import pulp
+from numpy.typing import NDArray
 
+from planner.problem import Bools
 from planner.solvers.base import Bound, Incumbent, Report, SolveLimits, StopReason
 from planner.solvers.milp.model import Model
 
@@ -66,7 +68,8 @@ def _listener(model: Model, report: Report) -> Any:
     def listen(kind: Any, _message: str, out: Any, _into: Any, _user: Any) -> None:
         nonlocal best
         if kind == kinds.kCallbackMipImprovingSolution:
-            report(Incumbent(_placement_of(model, np.asarray(out.mip_solution))))
+            placed = _placement_of(model, np.asarray(out.mip_solution))
+            report(Incumbent(placed, out.objective_function_value / model.scale))
         elif kind == kinds.kCallbackMipLogging and np.isfinite(out.mip_dual_bound) and out.mip_dual_bound > best:
             best = out.mip_dual_bound
             report(Bound(best / model.scale))
@@ -74,7 +77,7 @@ def _listener(model: Model, report: Report) -> Any:
     return listen
 
 
-def _placement_of(model: Model, values: Any) -> Any:
+def _placement_of(model: Model, values: NDArray[np.float64]) -> Bools:
     """Read a placement from HiGHS's columns, which PuLP has numbered."""
     placed = np.zeros((model.shape[0], len(model.variables.x)), dtype=bool)
     for expert, places in enumerate(model.variables.x):
@@ -88,7 +91,7 @@ def run_cbc(model: Model, limits: SolveLimits, report: Report) -> Answer:  # noq
     with tempfile.TemporaryDirectory(prefix="expertmesh-cbc-") as folder:
         log = Path(folder) / "cbc.log"
         solver = pulp.PULP_CBC_CMD(
-            msg=False, gapRel=limits.gap, timeLimit=limits.time_s, logPath=str(log),
+            msg=False, gapRel=limits.gap / 2, timeLimit=limits.time_s, logPath=str(log),
             options=[f"randomCbcSeed {limits.seed}"],
         )  # fmt: skip
         solver.tmpDir = folder
@@ -101,7 +104,7 @@ def run_cbc(model: Model, limits: SolveLimits, report: Report) -> Answer:  # noq
     told = _CBC_BOUND.findall(text)
     bound = float(told[-1]) if told else None
     if bound is None and optimal:
-        bound = pulp.value(model.lp.objective) * (1 - limits.gap)
+        bound = pulp.value(model.lp.objective) * (1 - limits.gap / 2)
     # On a time limit PuLP may hand over the values of the LP relaxation, which are no placement.
     return Answer(
         stop_reason=StopReason.FINISHED if optimal else StopReason.TIME,

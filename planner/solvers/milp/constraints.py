@@ -20,13 +20,13 @@ def _row(terms: Iterable[Term], sense: int, rhs: float, name: str) -> Row:
 
 
 def coverage(terms: Terms, v: Variables) -> Iterator[Row]:
-    """At least r nodes hold each expert: sum_p x[k,p] >= r (a node counts once, see `one_tier`)."""
+    """Have at least r nodes hold each expert: sum_p x[k,p] >= r (a node counts once, see `one_tier`)."""
     for k, places in enumerate(v.x):
         yield _row(((x, 1) for x in places.values()), pulp.LpConstraintGE, terms.required, f"coverage_{k}")
 
 
 def one_tier(terms: Terms, v: Variables) -> Iterator[Row]:
-    """A node holds an expert in one tier at most: sum_{p of m} x[k,p] <= 1."""
+    """Keep an expert in one tier of a node at most: sum_{p of m} x[k,p] <= 1."""
     for m, places in enumerate(terms.node_places):
         for k, x in enumerate(v.x):
             here = [(x[p], 1) for p in places.tolist() if p in x]
@@ -35,7 +35,7 @@ def one_tier(terms: Terms, v: Variables) -> Iterator[Row]:
 
 
 def memory(terms: Terms, v: Variables) -> Iterator[Row]:
-    """Replicas fit into the slots of their place: sum_k x[k,p] <= M[p]."""
+    """Fit replicas into the slots of their place: sum_k x[k,p] <= M[p]."""
     for p, slots in enumerate(terms.slots.tolist()):
         here = [(x[p], 1) for x in v.x if p in x]
         if len(here) > slots:
@@ -43,20 +43,20 @@ def memory(terms: Terms, v: Variables) -> Iterator[Row]:
 
 
 def pins(terms: Terms, v: Variables) -> Iterator[Row]:
-    """A pinned expert is held by its node: sum_{p of m} x[k,p] >= 1. Bans have no variables."""
+    """Have a pinned expert held by its node: sum_{p of m} x[k,p] >= 1. Bans have no variables."""
     for m, k in terms.pins.tolist():
         here = [(v.x[k][p], 1) for p in terms.node_places[m].tolist() if p in v.x[k]]
         yield _row(here, pulp.LpConstraintGE, 1, f"pin_{m}_{k}")
 
 
 def assignment(_: Terms, v: Variables) -> Iterator[Row]:
-    """Every call is served: sum_p a[n,k,p] = 1."""
+    """Serve every call: sum_p a[n,k,p] = 1."""
     for (n, k), shares in v.a.items():
         yield _row(((a, 1) for a in shares.values()), pulp.LpConstraintEQ, 1, f"assignment_{n}_{k}")
 
 
 def holders(_: Terms, v: Variables) -> Iterator[Row]:
-    """Only by holders: a[n,k,p] <= x[k,p], one row each, since the sum of them would be far weaker."""
+    """Serve only by holders: a[n,k,p] <= x[k,p], one row each, since the sum of them would be far weaker."""
     for (n, k), shares in v.a.items():
         for p, a in shares.items():
             yield _row(((a, 1), (v.x[k][p], -1)), pulp.LpConstraintLE, 0, f"holder_{n}_{k}_{p}")

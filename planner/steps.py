@@ -1,0 +1,122 @@
+"""The stages of a migration as a plan's steps: where each new replica comes from, and what is dropped.
+
+Decides the order of steps inside a stage and the source of each replica. Flow: records → arrays → `migration` → steps.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from planner.migration import Ground, Stage, plan_stages
+from planner.problem import Bools, Ints, Problem
+from schemas.placement import Replica
+from schemas.plan import Step
+from schemas.topology import TIERS, Tier
+
+_NOBODY: Final = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """Names of the places that replicas leave or come to; those the topology no longer has come last.
+
+    Attributes
+    ----------
+    nodes
+        Names by the node numbers of `ground`.
+    tiers
+        Tier of each place.
+    """
+
+    problem: Problem
+    nodes: tuple[str, ...]
+    tiers: tuple[Tier, ...]
+    ground: Ground
+
+    def place(self, records: Sequence[Replica]) -> Bools:
+        """Return records as an array, bool ``[P, K]``."""
+        index = {
+            (self.nodes[node], tier): place
+            for place, (node, tier) in enumerate(zip(self.ground.place_node.tolist(), self.tiers, strict=True))
+        }
+        array = np.zeros(self.ground.allowed.shape, dtype=bool)
+        for replica in records:
+            expert = replica.layer * self.problem.experts + replica.expert
+            array[index[replica.node, replica.tier], expert] = True
+        return array
+
+
+def draw_atlas(problem: Problem, before: Sequence[Replica]) -> Atlas:
+    """Name all places of the problem, and those where replicas are now; nothing new may go to the latter."""
+    known = [
+        (problem.node_ids[node], TIERS[tier])
+        for node, tier in zip(problem.place_node.tolist(), problem.place_tier.tolist(), strict=True)
+    ]
+    places = list(dict.fromkeys([*known, *((replica.node, replica.tier) for replica in before)]))
+    nodes = tuple(dict.fromkeys([*problem.node_ids, *(node for node, _ in places)]))
+    number = {node: position for position, node in enumerate(nodes)}
+    count, extra = problem.layers * problem.experts, len(places) - len(known)
+    allowed = np.zeros((len(places), count), dtype=bool)
+    allowed[: len(known)] = problem.allowed.reshape(-1, count)
+    ground = Ground(
+        place_node=np.array([number[node] for node, _ in places], dtype=np.int64),
+        slots=np.concatenate([problem.slots, np.zeros(extra, dtype=np.int64)]),
+        allowed=allowed,
+    )
+    return Atlas(problem, nodes, tuple(tier for _, tier in places), ground)
+
+
+def migration_steps(
+    problem: Problem, before: Sequence[Replica], after: Sequence[Replica]
+) -> tuple[tuple[Step, ...], int]:
+    """Return the steps from one placement to another, and the number of stages they make; raises `UnsafePlan`."""
+    atlas = draw_atlas(problem, before)
+    held, target = atlas.place(before), atlas.place(after)
+    stages = plan_stages(held, target, atlas.ground, keep=problem.required)
+    steps: list[Step] = []
+    for number, stage in enumerate(stages, start=1):
+        steps.extend(_stage_steps(atlas, number, stage, held))
+        held = stage.after(held)
+    return tuple(steps), len(stages)
+
+
+def _stage_steps(atlas: Atlas, number: int, stage: Stage, held: Bools) -> Iterator[Step]:
+    experts, ground = atlas.problem.experts, atlas.ground
+    sources = _nearest_sources(atlas.problem, ground.nodes(held))
+    for expert, place in np.argwhere(stage.replicate.T).tolist():
+        node = int(ground.place_node[place])
+        source = int(sources[node, expert])
+        yield Step(
+            stage=number,
+            action="replicate",
+            layer=expert // experts,
+            expert=expert % experts,
+            node=atlas.nodes[node],
+            tier=atlas.tiers[place],
+            bytes=atlas.problem.expert_bytes,
+            source=None if source == _NOBODY else atlas.nodes[source],
+        )
+    yield Step(stage=number, action="switch")
+    for expert, place in np.argwhere(stage.drop.T).tolist():
+        yield Step(
+            stage=number,
+            action="drop",
+            layer=expert // experts,
+            expert=expert % experts,
+            node=atlas.nodes[int(ground.place_node[place])],
+            tier=atlas.tiers[place],
+            bytes=atlas.problem.expert_bytes,
+        )
+
+
+def _nearest_sources(problem: Problem, holding: Bools) -> Ints:
+    """Node to bring an expert from, the quickest present holder, int64 ``[N, K]``; nobody where none holds it."""
+    total = len(holding)
+    quickest = np.full((total, total), np.finfo(np.float64).max)  # nodes that left the topology come last
+    quickest[: problem.num_nodes, : problem.num_nodes] = problem.transfer_s
+    sources = np.empty(holding.shape, dtype=np.int64)
+    for node in range(total):
+        sources[node] = np.where(holding, quickest[node][:, None], np.inf).argmin(axis=0)
+    return np.where(holding.any(axis=0), sources, _NOBODY)
