@@ -51,7 +51,7 @@ from schemas.wire import Limits
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 0.5
-FIRST_CONTACT_S: Final = 8.0
+FIRST_CONTACT_S: Final = 10.0
 SWITCH_INTERVAL_S: Final = 0.0005  # how long a computing thread may keep another from answering
 _POLL_MS: Final = 50
 _RATE_S: Final = 5.0

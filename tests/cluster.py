@@ -27,7 +27,7 @@ MODEL = REPOSITORY / "examples" / "models" / "tinymoe-demo"
 MIB = 1 << 20
 PLANNER = ("-c", "from planner.cli import main; main()")
 AGENT = ("-c", "from agent.cli import main; main()")
-PROMPTS = ("def add(a, b):\n", "The sum of 3 and 4 is", "Hello, how are you")
+PROMPTS = ("class Stack:\n    def __init__", "The sum of 3 and 4 is", "Hello, how are you")
 
 
 def free_port() -> int:
@@ -102,7 +102,7 @@ class Cluster:
             "data": f"data-{node}",
             "memory": self.memory,
             "dtype": self.dtype,
-            "context": {"tokens": 512, "sessions": 3},
+            "context": {"tokens": 1024, "sessions": 3},
             **({"store": str(self._store)} if node == self.nodes[0] else {}),
             **self._settings,
             **changes,
@@ -249,7 +249,7 @@ def make_plan(
         Step(stage=1, action="drop", layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=size)
         for r in sorted_replicas(before - set(placement))
     ]
-    entries = tuple(cluster.nodes if ingresses is None else ingresses)
+    entries = tuple(cluster.nodes[:1] if ingresses is None else ingresses)
     by_key: dict[tuple[int, int], list[str]] = {}
     for replica in placement:
         by_key.setdefault(replica.key, []).append(replica.node)

@@ -53,7 +53,10 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 def serve(topology: Path, journal: Path | None, verbose: bool) -> None:
     """Run the coordinator of TOPOLOGY's cluster until it is stopped."""
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr, force=True
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        stream=sys.stderr,
+        force=True,
     )
     wanted = load_topology(topology)
     model = _model_spec(topology, wanted)

@@ -1,0 +1,128 @@
+"""Real agents on loopback: their tokens are the one-node tokens, whatever happens around them."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import PROMPTS, Cluster, environment, make_plan, running, save, spread, wait_for
+from tests.integration.conftest import NUM_TOKENS
+
+Reference = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("three"), 3, store=store) as cluster:
+        done = cluster.apply(save(cluster, make_plan(cluster, spread(cluster.nodes))))
+        assert done.returncode == 0, done.stderr
+        yield cluster
+
+
+def ask(cluster: Cluster, prompt: str, *options: str, node: str = "n0") -> list[int]:
+    return cluster.generate(node, prompt, "--max-tokens", str(NUM_TOKENS), *options)["tokens"]  # type: ignore[no-any-return]
+
+
+def test_three_nodes_give_one_node_tokens(cluster: Cluster, reference: Reference) -> None:
+    for prompt in PROMPTS:
+        assert ask(cluster, prompt) == reference[prompt]
+    assert ask(cluster, PROMPTS[0], "--combine", "ordered") == reference[PROMPTS[0]]
+
+
+@pytest.mark.parametrize("nodes", [2, 5])
+def test_other_numbers_of_nodes_give_one_node_tokens(
+    tmp_path: Path, store: Path, reference: Reference, nodes: int
+) -> None:
+    with running(tmp_path, nodes, store=store) as cluster:
+        done = cluster.apply(save(cluster, make_plan(cluster, spread(cluster.nodes))))
+        assert done.returncode == 0, (done.stderr, cluster.logs())
+        for prompt in PROMPTS:
+            assert ask(cluster, prompt) == reference[prompt]
+
+
+def test_status_tells_what_was_served(cluster: Cluster) -> None:
+    ask(cluster, PROMPTS[0])
+    node = wait_for(
+        lambda: (n := cluster.node_status("n0"))["tokens"] and n, timeout_s=5, what="a heartbeat with tokens"
+    )
+    assert node["epoch"] == 1
+    assert sum(node["experts"].values()) == 22
+    assert 0.4 < node["remote_share"] < 0.9
+    assert node["hit_rate"] + node["remote_share"] == pytest.approx(1.0)
+    assert 0 < node["memory_used"]["device"] <= node["memory_allowed"]["device"]
+    assert "n0" in cluster.planner("status", "--coordinator", cluster.coordinator).stdout
+
+
+def test_sampling_is_repeatable(cluster: Cluster, reference: Reference) -> None:
+    options = ("--temperature", "0.9", "--top-p", "0.9", "--seed")
+    first, again, other = (ask(cluster, PROMPTS[2], *options, seed) for seed in ("7", "7", "8"))
+    assert first == again
+    assert len({tuple(first), tuple(other), tuple(reference[PROMPTS[2]])}) == 3
+
+
+def test_several_requests_at_a_time(cluster: Cluster, reference: Reference) -> None:
+    asked = [PROMPTS[n % 3] for n in range(5)]  # more than sessions: some wait in line
+    commands = [cluster.generate_command("n0", p, "--max-tokens", str(NUM_TOKENS)) for p in asked]
+    running_now = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        for c in commands
+    ]
+    for prompt, process in zip(asked, running_now, strict=True):
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert json.loads(output)["tokens"] == reference[prompt]
+
+
+def test_counters_become_activation_statistics(cluster: Cluster, tmp_path: Path) -> None:
+    ask(cluster, PROMPTS[1])
+    file = tmp_path / "counters.json"
+    done = cluster.planner("counters", "-o", str(file), "--coordinator", cluster.coordinator)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(file.read_text())
+    (counted,) = document["nodes"]
+    assert counted["node"] == "n0"
+    assert [sum(layer) for layer in counted["counts"]] == [counted["tokens"] * document["top_k"]] * document["layers"]
+
+
+def test_new_plan_in_the_middle_of_a_generation(cluster: Cluster, reference: Reference) -> None:
+    current = make_plan(cluster, spread(cluster.nodes))
+    after = make_plan(cluster, spread(cluster.nodes, shift=1), current=current)
+    stream = subprocess.Popen(
+        cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "1000"),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    before = cluster.node_status("n0")["tokens"]
+    wait_for(lambda: cluster.node_status("n0")["tokens"] > before, timeout_s=60, what="the first tokens")
+    done = cluster.apply(save(cluster, after, "second.json"))
+    assert done.returncode == 0, (done.stderr, cluster.logs())
+    assert stream.poll() is None, "the generation ended before the plan was active"
+    output, _ = stream.communicate(timeout=120)
+    assert json.loads(output)["tokens"][:NUM_TOKENS] == reference[PROMPTS[0]]
+    assert {node["epoch"] for node in cluster.status()["nodes"]} == {2}
+    given = [sum(replica.node == node for replica in after.placement) for node in cluster.nodes]
+    assert [sum(node["experts"].values()) for node in cluster.status()["nodes"]] == given
+    for prompt in PROMPTS:
+        assert ask(cluster, prompt) == reference[prompt]
+    assert cluster.apply(cluster.path / "second.json").stdout.startswith("nothing to do")
+    stale = cluster.apply(save(cluster, make_plan(cluster, spread(cluster.nodes, shift=2)), "stale.json"))
+    assert (stale.returncode, "stale" in stale.stderr) == (4, True)
+
+
+def test_agents_killed_while_idle_come_back(cluster: Cluster, reference: Reference) -> None:
+    epoch = cluster.status()["epoch"]
+    for name in ("n1", "n0"):
+        cluster.kill(name)
+        cluster.start_agent(name)
+    cluster.kill("coordinator")
+    cluster.start_coordinator()
+    cluster.wait_up(cluster.nodes)
+    wait_for(
+        lambda: {n["epoch"] for n in cluster.status()["nodes"]} == {epoch}, timeout_s=60, what="the same epoch again"
+    )
+    assert cluster.status()["epoch"] == epoch
+    for prompt in PROMPTS:
+        assert ask(cluster, prompt) == reference[prompt]
