@@ -128,10 +128,10 @@ class Dispatcher:
             epoch=self.routing.epoch,
             layer=layer,
             combine=self.combine,
-            hidden=hidden,
+            hidden=hidden.cpu(),
             token=position.astype(np.int32),
             expert=rows.expert[mine].astype(np.int32),
-            weight=rows.weight[torch.from_numpy(mine)],
+            weight=rows.weight[torch.from_numpy(mine)].cpu(),
         )
         return call, token
 
@@ -157,7 +157,7 @@ class Dispatcher:
                 if len(answer) == len(hidden):
                     total = total + answer
                 else:
-                    total.index_add_(0, torch.from_numpy(each.token), answer)
+                    total.index_add_(0, torch.from_numpy(each.token).to(total.device), answer)
             return total.to(hidden.dtype)
         if mine is None and local is not None:
             ordered = local
@@ -167,7 +167,8 @@ class Dispatcher:
                 ordered[torch.from_numpy(mine)] = local
             for each in sent:
                 ordered[torch.from_numpy(each.rows)] = self._answer(each)
-        return torch.zeros_like(hidden).index_add_(0, torch.from_numpy(rows.token), ordered)
+        token = torch.from_numpy(rows.token).to(hidden.device)
+        return torch.zeros_like(hidden).index_add_(0, token, ordered)
 
     def _run_local(
         self, layer: int, hidden: torch.Tensor, rows: Rows, mine: NDArray[np.intp] | None
@@ -192,7 +193,7 @@ class Dispatcher:
         if tuple(answer.shape) != call.answer_shape or answer.dtype != call.answer_dtype:
             reason = f"answer is {answer.dtype} {tuple(answer.shape)}, expected {call.answer_dtype} {call.answer_shape}"
             raise CallFailed(call.layer, tuple(sorted(set(call.expert.tolist()))), call.holder, reason)
-        return answer.to(call.hidden.device)
+        return answer.to(self.residency.device)
 
 
 def _sorted_rows(top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Rows:

@@ -2,6 +2,7 @@
 
 Decides the order of arithmetic. Axes: T tokens, R rows (one row is one token at one expert), D hidden, F ffn.
 Flow: `ExpertCall` → weights borrowed → one matrix product per expert over its rows → rows, or partial sums per token.
+Bits also depend on how many threads a matrix product uses: nodes whose results must equal must use the same number.
 Must not know who called, nor which node it runs on.
 """
 
@@ -40,7 +41,7 @@ class ExpertCall:
     Attributes
     ----------
     hidden
-        [T', D], the model's dtype: just the tokens needed, in their order in the forward.
+        [T', D], the model's dtype, in CPU memory: just the tokens needed, in their order in the forward.
     token, expert
         [R] int32: row r is token ``hidden[token[r]]`` at expert ``expert[r]``. Rows are sorted by expert; within an
         expert they keep the order in which eager experts compute them (position in the top k, then token), since
@@ -66,13 +67,11 @@ class ExpertCall:
         rows = len(self.token)
         if not rows or len(self.expert) != rows or tuple(self.weight.shape) != (rows,):
             raise InvalidInput(f"layer {self.layer}: a call needs as many tokens, experts and weights, at least one")
-        if self.token.min() < 0 or self.token.max() >= self.hidden.shape[0]:
+        tokens, experts = self.token.tolist(), self.expert.tolist()  # quicker than arrays for the few rows of a decode
+        if min(tokens) < 0 or max(tokens) >= self.hidden.shape[0]:
             raise InvalidInput(f"layer {self.layer}: a row names a token outside of {self.hidden.shape[0]}")
-        if (np.diff(self.expert) < 0).any() or len(np.unique(self._pairs())) != rows:
+        if sorted(experts) != experts or len(set(zip(experts, tokens, strict=True))) != rows:
             raise InvalidInput(f"layer {self.layer}: rows are not sorted by expert, or one is there twice")
-
-    def _pairs(self) -> NDArray[np.int64]:
-        return self.expert.astype(np.int64) * self.hidden.shape[0] + self.token
 
     @property
     def answer_shape(self) -> tuple[int, int]:
@@ -102,14 +101,10 @@ def execute_call(residency: Residency, call: ExpertCall, *, tier_rows: TierRows 
     ExpertUnavailable
         One of the experts is not held here.
     """
-    return compute_rows(
-        residency,
-        call.layer,
-        Rows(call.token, call.expert, call.weight),
-        call.hidden,
-        combine=call.combine,
-        tier_rows=tier_rows,
-    )
+    device = residency.device
+    rows = Rows(call.token, call.expert, call.weight.to(device))
+    hidden = call.hidden.to(device)
+    return compute_rows(residency, call.layer, rows, hidden, combine=call.combine, tier_rows=tier_rows).cpu()
 
 
 def compute_rows(

@@ -22,6 +22,7 @@ from runtime.errors import ExpertUnavailable, InvalidInput, OverBudget, RuntimeF
 from runtime.loading import torch_dtype
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
+from schemas.units import format_bytes
 
 Key = tuple[int, int]
 Record = bytes | bytearray | memoryview
@@ -68,6 +69,8 @@ class Residency:
         Directory of the disk tier's record files, named by sha256. Needed if the disk budget is not 0.
     device
         Torch device of the slots.
+    max_slots
+        Slots to reserve at most: no model has more experts than it has, however large the budget.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Residency:
         record_dir: Path | None = None,
         *,
         device: str = "cpu",
+        max_slots: int | None = None,
     ) -> None:
         self.layout = layout
         self.device = torch.device(device)
@@ -88,8 +92,9 @@ class Residency:
         self._fastest: dict[Key, _Replica] = {}
         self._used: Counter[Tier] = Counter()
         slots = self.budgets["device"] // layout.bytes
+        slots = slots if max_slots is None else min(slots, max_slots)
+        self._pool = self._make_pool(slots)
         self._free = list(range(slots - 1, -1, -1))
-        self._pool = [torch.empty((slots, *part.shape), dtype=self._dtype, device=device) for part in layout.parts]
 
     def put(self, key: Key, tier: Tier, record: Record) -> None:
         """Hold a replica of `key` in `tier`; holding it there already changes nothing. Modifies.
@@ -191,10 +196,22 @@ class Residency:
         with self._lock:
             return {tier: self._used[tier] for tier in TIERS}
 
+    def _make_pool(self, slots: int) -> list[torch.Tensor]:
+        """Return one tensor per part of the layout, [slots, *shape]."""
+        try:
+            return [
+                torch.empty((slots, *part.shape), dtype=self._dtype, device=self.device) for part in self.layout.parts
+            ]
+        except (RuntimeError, MemoryError) as error:
+            size = format_bytes(slots * self.layout.bytes)
+            raise RuntimeFault(
+                f"device tier: {size} cannot be reserved on {self.device}; lower memory.device of this node"
+            ) from error
+
     def _reserve(self, tier: Tier) -> int | None:
         """Account for one more record in `tier`; return its slot on the device."""
         used, budget = self._used[tier], self.budgets[tier]
-        if used + self.layout.bytes > budget:
+        if used + self.layout.bytes > budget or (tier == "device" and not self._free):
             raise OverBudget(tier, needed=self.layout.bytes, used=used, budget=budget)
         self._used[tier] += self.layout.bytes
         return self._free.pop() if tier == "device" else None

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from runtime.errors import ExpertUnavailable, InvalidInput, OverBudget
+from runtime.errors import ExpertUnavailable, InvalidInput, OverBudget, RuntimeFault
 from runtime.slots import Residency
 
 
@@ -123,3 +123,13 @@ def test_threads_never_exceed_the_budget_nor_mix_up_slots(opened, tmp_path):
         thread.join()
     assert faults == []
     assert held.used()["device"] == 0
+
+
+def test_a_pool_that_cannot_be_reserved_is_told(opened, tmp_path):
+    layout = opened.manifest.layout
+    with pytest.raises(RuntimeFault, match=r"1024 TiB cannot be reserved on cpu; lower memory\.device"):
+        Residency(layout, {"device": 1 << 50})
+    held = Residency(layout, {"device": 1 << 50}, max_slots=1)
+    held.put((0, 0), "device", record(opened, (0, 0)))
+    with pytest.raises(OverBudget):
+        held.put((0, 1), "device", record(opened, (0, 1)))
