@@ -1,6 +1,6 @@
 """The placement problem as plain arrays, and what the decomposition hands back.
 
-Decides what a well-formed problem is. Must not know topologies, traces or plans: `planner.problem` is adapted elsewhere.
+Decides what a well-formed problem is. Must not know topologies, traces or plans.
 Axes: I ingress (the node where the trunk of the expert's layer runs), K experts, L layers, N nodes, P places, R rows;
 a place is one tier of one node. Formulation: min Σ d[i,k] a[i,k,p] c[i,p] + new copies + heaviest nodes, over holders
 x[k,p] ∈ {0, 1} and shares a[i,k,p] ≥ 0 with Σ_p a = 1, a ≤ x.
@@ -16,6 +16,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.int16]
+Real = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,12 @@ class PlacementArrays:
     @property
     def num_experts(self) -> int:
         """K."""
-        return self.demand.shape[1]
+        return int(self.demand.shape[1])
 
     @property
     def num_places(self) -> int:
         """P."""
-        return self.cost.shape[1]
+        return int(self.cost.shape[1])
 
     @property
     def num_nodes(self) -> int:
@@ -156,7 +158,7 @@ class PlacementArrays:
 def _faults(arrays: PlacementArrays) -> list[str]:
     (ingresses, experts), places = arrays.demand.shape, arrays.cost.shape[1]
     nodes, faults = arrays.num_nodes, []
-    shapes: list[tuple[str, npt.NDArray[np.generic] | None, tuple[int, ...]]] = [
+    shapes: list[tuple[str, Floats | Ints | Bools | None, tuple[int, ...]]] = [
         ("cost", arrays.cost, (ingresses, places)),
         ("capacity", arrays.capacity, (places,)),
         ("node_of_place", arrays.node_of_place, (places,)),

@@ -51,8 +51,8 @@ class Bundle:
         return gained > 0
 
     def restate(self, value: float) -> None:
-        """Correct the dual value at the centre, once more holder sets are looked at."""
-        self.value = value
+        """Correct the dual value at the centre, once more holder sets are looked at; steps become small again."""
+        self.value, self.radius = value, 0.05
 
     def propose(self) -> Floats:
         """Return the prices at which the model is highest within the box, and set `promise` to that height."""

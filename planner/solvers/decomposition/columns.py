@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solvers.decomposition.arrays import Bools, Floats, Ints
-from planner.solvers.decomposition.holder_sets import HolderSets
-from planner.solvers.decomposition.oracle import Answer, NearTies
+from planner.solvers.decomposition.answers import Answer, NearTies
+from planner.solvers.decomposition.arrays import Bools, Floats, Ints, Places
+from planner.solvers.decomposition.evaluate import nearest_holders
 from planner.solvers.decomposition.prices import Coupling
 
 
@@ -39,7 +38,7 @@ class Columns:
 
     expert: Ints
     held: Bools
-    place: npt.NDArray[np.int16]
+    place: Places
     own: Floats
     use: Floats
     load: Floats
@@ -66,58 +65,44 @@ class Columns:
         return np.flatnonzero(np.diff(self.expert, prepend=-1))
 
 
-def collect(
-    coupling: Coupling, sets: HolderSets, theta: Floats, lower: Floats, ties: NearTies, past: Sequence[Answer]
-) -> Columns:
-    """Make columns of the near ties at θ and of past answers, without repeats."""
+def collect(coupling: Coupling, theta: Floats, lower: Floats, ties: NearTies, past: Sequence[Answer]) -> Columns:
+    """Make columns of the near ties at θ and of past answers, without repeats.
+
+    `lower` `[K]` is what the reduced costs are counted from.
+    """
     experts = np.arange(coupling.arrays.num_experts)
     expert = np.concatenate([ties.expert, *(experts for _ in past)])
-    chosen = np.concatenate([ties.chosen, *(answer.chosen for answer in past)])
-    place = np.concatenate([_cheapest_places(coupling, sets, theta, ties), *(answer.place for answer in past)], axis=1)
-    key = np.concatenate([expert[:, None], chosen[:, None], place.T], axis=1)
+    held = np.concatenate([ties.held, *(answer.held for answer in past)])
+    place = np.concatenate([_cheapest_places(coupling, theta, ties), *(answer.place for answer in past)], axis=1)
+    key = np.concatenate([expert[:, None], held, place.T], axis=1).astype(np.int32)
     _, first = np.unique(key, axis=0, return_index=True)
-    columns = _columns(coupling, sets, theta, lower, (expert[first], chosen[first], place[:, first]))
+    columns = _columns(coupling, theta, lower, (expert[first], held[first], place[:, first]))
     return columns.take(np.lexsort((columns.reduced_cost, columns.expert)))
 
 
-def most_undecided(columns: Columns, *, num_experts: int, per_expert: int) -> Columns:
-    """Keep the columns that stay near the best until `num_experts` experts have a choice, `per_expert` at most each."""
-    first = columns.first
-    rank = np.arange(len(columns)) - first[columns.expert]
+def most_undecided(columns: Columns, known: Bools, *, num_experts: int, per_expert: int) -> Columns:
+    """Keep the columns that stay near the best until `num_experts` experts have a choice, `per_expert` at most each.
+
+    Columns with the holders of `known` `[K, P]`, a placement that fits, are kept whatever they cost, so that at least
+    it remains.
+    """
+    rank = np.arange(len(columns)) - columns.first[columns.expert]
     second = np.sort(columns.reduced_cost[rank == 1])
     slack = second[num_experts] if len(second) > num_experts else np.inf
-    return columns.take(np.flatnonzero((rank == 0) | ((columns.reduced_cost <= slack) & (rank < per_expert))))
+    near = (columns.reduced_cost <= slack) & (rank < per_expert)
+    is_known = (columns.held == known[columns.expert]).all(axis=1)
+    return columns.take(np.flatnonzero((rank == 0) | near | is_known))
 
 
-def within(columns: Columns, slack: float) -> Columns:
-    """Keep each expert's best and all columns of a reduced cost up to `slack`."""
-    keep = columns.reduced_cost <= slack
-    keep[columns.first] = True
-    return columns.take(np.flatnonzero(keep))
+def _cheapest_places(coupling: Coupling, theta: Floats, ties: NearTies) -> Places:
+    costs, arrays = coupling.layer_costs(theta), coupling.arrays
+    layer = arrays.layer_of_expert[ties.expert] if len(costs) > 1 else np.zeros(len(ties.expert), dtype=np.int64)
+    return nearest_holders(costs, layer, ties.held)[1]
 
 
-def _cheapest_places(coupling: Coupling, sets: HolderSets, theta: Floats, ties: NearTies) -> npt.NDArray[np.int16]:
-    costs = coupling.layer_costs(theta)
-    index, inverse = np.unique(ties.chosen, return_inverse=True)
-    if len(costs) == 1:
-        return sets.nearest(costs[0], index)[1][:, inverse]
-    layer = coupling.arrays.layer_of_expert[ties.expert]
-    place = np.empty((costs.shape[1], len(ties.expert)), dtype=np.int16)
-    for at in np.unique(layer):
-        here = layer == at
-        place[:, here] = sets.nearest(costs[at], index)[1][:, inverse[here]]
-    return place
-
-
-def _columns(
-    coupling: Coupling,
-    sets: HolderSets,
-    theta: Floats,
-    lower: Floats,
-    raw: tuple[Ints, Ints, npt.NDArray[np.int16]],
-) -> Columns:
-    arrays, (expert, chosen, place) = coupling.arrays, raw
-    held, ingress = sets.member[chosen], np.arange(len(arrays.cost))[:, None]
+def _columns(coupling: Coupling, theta: Floats, lower: Floats, raw: tuple[Ints, Bools, Places]) -> Columns:
+    arrays, (expert, held, place) = coupling.arrays, raw
+    ingress = np.arange(len(arrays.cost))[:, None]
     demand = arrays.demand[:, expert]
     own = (demand * arrays.cost[ingress, place]).sum(axis=0)
     use, load = np.zeros((len(expert), coupling.heaviest.start)), np.zeros((len(expert), arrays.num_nodes))

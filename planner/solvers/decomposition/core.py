@@ -44,16 +44,19 @@ class ModelResult:
     is_solved: bool
 
 
-def choose_columns(coupling: Coupling, columns: Columns, limits: ModelLimits) -> tuple[Ints | None, ModelResult]:
+def choose_columns(
+    coupling: Coupling, columns: Columns, excess_price: Floats, limits: ModelLimits
+) -> tuple[Ints | None, ModelResult]:
     """Minimise own costs and heaviest nodes over one column per expert; return each expert's column `[K]`.
 
-    Experts with one column are constants; the others (free) have a binary per column.
+    Experts with one column are constants; the others (free) have a binary per column. Rows of load and links may be
+    exceeded at `excess_price` `[R]`, because shares, which are found later, can mend a little excess.
     """
     counts = np.bincount(columns.expert, minlength=coupling.arrays.num_experts)
     position = np.flatnonzero(counts[columns.expert] > 1)
     fixed, free = columns.take(np.flatnonzero(counts[columns.expert] == 1)), columns.take(position)
     unit = coupling.unit
-    result = run_model(_build(coupling, fixed, free, unit), limits, unit=unit)
+    result = run_model(_build(coupling, fixed, free, excess_price), limits, unit=unit)
     if result.values is None:
         return None, result
     best = np.lexsort((-result.values[: len(free)], free.expert))
@@ -92,18 +95,21 @@ def _proved(model: highspy.Highs) -> float:
     return float(info.objective_function_value) if solved else -np.inf
 
 
-def _build(coupling: Coupling, fixed: Columns, free: Columns, unit: float) -> highspy.Highs:
-    """Binaries z per free column, and one height h ≥ 0 per layer where heaviest nodes cost."""
-    count, makespan = len(free), coupling.arrays.makespan
+def _build(coupling: Coupling, fixed: Columns, free: Columns, excess_price: Floats) -> highspy.Highs:
+    """Binaries z per free column, one height h ≥ 0 per layer where heaviest nodes cost, one excess e ≥ 0 per row."""
+    count, makespan, unit = len(free), coupling.arrays.makespan, coupling.unit
     weight = np.zeros(0) if makespan is None else makespan.weight
     model = new_model()
-    cost = np.concatenate([free.own, weight]) / unit
-    add_columns(model, cost, np.zeros(len(cost)), np.concatenate([np.ones(count), np.full(len(weight), INF)]))
+    size = _row_sizes(coupling, free)
+    cost = np.concatenate([free.own, weight, excess_price * size]) / unit
+    high = np.full(len(cost), INF)
+    high[:count] = 1.0
+    add_columns(model, cost, np.zeros(len(cost)), high)
     model.changeObjectiveOffset(fixed.own.sum() / unit)
     if count:
         set_binary(model, count)
         _add_one_column_each(model, free)
-    _add_shared_limits(model, coupling, fixed, free)
+    _add_shared_limits(model, coupling, fixed, free, size)
     if makespan is not None:
         _add_heaviest_nodes(model, coupling, fixed, free)
     return model
@@ -116,14 +122,28 @@ def _add_one_column_each(model: highspy.Highs, free: Columns) -> None:
     add_rows(model, ones, ones, (row, np.arange(len(free)), np.ones(len(free))))
 
 
-def _add_shared_limits(model: highspy.Highs, coupling: Coupling, fixed: Columns, free: Columns) -> None:
-    """Σ use · z ≤ limit − use of the fixed experts, for memory, new copies and rows."""
-    width = coupling.heaviest.start
+def _row_sizes(coupling: Coupling, free: Columns) -> Floats:
+    """Largest use of each load and link row by one column: the unit that the row is written in, `[R]`."""
+    largest = free.use[:, coupling.rows].max(axis=0, initial=0.0)
+    return np.where(largest > 0, largest, 1.0)
+
+
+def _add_shared_limits(
+    model: highspy.Highs, coupling: Coupling, fixed: Columns, free: Columns, row_size: Floats
+) -> None:
+    """Σ use · z − e ≤ limit − use of the fixed experts, for memory, new copies (both without e) and rows."""
+    width, num_rows = coupling.heaviest.start, len(row_size)
     left = coupling.limit[:width] - fixed.use.sum(axis=0)
     size = np.ones(width)
-    size[coupling.rows] = np.maximum(free.use[:, coupling.rows].max(axis=0, initial=0.0), 1e-30)
+    size[coupling.rows] = row_size
     column, row = np.nonzero(free.use)
-    add_rows(model, np.full(width, -INF), left / size, (row, column, (free.use / size)[column, row]))
+    used = (row, column, (free.use / size)[column, row])
+    excess = (
+        np.arange(coupling.rows.start, width),
+        model.getNumCol() - num_rows + np.arange(num_rows),
+        -np.ones(num_rows),
+    )
+    add_rows(model, np.full(width, -INF), left / size, join(used, excess))
 
 
 def _add_heaviest_nodes(model: highspy.Highs, coupling: Coupling, fixed: Columns, free: Columns) -> None:

@@ -4,9 +4,8 @@ Decides nothing. Must not know how placements are found: every incumbent passes 
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solvers.decomposition.arrays import Bools, Floats, Incumbent, PlacementArrays, Serving
+from planner.solvers.decomposition.arrays import Bools, Floats, Incumbent, Ints, PlacementArrays, Places, Serving
 from planner.solvers.decomposition.holder_sets import num_domains
 
 ROW_SLACK = 1e-6  # relative; HiGHS keeps rows to about 1e-7
@@ -20,7 +19,7 @@ def holders_are_feasible(arrays: PlacementArrays, holders: Bools) -> bool:
     return new is None or new.limit is None or int((holders & new.is_new).sum()) <= new.limit
 
 
-def admissible(arrays: PlacementArrays, holders: Bools, experts: npt.NDArray[np.int64]) -> Bools:
+def admissible(arrays: PlacementArrays, holders: Bools, experts: Ints) -> Bools:
     """Whether each row of `holders` `[X, P]` is a set that `experts` `[X]` may have: tiers, domains, bans, pins."""
     on_node = np.zeros((len(holders), arrays.num_nodes), dtype=np.int64)
     for place, node in enumerate(arrays.node_of_place):
@@ -33,20 +32,26 @@ def admissible(arrays: PlacementArrays, holders: Bools, experts: npt.NDArray[np.
     return np.asarray(fine)
 
 
-def nearest_places(arrays: PlacementArrays, holders: Bools, costs: Floats) -> npt.NDArray[np.int16]:
+def nearest_places(arrays: PlacementArrays, holders: Bools, costs: Floats) -> Places:
     """Return the cheapest holder `[I, K]` for each ingress at costs `[L', I, P]`; ties go to the lower place."""
     layer = arrays.layer_of_expert if len(costs) > 1 else np.zeros(arrays.num_experts, dtype=np.int64)
-    best = np.full(arrays.demand.shape, np.inf)
-    place = np.zeros(arrays.demand.shape, dtype=np.int16)
-    for p in range(arrays.num_places):
-        cost = costs[:, :, p][layer].T
-        closer = holders[:, p] & (cost < best)
-        np.copyto(best, cost, where=closer)
-        place[closer] = p
-    return place
+    return nearest_holders(costs, layer, holders)[1]
 
 
-def serve_whole(arrays: PlacementArrays, place: npt.NDArray[np.int16]) -> Serving:
+def nearest_holders(costs: Floats, layer: Ints, holders: Bools) -> tuple[Floats, Places]:
+    """Return cost and place of the cheapest holder, `[I, X]`, for rows `holders` `[X, P]` of layers `[X]`."""
+    best = np.full((costs.shape[1], len(holders)), np.inf)
+    place = np.zeros(best.shape, dtype=np.int16)
+    for p in range(holders.shape[1]):
+        rows = np.flatnonzero(holders[:, p])
+        cost = costs[layer[rows], :, p].T
+        closer = cost < best[:, rows]
+        best[:, rows] = np.where(closer, cost, best[:, rows])
+        place[:, rows] = np.where(closer, p, place[:, rows])
+    return best, place
+
+
+def serve_whole(place: Places) -> Serving:
     """Return the serving in which `place` `[I, K]` serves all of each ingress's demand."""
     num_ingress, num_experts = place.shape
     expert = np.repeat(np.arange(num_experts), num_ingress)
@@ -99,4 +104,4 @@ def served_by_nearest(arrays: PlacementArrays, holders: Bools, costs: Floats) ->
     """Return the placement where each ingress asks its cheapest holder at `costs` `[L', I, P]`; None if it breaks."""
     if not holders.any(axis=1).all():
         return None
-    return as_incumbent(arrays, holders, serve_whole(arrays, nearest_places(arrays, holders, costs)))
+    return as_incumbent(arrays, holders, serve_whole(nearest_places(arrays, holders, costs)))

@@ -27,7 +27,7 @@ def add_columns(model: highspy.Highs, cost: Floats, low: Floats, high: Floats) -
 
 
 def add_rows(model: highspy.Highs, low: Floats, high: Floats, entries: tuple[Index, Index, Floats]) -> None:
-    """Add rows `low ≤ A x ≤ high`, both `[n]`, with A as (row, column, value), each `[nonzeros]`. Modifies the model."""
+    """Add rows `low ≤ A x ≤ high`, both `[n]`, A as (row, column, value) of its nonzeros. Modifies the model."""
     row, column, value = entries
     order = np.argsort(row, kind="stable")
     start = np.searchsorted(row[order], np.arange(len(low))).astype(np.int32)

@@ -6,9 +6,8 @@ Decides which sets there are, and how far they can be enumerated. Must not know 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solvers.decomposition.arrays import Bools, Floats, Ints, PlacementArrays
+from planner.solvers.decomposition.arrays import Bools, Floats, Ints, PlacementArrays, Places
 
 ENUMERABLE_SETS = 1 << 17
 
@@ -31,16 +30,16 @@ class HolderSets:
     @property
     def size(self) -> Ints:
         """Replicas in each set, `[S]`."""
-        return self.member.sum(axis=1)
+        return np.asarray(self.member.sum(axis=1))
 
     def smallest(self, limit: int) -> Ints:
-        """Return indices of all sets up to the largest size at which no more than `limit` sets are taken, `[<= limit]`."""
+        """Return indices of all sets up to some size, the largest that keeps them within `limit`."""
         size = self.size
         counts = np.searchsorted(size, np.arange(size[0], size[-1] + 1), side="right")
         fitting = counts[counts <= limit]
         return np.arange(int(fitting[-1]) if len(fitting) else int(counts[0]))
 
-    def nearest(self, cost: Floats, index: Ints) -> tuple[Floats, npt.NDArray[np.int16]]:
+    def nearest(self, cost: Floats, index: Ints) -> tuple[Floats, Places]:
         """Return the cheapest cost `[I, S']` from each ingress into each set of `index` `[S']`, and the place it is at.
 
         `cost` is `[I, P]`; ties go to the lower place.
@@ -83,4 +82,4 @@ def num_domains(arrays: PlacementArrays, member: Bools) -> Ints:
     """Count the failure domains that each row of `member` `[X, P]` spans, `[X]`."""
     domain_of_place = arrays.domains[arrays.node_of_place]
     spanned = [member[:, domain_of_place == domain].any(axis=1) for domain in np.unique(domain_of_place)]
-    return np.sum(spanned, axis=0, dtype=np.int64)
+    return np.asarray(np.sum(spanned, axis=0, dtype=np.int64))

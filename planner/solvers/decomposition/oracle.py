@@ -2,7 +2,8 @@
 
 Decides each expert's best set, a valid lower bound on it, and which other sets come near. Must not know how prices are
 found. Work is cut into tiles of experts × sets that fit a processor's cache; large problems are computed in float32 and
-the bound is lowered by the worst rounding that this can cause.
+the bound is lowered by the worst rounding that this can cause. Where sets are many, everyday passes look at those that
+were ever best and at all small ones; only `certify` looks at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,52 +13,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solvers.decomposition.arrays import Bools, Floats, Ints, PlacementArrays
+from planner.solvers.decomposition.answers import Answer, NearTies
+from planner.solvers.decomposition.arrays import Bools, Floats, Ints, PlacementArrays, Places, Real
 from planner.solvers.decomposition.holder_sets import HolderSets
 from planner.solvers.decomposition.prices import Coupling
 
-Real = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+WHOLE_SETS = 8192  # up to here every pass looks at all sets
+FIRST_SETS = 3000  # beyond, looked at before the first pass over all
 EXACT_CELLS = 1 << 26  # experts × sets up to which everything is float64
 TILE_CELLS = 1 << 20
 TILE_SETS = 1 << 12
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Best sets at one price vector.
-
-    Parameters
-    ----------
-    lower
-        `[K]`, no holder set of the expert costs less, prices included, s; inf where none is allowed.
-    chosen
-        `[K]`, index of a cheapest set.
-    place
-        `[I, K]`, place of the chosen set that serves each ingress.
-    """
-
-    lower: Floats
-    chosen: Ints
-    place: npt.NDArray[np.int16]
-
-
-@dataclass(frozen=True)
-class NearTies:
-    """Sets whose cost comes within a slack of the best, in order of expert.
-
-    Parameters
-    ----------
-    expert, chosen
-        `[C]`, indices.
-    reduced_cost
-        `[C]`, cost above the expert's best, s.
-    """
-
-    expert: Ints
-    chosen: Ints
-    reduced_cost: Floats
 
 
 @dataclass(frozen=True)
@@ -67,12 +33,12 @@ class _Block:
     experts: Ints  # [B]
     index: Ints  # [S'], sets that are looked at
     near: Real  # [I, S']
-    place: npt.NDArray[np.int16]  # [I, S']
+    place: Places  # [I, S']
     price: Real  # [S'], of the slots
 
 
-class Oracle:
-    """Minimum over holder sets, per expert."""
+class EnumeratingOracle:
+    """Minimum over all holder sets. `certify` modifies which sets everyday passes look at."""
 
     def __init__(self, arrays: PlacementArrays, sets: HolderSets, pool: ThreadPoolExecutor | None = None) -> None:
         self.arrays, self.sets, self.coupling = arrays, sets, Coupling(arrays)
@@ -81,28 +47,31 @@ class Oracle:
         self._demand32 = self._demand.astype(np.float32)
         self._masked = _masked_experts(arrays)
         self._blocks = _expert_blocks(arrays)
+        self._all = np.arange(len(sets))
+        self._index = self._all if len(sets) <= WHOLE_SETS else sets.smallest(FIRST_SETS)
         exact = arrays.num_experts * len(sets) <= EXACT_CELLS
-        self.rounding = 0.0 if exact else 2 * self._rounding(np.dtype(np.float32))  # relative, of a set's cost
+        self.rounding = 0.0 if exact else 2 * self._rounding(np.dtype(np.float32))
 
-    def answer(self, theta: Floats, index: Ints | None = None) -> Answer:
-        """Return the best set of every expert; over the sets of `index` only, when given, which bounds nothing."""
-        index = np.arange(len(self.sets)) if index is None else index
-        lower = np.full(self.arrays.num_experts, np.inf)
-        chosen = np.zeros(self.arrays.num_experts, dtype=np.int64)
-        place = np.zeros(self.arrays.demand.shape, dtype=np.int16)
-        extras = self.coupling.holder_extras(theta)
-        for block in self._priced_blocks(theta, index):
-            parts = self._map(partial(self._best, block, extras=extras), self._row_tiles(block))
-            best, arg = (np.concatenate(column) for column in zip(*parts, strict=True))
-            lower[block.experts], chosen[block.experts] = best, index[arg]
-            place[:, block.experts] = block.place[:, arg]
-        return Answer(lower, chosen, place)
+    @property
+    def is_whole(self) -> bool:
+        """Whether `answer` looks at all sets, so that its lower bounds hold."""
+        return len(self._index) == len(self._all)
+
+    def answer(self, theta: Floats) -> Answer:
+        """Return the best of the sets that are looked at."""
+        return self._answer(theta, self._index)[0]
+
+    def certify(self, theta: Floats) -> Answer:
+        """Return the best of all sets, and look at those best ones from now on."""
+        answer, chosen = self._answer(theta, self._all)
+        self._index = np.union1d(self._index, chosen)
+        return answer
 
     def near_ties(
-        self, theta: Floats, answer: Answer, slack: float, *, most: int, index: Ints | None = None
+        self, theta: Floats, answer: Answer, slack: float, *, most: int, over_all: bool = False
     ) -> NearTies | None:
-        """Return every set (of `index`) that costs at most `slack` more than its expert's best; None beyond `most`."""
-        index = np.arange(len(self.sets)) if index is None else index
+        """Return the sets that cost at most `slack` more than the lower bounds of `answer`; None beyond `most`."""
+        index = self._all if over_all else self._index
         extras = self.coupling.holder_extras(theta)
         found: list[tuple[Ints, Ints, Floats]] = []
         count = 0
@@ -115,15 +84,30 @@ class Oracle:
                     return None
         expert, chosen, reduced = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.lexsort((reduced, expert))
-        return NearTies(expert[order], index[chosen[order]], reduced[order])
+        return NearTies(expert[order], self.sets.member[index[chosen[order]]])
+
+    def _answer(self, theta: Floats, index: Ints) -> tuple[Answer, Ints]:
+        lower = np.full(self.arrays.num_experts, np.inf)
+        chosen = np.zeros(self.arrays.num_experts, dtype=np.int64)
+        place = np.zeros(self.arrays.demand.shape, dtype=np.int16)
+        extras = self.coupling.holder_extras(theta)
+        for block in self._priced_blocks(theta, index):
+            parts = self._map(partial(self._best, block, extras=extras), self._row_tiles(block))
+            best, arg = (np.concatenate(column) for column in zip(*parts, strict=True))
+            lower[block.experts], chosen[block.experts] = best, index[arg]
+            place[:, block.experts] = block.place[:, arg]
+        return Answer(lower, self.sets.member[chosen], place), chosen
 
     def _priced_blocks(self, theta: Floats, index: Ints) -> Iterator[_Block]:
         costs = self.coupling.layer_costs(theta)
         price = self.sets.member[index] @ theta[self.coupling.memory]
-        kind = np.float64 if self.arrays.num_experts * len(index) <= EXACT_CELLS else np.float32
+        is_exact = self.arrays.num_experts * len(index) <= EXACT_CELLS
         for layer, experts in enumerate(self._blocks):
             near, place = self.sets.nearest(costs[layer], index)
-            yield _Block(experts, index, near.astype(kind, copy=False), place, price.astype(kind, copy=False))
+            if is_exact:
+                yield _Block(experts, index, near, place, price)
+            else:
+                yield _Block(experts, index, near.astype(np.float32), place, price.astype(np.float32))
 
     def _row_tiles(self, block: _Block) -> list[Ints]:
         rows = max(1, TILE_CELLS // min(len(block.index), TILE_SETS))
@@ -133,15 +117,16 @@ class Oracle:
     def _values(self, block: _Block, rows: Ints, columns: slice, extras: Floats | None) -> Real:
         """Cost with prices of sets `columns` for experts `rows` of the block, `[rows, columns]`; inf where banned."""
         experts = block.experts[rows]
-        demand = self._demand if block.near.dtype == np.float64 else self._demand32
-        values: Real = demand[experts] @ block.near[:, columns]
+        demand: Any = self._demand if block.near.dtype == np.float64 else self._demand32
+        values = demand[experts] @ block.near[:, columns]
         values += block.price[columns]
         if extras is not None:
             member = self.sets.member[block.index[columns]].T.astype(values.dtype)
             values += extras[experts].astype(values.dtype) @ member
         if self._masked[experts].any():
             values[self._violations(experts, block.index[columns])] = np.inf
-        return values
+        result: Real = values
+        return result
 
     def _violations(self, experts: Ints, index: Ints) -> Bools:
         """Whether a set has a banned place or lacks a pinned node, `[experts, index]`."""

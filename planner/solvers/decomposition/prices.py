@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.solvers.decomposition.arrays import Floats, Ints, PlacementArrays
+from planner.solvers.decomposition.arrays import Bools, Floats, Ints, PlacementArrays, Places
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Coupling:
     @property
     def size(self) -> int:
         """Number of prices."""
-        return self.heaviest.stop
+        return int(self.heaviest.stop)
 
     @cached_property
     def limit(self) -> Floats:
@@ -126,13 +125,13 @@ class Choice:
     use: Floats
 
 
-def summarise(coupling: Coupling, held: Floats, place: npt.NDArray[np.integer], group: Ints) -> Choice:
+def summarise(coupling: Coupling, held: Bools, place: Places, group: Ints) -> Choice:
     """Add up own costs and use per group.
 
     Parameters
     ----------
     held
-        `[K, P]`, 1.0 where the place holds the expert.
+        `[K, P]`, whether the place holds the expert.
     place
         `[I, K]`, place that serves each ingress.
     group
@@ -146,11 +145,11 @@ def summarise(coupling: Coupling, held: Floats, place: npt.NDArray[np.integer], 
     traffic = traffic.reshape(num_groups, num_ingress, num_places)  # evaluations/s [G, I, P]
     own = np.einsum("gip,ip->g", traffic, arrays.cost)
     use = np.zeros((num_groups, coupling.size))
-    use[:, coupling.memory] = np.add.reduceat(held, starts)
+    use[:, coupling.memory] = np.add.reduceat(held.astype(np.float64), starts)
     if arrays.new_copies is not None:
         own += np.add.reduceat((held * arrays.new_copies.price).sum(axis=1), starts)
         if arrays.new_copies.limit is not None:
-            use[:, coupling.copies] = np.add.reduceat((held * arrays.new_copies.is_new).sum(axis=1), starts)[:, None]
+            use[:, coupling.copies] = np.add.reduceat((held & arrays.new_copies.is_new).sum(axis=1), starts)[:, None]
     if arrays.rows is not None:
         use[:, coupling.rows] = np.einsum("gip,rip->gr", traffic, arrays.rows.weight)
     if arrays.makespan is not None:

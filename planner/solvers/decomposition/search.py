@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.solvers.decomposition.arrays import Bools, Floats, Ints, PlacementArrays
-from planner.solvers.decomposition.evaluate import admissible, num_domains
+from planner.solvers.decomposition.evaluate import admissible
+from planner.solvers.decomposition.holder_sets import num_domains
 
 SWAPS_PER_PLACE = 64
 
@@ -41,7 +42,7 @@ class Scorer:
         near = np.full((len(self.arrays.cost), len(experts)), np.inf)
         for place in range(holders.shape[1]):
             np.minimum(near, np.where(holders[:, place], self.cost_at(experts, place), np.inf), out=near)
-        total = (self.arrays.demand[:, experts] * np.where(holders.any(axis=1), near, 0.0)).sum(axis=0)
+        total: Floats = (self.arrays.demand[:, experts] * np.where(holders.any(axis=1), near, 0.0)).sum(axis=0)
         return total if self.copy_price is None else total + (holders * self.copy_price[experts]).sum(axis=1)
 
     def price_of(self, place: int, experts: Ints) -> Floats:

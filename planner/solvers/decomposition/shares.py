@@ -124,9 +124,9 @@ def _add_rows(
     if arrays.rows is not None:
         use = arrays.rows.weight[:, ingress, place] * flow
         size = np.maximum(use.max(axis=1, initial=0.0), 1e-30)
-        row, column = np.nonzero(use)
-        entries = (row, first + column, (use / size[:, None])[row, column])
-        add_rows(model, np.full(len(size), -INF), arrays.rows.limit / size, entries)
+        which, cell = np.nonzero(use)
+        used = (which, first + cell, (use / size[:, None])[which, cell])
+        add_rows(model, np.full(len(size), -INF), arrays.rows.limit / size, used)
     if arrays.makespan is not None:
         count = arrays.num_layers * arrays.num_nodes
         load = flow * arrays.makespan.service[place]

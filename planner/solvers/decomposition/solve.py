@@ -7,13 +7,14 @@ Flow: current placement → prices and bound (`dual`) → repair, fill, swap (`s
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from planner.solvers.decomposition.answers import NearTies
 from planner.solvers.decomposition.arrays import (
     Bools,
     Floats,
@@ -28,9 +29,15 @@ from planner.solvers.decomposition.arrays import (
 from planner.solvers.decomposition.columns import Columns, collect, most_undecided
 from planner.solvers.decomposition.core import ModelLimits, ModelResult, choose_columns
 from planner.solvers.decomposition.dual import Dual
-from planner.solvers.decomposition.evaluate import as_incumbent, serve_whole, served_by_nearest, worst_cost
+from planner.solvers.decomposition.evaluate import (
+    as_incumbent,
+    holders_are_feasible,
+    serve_whole,
+    served_by_nearest,
+    worst_cost,
+)
 from planner.solvers.decomposition.holder_sets import enumerate_sets
-from planner.solvers.decomposition.oracle import Answer, Oracle
+from planner.solvers.decomposition.oracle import EnumeratingOracle
 from planner.solvers.decomposition.prices import Coupling
 from planner.solvers.decomposition.search import Scorer, fill, repair, swap
 from planner.solvers.decomposition.shares import SetOptions, choose_sets_and_shares, count_shares
@@ -38,6 +45,9 @@ from planner.solvers.decomposition.shares import SetOptions, choose_sets_and_sha
 CORE_SIZES = (300, 1200, 5000)  # experts with a choice in each restricted model
 PROOF_COLUMNS = 60_000
 PROOF_SHARES = 40_000
+COLUMNS_PER_EXPERT = 8
+MODEL_SHARE = 0.5  # of the time left, for one restricted model
+EXCESS = 3.0  # price of exceeding a row, in its prices, while shares are not split
 DUAL_SHARE = 0.6  # of the time limit
 SWAP_ROUNDS = 40
 
@@ -118,7 +128,7 @@ def _solve(arrays: PlacementArrays, run: Run, pool: ThreadPoolExecutor | None) -
     if len(sets) == 0:
         run.prove(np.inf, "no holder set spans enough failure domains")
         return run.outcome(Stop.INFEASIBLE, np.zeros(arrays.num_places))
-    dual = Dual(Oracle(arrays, sets, pool))
+    dual = Dual(EnumeratingOracle(arrays, sets, pool))
     _find_prices(run, dual)
     if dual.bound > worst_cost(arrays):
         run.prove(np.inf, "no placement keeps the shared limits")
@@ -129,12 +139,12 @@ def _solve(arrays: PlacementArrays, run: Run, pool: ThreadPoolExecutor | None) -
 
 
 def _find_placement(run: Run, dual: Dual) -> None:
-    _round(run, dual)
+    holders = _round(run, dual)
     _prove(run, dual)
     for size in CORE_SIZES:
         if run.is_over:
             break
-        _restricted(run, dual, size)
+        _restricted(run, dual, holders if run.incumbent is None else run.incumbent.holders, size)
         _prove(run, dual)
 
 
@@ -165,57 +175,64 @@ def _scorer(dual: Dual) -> Scorer:
     return Scorer(dual.coupling.arrays, dual.coupling.layer_costs(dual.best_theta), None if new is None else new.price)
 
 
-def _round(run: Run, dual: Dual) -> None:
-    """Offer the best answer's holders, repaired, filled and improved by swaps."""
+def _round(run: Run, dual: Dual) -> Bools:
+    """Offer the best answer's holders, repaired, filled and improved by swaps; return them."""
     scorer = _scorer(dual)
-    holders = fill(scorer, repair(scorer, dual.oracle.sets.member[dual.best_answer.chosen]))
-    run.offer(served_by_nearest(run.arrays, holders, scorer.costs), "rounding")
+    holders = fill(scorer, repair(scorer, dual.best_answer.held))
+    _offer_holders(run, dual, holders, "rounding")
     if not run.is_over:
         holders = swap(scorer, holders, SWAP_ROUNDS)
-        run.offer(served_by_nearest(run.arrays, holders, scorer.costs), "swaps")
+        _offer_holders(run, dual, holders, "swaps")
+    return holders
 
 
-def _restricted(run: Run, dual: Dual, size: int) -> None:
+def _offer_holders(run: Run, dual: Dual, holders: Bools, phase: str) -> None:
+    """Offer holders, each ingress asking its cheapest at prices; where calls share rows, with the best shares too."""
+    arrays = run.arrays
+    run.offer(served_by_nearest(arrays, holders, dual.coupling.layer_costs(dual.best_theta)), phase)
+    if not arrays.is_separable and not run.is_over and holders_are_feasible(arrays, holders):
+        _offer_shares(run, dual, SetOptions(np.arange(arrays.num_experts), holders), phase)
+
+
+def _restricted(run: Run, dual: Dual, known: Bools, size: int) -> None:
     """Offer the best choice among the columns of the `size` most undecided experts."""
     slack = 1e-3 * dual.coupling.unit
-    past = () if run.arrays.is_separable else tuple(dual.recent)
-    columns = _near_columns(dual, slack, past)
+    columns = _near_columns(dual, known, slack)
     while columns is None or (np.bincount(columns.expert) > 1).sum() < size:
-        wider = _near_columns(dual, 3 * slack, past)
+        wider = _near_columns(dual, known, 3 * slack)
         if wider is None or (columns is not None and len(wider) == len(columns)):
             break
         slack, columns = 3 * slack, wider
     if columns is not None:
-        _offer_columns(run, dual, most_undecided(columns, num_experts=size, per_expert=8), f"{size} undecided")
+        columns = most_undecided(columns, known, num_experts=size, per_expert=COLUMNS_PER_EXPERT)
+        _offer_columns(run, dual, columns, f"{size} undecided")
 
 
-def _near_columns(dual: Dual, slack: float, past: Sequence[Answer]) -> Columns | None:
-    ties = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS, index=dual.index)
+def _near_columns(dual: Dual, known: Bools, slack: float) -> Columns | None:
+    """Columns of the near ties, of what was best of late (where shares matter), and of the placement `known`."""
+    ties = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS)
     if ties is None:
         return None
-    answers = (dual.best_answer, *past)
-    return collect(dual.coupling, dual.oracle.sets, dual.best_theta, dual.best_answer.lower, ties, answers)
+    experts = np.arange(len(known))
+    ties = NearTies(np.concatenate([ties.expert, experts]), np.concatenate([ties.held, known]))
+    answers = (dual.best_answer, *(() if dual.coupling.arrays.is_separable else dual.recent))
+    return collect(dual.coupling, dual.best_theta, dual.best_answer.lower, ties, answers)
 
 
-def _limits(run: Run) -> ModelLimits:
-    gap = run.settings.gap
-    return ModelLimits(
-        run.seconds_left, 0.1 * gap, run.bound * (1 + 0.5 * gap), run.settings.threads, run.settings.seed
-    )
+def _limits(run: Run, share: float = 1.0) -> ModelLimits:
+    gap, seconds = run.settings.gap, share * run.seconds_left
+    return ModelLimits(seconds, 0.1 * gap, run.bound * (1 + 0.5 * gap), run.settings.threads, run.settings.seed)
 
 
 def _offer_columns(run: Run, dual: Dual, columns: Columns, phase: str) -> ModelResult:
     """Solve the model of these columns and offer its placement, with free memory filled."""
-    arrays = run.arrays
-    picked, result = choose_columns(dual.coupling, columns, _limits(run))
+    coupling = dual.coupling
+    excess_price = EXCESS * (dual.best_theta + 0.1 * coupling.scale)[coupling.rows]
+    picked, result = choose_columns(coupling, columns, excess_price, _limits(run, MODEL_SHARE))
     if picked is not None:
         holders = columns.held[picked]
-        run.offer(as_incumbent(arrays, holders, serve_whole(arrays, columns.place[:, picked])), phase)
-        scorer = _scorer(dual)
-        filled = fill(scorer, holders)
-        run.offer(served_by_nearest(arrays, filled, scorer.costs), phase)
-        if not arrays.is_separable and not run.is_closed:
-            _offer_shares(run, dual, SetOptions(np.arange(arrays.num_experts), filled), phase)
+        run.offer(as_incumbent(run.arrays, holders, serve_whole(columns.place[:, picked])), phase)
+        _offer_holders(run, dual, fill(_scorer(dual), holders), phase)
     return result
 
 
@@ -237,18 +254,18 @@ def _prove(run: Run, dual: Dual) -> None:
         return
     ceiling = worst_cost(run.arrays) if run.incumbent is None else run.incumbent.objective
     slack = ceiling - dual.bound + dual.oracle.rounding * float(dual.best_answer.lower.max()) + 1e-9 * abs(ceiling)
-    few = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS, index=dual.index)
+    few = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS)
     if few is None:
         return
-    ties = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS)
+    ties = dual.oracle.near_ties(dual.best_theta, dual.best_answer, slack, most=PROOF_COLUMNS, over_all=True)
     if ties is None:
         return
-    sets, phase = dual.oracle.sets, "all that could matter"
+    phase = "all that could matter"
     if run.arrays.is_separable:
-        columns = collect(dual.coupling, sets, dual.best_theta, dual.best_answer.lower, ties, ())
+        columns = collect(dual.coupling, dual.best_theta, dual.best_answer.lower, ties, ())
         result = _offer_columns(run, dual, columns, phase)
     else:
-        options = SetOptions(ties.expert, sets.member[ties.chosen])
+        options = SetOptions(ties.expert, ties.held)
         if count_shares(run.arrays, options) > PROOF_SHARES:
             return
         result = _offer_shares(run, dual, options, phase)
@@ -257,7 +274,7 @@ def _prove(run: Run, dual: Dual) -> None:
 
 @contextmanager
 def _workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
-    """Yield a pool of `threads` (0: one per processor); BLAS keeps to one thread, as the tiles are shared out already."""
+    """Yield a pool of `threads` (0: one per processor); BLAS keeps to one thread, as tiles are shared out already."""
     count = threads or os.cpu_count() or 1
     with threadpool_limits(limits=1, user_api="blas"):
         if count == 1:
