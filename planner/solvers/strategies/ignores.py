@@ -1,0 +1,13 @@
+"""What each heuristic leaves out, in a line that a comparison prints beside its figures."""
+
+from collections.abc import Mapping
+from typing import Final
+
+IGNORES: Final[Mapping[str, str]] = {
+    "uniform": "ignores demand, links and compute",
+    "popularity": "ignores who asks, links and compute",
+    "eplb": "ignores who asks, links and what moving costs",
+    "dancemoe": "ignores links, compute and that a layer waits once for all its remote experts",
+    "moetuner": "ignores replicas and that a layer waits once for all its remote experts",
+    "ordermoe": "ignores links and compute; its gain is substitution, which a quality budget of 0 % leaves out",
+}
