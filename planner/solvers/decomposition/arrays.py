@@ -287,14 +287,16 @@ class Settings:
     time_limit_s
         Wall-clock seconds from the call of `solve_arrays`.
     on_progress
-        Called after every step; returning False interrupts with what there is.
+        Called after every step with the state and the best placement so far; returning False interrupts with it.
+    threads
+        Threads for passes over holder sets; 0 for one per processor.
     """
 
     gap: float = 1e-4
     time_limit_s: float = 60.0
     seed: int = 0
     threads: int = 1
-    on_progress: Callable[[Progress], bool] | None = None
+    on_progress: Callable[[Progress, Incumbent | None], bool] | None = None
 
 
 def gap_of(objective: float, bound: float) -> float:

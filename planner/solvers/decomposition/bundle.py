@@ -31,7 +31,6 @@ class Bundle:
         self._scale = coupling.scale
         self._idle = np.zeros(0, dtype=np.int64)  # passes since each cut bound
         self._model = new_model()
-        self._model.setOptionValue("threads", 1)
         self._model.setOptionValue("presolve", "off")
         self._add_columns()
 

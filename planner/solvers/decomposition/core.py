@@ -21,7 +21,6 @@ class ModelLimits:
     seconds: float
     gap: float
     good_enough: float
-    threads: int
     seed: int
 
 
@@ -72,7 +71,6 @@ def run_model(model: highspy.Highs, limits: ModelLimits, *, unit: float) -> Mode
         ("time_limit", max(limits.seconds, 0.05)),
         ("mip_rel_gap", limits.gap),
         ("objective_target", limits.good_enough / unit),
-        ("threads", limits.threads),
         ("random_seed", limits.seed % (1 << 31)),
     ):
         model.setOptionValue(name, value)

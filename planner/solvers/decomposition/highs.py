@@ -14,8 +14,9 @@ Index = npt.NDArray[np.integer]
 
 
 def new_model() -> highspy.Highs:
-    """Return an empty, silent model."""
+    """Return an empty, silent model that runs on one thread: HiGHS shares one pool between all models of a process."""
     model = highspy.Highs()
+    model.setOptionValue("threads", 1)
     model.setOptionValue("output_flag", False)
     return model
 

@@ -101,7 +101,7 @@ class Run:
         objective = None if self.incumbent is None else self.incumbent.objective
         self.history.append(Progress(self.seconds, phase, objective, self.bound))
         report = self.settings.on_progress
-        if report is not None and not report(self.history[-1]):
+        if report is not None and not report(self.history[-1], self.incumbent):
             self.is_interrupted = True
 
     def outcome(self, stop: Stop, memory_price: Floats) -> Outcome:
@@ -221,7 +221,7 @@ def _near_columns(dual: Dual, known: Bools, slack: float) -> Columns | None:
 
 def _limits(run: Run, share: float = 1.0) -> ModelLimits:
     gap, seconds = run.settings.gap, share * run.seconds_left
-    return ModelLimits(seconds, 0.1 * gap, run.bound * (1 + 0.5 * gap), run.settings.threads, run.settings.seed)
+    return ModelLimits(seconds, 0.1 * gap, run.bound * (1 + 0.5 * gap), run.settings.seed)
 
 
 def _offer_columns(run: Run, dual: Dual, columns: Columns, phase: str) -> ModelResult:

@@ -1,0 +1,110 @@
+"""The decomposition behind the Protocol of all solvers.
+
+Decides how a `Problem` becomes arrays and an outcome a `Result`. Must not know how either is solved.
+"""
+
+import time
+from functools import partial
+
+import numpy as np
+
+from planner.objective import ObjectiveName
+from planner.problem import Bools, Problem
+from planner.solvers.base import Bound, Report, Result, SolveLimits, SolveStatus, StopReason, with_status
+from planner.solvers.base import Incumbent as Placed
+from planner.solvers.decomposition.arrays import (
+    EvaluationRows,
+    Incumbent,
+    PlacementArrays,
+    Progress,
+    Settings,
+    Stop,
+)
+from planner.solvers.decomposition.solve import solve_arrays
+from planner.solvers.terms import Terms, exact_terms
+
+
+def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
+    """Solve with prices on memory, load and links; the bound holds for every placement."""
+    begun = time.monotonic()
+    arrays = placement_arrays(problem, objective)
+    settings = Settings(
+        gap=limits.gap,
+        time_limit_s=limits.time_s,
+        seed=limits.seed,
+        threads=0,
+        on_progress=partial(_pass_on, _Told(), problem, report),
+    )
+    outcome = solve_arrays(arrays, settings)
+    incumbent = outcome.incumbent
+    result = Result(
+        solver="decomposition",
+        status=SolveStatus.INFEASIBLE if outcome.stop is Stop.INFEASIBLE else SolveStatus.UNKNOWN,
+        stop_reason=_STOPS[outcome.stop],
+        seconds=time.monotonic() - begun,
+        placed=None if incumbent is None else _placed(problem, incumbent.holders),
+        objective=None if incumbent is None else incumbent.objective,
+        bound=None if np.isinf(outcome.bound) else outcome.bound,
+    )
+    return with_status(result, limits.gap)
+
+
+def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArrays:
+    """Flatten a problem: callers with demand, places, experts in order of layer."""
+    terms = exact_terms(problem, objective)
+    callers = np.flatnonzero(terms.demand.any(axis=1))
+    callers = callers if len(callers) else np.arange(1)
+    nodes, node_of_place = np.unique(problem.place_node, return_inverse=True)
+    banned = problem.banned.reshape(problem.num_nodes, -1)[problem.place_node].T
+    pinned = problem.pinned.reshape(problem.num_nodes, -1)[nodes].T
+    return PlacementArrays(
+        demand=terms.demand[callers],
+        cost=terms.unit[callers],
+        capacity=problem.capacity_bytes.astype(np.float64),
+        expert_bytes=float(problem.expert_bytes),
+        node_of_place=node_of_place,
+        layer_of_expert=np.repeat(np.arange(problem.layers), problem.experts),
+        required=problem.required,
+        allowed=~banned if banned.any() else None,
+        pinned=pinned if pinned.any() else None,
+        rows=_rows(problem, terms, callers) if terms.coupled else None,
+    )
+
+
+def _rows(problem: Problem, terms: Terms, callers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> EvaluationRows:
+    """Rows that may bind: compute of nodes, then calls over links."""
+    on_node = problem.place_node[None, :] == terms.load_nodes[:, None]
+    load = np.repeat((on_node * terms.service_s)[:, None, :], len(callers), axis=1)
+    weight = np.concatenate([load, terms.crossing[:, callers].astype(np.float64)])
+    return EvaluationRows(weight, np.concatenate([terms.load_limit, terms.link_limit]))
+
+
+def _placed(problem: Problem, holders: Bools) -> Bools:
+    return np.ascontiguousarray(holders.T).reshape(problem.num_places, problem.layers, problem.experts)
+
+
+class _Told:
+    """What was last reported, so that only better is reported."""
+
+    objective = np.inf
+    bound = 0.0
+
+
+def _pass_on(told: _Told, problem: Problem, report: Report, progress: Progress, incumbent: Incumbent | None) -> bool:
+    """Report a better placement or bound. Modifies `told`."""
+    if incumbent is not None and incumbent.objective < told.objective:
+        told.objective = incumbent.objective
+        report(Placed(_placed(problem, incumbent.holders), incumbent.objective))
+    if told.bound < progress.bound < np.inf:
+        told.bound = progress.bound
+        report(Bound(progress.bound))
+    return True
+
+
+_STOPS = {
+    Stop.GAP: StopReason.GAP,
+    Stop.TIME: StopReason.TIME,
+    Stop.INTERRUPTED: StopReason.INTERRUPTED,
+    Stop.EXHAUSTED: StopReason.FINISHED,
+    Stop.INFEASIBLE: StopReason.FINISHED,
+}
