@@ -142,11 +142,7 @@ class Split:
 def split_model(model_dir: Path, store: Store, owners: dict[tuple[int, int], str], **options: Any) -> Split:
     """Load a trunk and put every expert at its owner; the ingress is called ``here``."""
     spec = store.manifest.model
-    names = sorted({"here", *owners.values()})
-    budget = {"device": spec.total_expert_bytes}
-    nodes = {name: Residency(store.manifest.layout, budget) for name in names}
-    for key, name in owners.items():
-        nodes[name].put(key, "device", store.read(store.by_key[key].sha256))
+    nodes = residencies(store, owners)
     routes = [
         Route(ingress="here", layer=layer, expert=expert, holder=name)
         for (layer, expert), name in sorted(owners.items())
@@ -157,6 +153,15 @@ def split_model(model_dir: Path, store: Store, owners: dict[tuple[int, int], str
     here = nodes.pop("here")
     segment = Segment(load_trunk(model_dir, dtype=store.manifest.dtype), here, board, **options)
     return Split(segment, InProcessCaller(nodes), board)
+
+
+def residencies(store: Store, owners: dict[tuple[int, int], str]) -> dict[str, Residency]:
+    """Put every expert at its owner."""
+    budget = {"device": store.manifest.model.total_expert_bytes}
+    nodes = {name: Residency(store.manifest.layout, budget) for name in sorted({"here", *owners.values()})}
+    for key, name in owners.items():
+        nodes[name].put(key, "device", store.read(store.by_key[key].sha256))
+    return nodes
 
 
 def all_here(store: Store) -> dict[tuple[int, int], str]:
