@@ -46,7 +46,7 @@ class Holdings:
         self._records = data / "records"
         self._backing = data / "backing"
         self._disk_budget = disk_budget
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._keys: dict[str, Key] = {}
         self._sizes: dict[str, int] = {}
         self._backed: dict[str, int] = {}
@@ -89,7 +89,8 @@ class Holdings:
             if data is not None:
                 log.warning("%s is damaged; it is fetched again", file)
                 file.unlink(missing_ok=True)
-                self._backed.pop(name, None)
+                with self._lock:
+                    self._backed.pop(name, None)
         key = (replica.record.layer, replica.record.expert)
         if self.residency.holds(key) and _is_intact(data := self.residency.record(key), name):
             return data
@@ -116,13 +117,14 @@ class Holdings:
         with self._lock:
             for name in self._keys.keys() - names:
                 del self._keys[name], self._sizes[name]
-        for name in self._backed.keys() - names:
-            self._unback(name)
+            for name in self._backed.keys() - names:
+                self._unback(name)
 
     @property
     def backing_bytes(self) -> int:
         """Bytes of backing copies."""
-        return sum(self._backed.copy().values())
+        with self._lock:
+            return sum(self._backed.values())
 
     def size(self, sha256: str) -> int:
         """Return a record's bytes for a peer; raises KeyError where it is not here."""
@@ -165,8 +167,9 @@ class Holdings:
         temporary = self._backing / f".{name}"
         try:
             temporary.write_bytes(record)
-            temporary.replace(self._backing / name)
-            self._backed[name] = len(record)
+            with self._lock:
+                temporary.replace(self._backing / name)
+                self._backed[name] = len(record)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
@@ -174,8 +177,9 @@ class Holdings:
             log.warning("%s: no room for backing copies; a restart pulls from peers", self._backing)
 
     def _trim(self, allowed: int) -> None:
-        while self._backed and self.backing_bytes > allowed:
-            self._unback(next(reversed(self._backed)))
+        with self._lock:
+            while self._backed and self.backing_bytes > allowed:
+                self._unback(next(reversed(self._backed)))
 
     def _unback(self, name: str) -> None:
         (self._backing / name).unlink(missing_ok=True)

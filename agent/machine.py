@@ -230,7 +230,7 @@ class AgentMachine:
     def _prepare(self, assignment: Assignment) -> Iterator[Instruction]:
         state = self.state
         if state.active is not None and _name(state.active) == _name(assignment):
-            if not self.is_restored:
+            if not self.is_restored and self.fault is not None:
                 self.fault = None
                 yield self._obtain(assignment)
             return

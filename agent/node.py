@@ -103,6 +103,7 @@ class Node:
         self._preparation: Preparation | None = None
         self._incarnation = uuid.uuid4().hex
         self._generation = ""
+        self._is_lonely = self._machine.state.active is None  # a node that serves waits for ever
         self._said_hello_at = 0.0
         self._beat_at = 0.0
         self._last_standing: msg.Standing | None = None
@@ -167,7 +168,7 @@ class Node:
             while not self._events.empty():
                 self._handle(self._events.get())
             self._speak()
-            if not self._generation and state.active is None and time.monotonic() - began > FIRST_CONTACT_S:
+            if self._is_lonely and time.monotonic() - began > FIRST_CONTACT_S:
                 raise CoordinatorAbsent(
                     f"no coordinator answers at {self._settings.coordinator}; start it with planner serve TOPOLOGY, "
                     "or correct coordinator in the config"
@@ -192,6 +193,7 @@ class Node:
             case msg.Welcome(cluster=cluster, generation=generation):
                 log.info("welcome in cluster %s", cluster)
                 self._generation = generation
+                self._is_lonely = False
             case msg.Unknown():
                 self._generation = ""
                 self._said_hello_at = 0.0
@@ -256,6 +258,7 @@ class Node:
                     endpoints=self._endpoints_of,
                     load_trunk=self._load_trunk,
                     report=self._events.put,
+                    after=self._preparation,
                 )
                 self._preparation.start()
             case m.StopObtaining():
@@ -273,8 +276,6 @@ class Node:
     def _stop_preparation(self) -> None:
         if self._preparation is not None:
             self._preparation.stop()
-            self._preparation.join()
-            self._preparation = None
 
     def _activate(self, assignment: msg.Assignment) -> None:
         log.info("epoch %d is active", assignment.epoch)

@@ -46,6 +46,7 @@ class Preparation(threading.Thread):
         endpoints: Callable[[str], Endpoints | None],
         load_trunk: Callable[[], None],
         report: Callable[[Obtained | NotObtained], None],
+        after: "Preparation | None",
     ) -> None:
         super().__init__(name=f"prepare-{order.epoch}", daemon=True)
         self.order = order
@@ -56,15 +57,21 @@ class Preparation(threading.Thread):
         self._endpoints = endpoints
         self._load_trunk = load_trunk
         self._report = report
+        self._after = after
         self._ended = threading.Event()
+        self._holding = threading.Lock()
 
     def stop(self) -> None:
-        """Give up; nothing is reported any more."""
-        self._ended.set()
+        """Give up: from now on nothing is held or reported any more. Does not wait for the thread."""
+        with self._holding:
+            self._ended.set()
 
     def run(self) -> None:
         """Obtain everything and report."""
         order = self.order
+        if self._after is not None:
+            self._after.join()  # one at a time; it was told to stop, but may be loading a trunk
+            self._after = None
         try:
             self._obtain()
             outcome: Obtained | NotObtained = Obtained(order.epoch, order.plan)
@@ -125,8 +132,10 @@ class Preparation(threading.Thread):
                 self._hold(replica, record.data)
 
     def _hold(self, replica: AssignedReplica, record: bytes | bytearray | memoryview) -> None:
-        self._holdings.hold(replica, record)
-        self.moved += replica.record.bytes
+        with self._holding:
+            if not self._ended.is_set():
+                self._holdings.hold(replica, record)
+                self.moved += replica.record.bytes
 
 
 def _exit_code(error: Exception) -> ExitCode:

@@ -40,13 +40,13 @@ def spec(dtype: str = "float32") -> ModelSpec:
     return read_checkpoint(MODEL).model_spec.held_as(dtype)  # type: ignore[arg-type]
 
 
-def wait_for(condition: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], *, timeout_s: float, what: Callable[[], str] | str) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := condition():
             return found
         time.sleep(0.05)
-    raise AssertionError(f"not within {timeout_s} s: {what}")
+    raise AssertionError(f"not within {timeout_s} s: {what if isinstance(what, str) else what()}")
 
 
 class Cluster:
@@ -132,7 +132,7 @@ class Cluster:
 
     def wait_up(self, nodes: Iterable[str]) -> None:
         wanted = set(nodes)
-        wait_for(lambda: wanted <= self.up(), timeout_s=60, what=f"{wanted} up; {self.logs()}")
+        wait_for(lambda: wanted <= self.up(), timeout_s=60, what=lambda: f"{wanted} up; {self.logs()}")
 
     def up(self) -> set[str]:
         done = self.planner("status", "--json", "--coordinator", self.coordinator)
