@@ -201,6 +201,9 @@ def _from_pretrained(model_dir: Path, dtype: torch.dtype, **options: Any) -> Any
             str(model_dir), dtype=dtype, local_files_only=True, use_kernels=False, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "its tensors have other shapes than its config.json says; fetch both again"
+            raise InvalidCheckpoint(f"{model_dir}: {reason}") from error
         raise InvalidCheckpoint(f"{model_dir}: cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

@@ -97,6 +97,12 @@ def layout_of(checkpoint: Checkpoint, dtype: HeldDtype = "checkpoint") -> Record
             named = [("gate_up_proj", (2 * ffn, hidden)), ("down_proj", shapes["down_proj"])]
     except KeyError as error:
         raise InvalidCheckpoint(f"{checkpoint.path}: experts lack their {error.args[0]}") from error
+    hidden_size = checkpoint.model_spec.hidden_size
+    if named[0][1][0 if checkpoint.family == "gpt_oss" else 1] != hidden_size:
+        raise InvalidCheckpoint(
+            f"{checkpoint.path}: experts have {named[0][0]} {list(named[0][1])}, which contradicts hidden_size "
+            f"{hidden_size} in config.json; fetch both again"
+        )
     held: Any = checkpoint.dtype if dtype == "checkpoint" else dtype
     parts: list[Part] = []
     offset = 0

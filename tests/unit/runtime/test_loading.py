@@ -88,6 +88,14 @@ def test_patches_are_removed_when_loading_fails(tmp_path):
     assert get_patch_mapping() == {}
 
 
+def test_a_config_of_another_model_is_refused(tmp_path):
+    model = make_checkpoint("qwen3_moe", tmp_path / "model", layers=1)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace('"vocab_size": 256', '"vocab_size": 300'))
+    with pytest.raises(InvalidCheckpoint, match=r"other shapes than its config\.json says"):
+        load_trunk(model)
+
+
 def test_trunks_and_whole_models_load_from_several_threads(checkpoint):
     found, faults = [], []
 

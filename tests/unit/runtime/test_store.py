@@ -111,6 +111,15 @@ def test_truncated_checkpoint_is_refused(tmp_path):
     assert left(tmp_path) == ["model"]
 
 
+def test_a_config_of_another_model_is_refused(tmp_path):
+    model = make_checkpoint("olmoe", tmp_path / "model", layers=1)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace('"hidden_size": 64', '"hidden_size": 32'))
+    with pytest.raises(InvalidCheckpoint, match=r"gate_up_proj \[64, 64\], which contradicts hidden_size 32"):
+        prepare_store(model, tmp_path / "s")
+    assert left(tmp_path) == ["model"]
+
+
 def test_unsupported_family_is_refused(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
