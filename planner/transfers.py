@@ -167,8 +167,7 @@ class _Board:
         """Return the transfer that can end first: expert, source, target, start, finish. Does not modify the board."""
         start = self.link_free[self.roads.links].max(axis=2)
         start = np.maximum(start, np.maximum(self.sends_free[:, None], self.receives_free[None, :]))
-        waiting: Bools = lacking.any(axis=1)
-        open_to = np.isfinite(self.pair_s) & waiting[None, :]
+        open_to = np.isfinite(self.pair_s) & (lacking.sum(axis=1) > 0)[None, :]
         finish = np.where(open_to, start + self.pair_s + self.roads.pair_latency_s, np.inf)
         holders = np.isfinite(since).sum(axis=0)
         best: tuple[float, int, int, int, float] | None = None
