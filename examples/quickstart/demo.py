@@ -67,7 +67,9 @@ def one_node_tokens(prompt: str) -> list[int]:
     """Greedy tokens of the whole model in this process, by transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="eager").eval()
     inputs = AutoTokenizer.from_pretrained(MODEL)(prompt, return_tensors="pt")
@@ -82,9 +84,14 @@ def say(what: str) -> None:
 
 def command(name: str, *arguments: object, shown: tuple[object, ...] | None = None) -> None:
     """Print a command as a user would type it and run it to its end."""
-    words = [word if not isinstance(word, Path) else os.path.relpath(word) for word in arguments]
+    words = as_typed(arguments)
     print("$", name, *(words if shown is None else (words[0], *shown)), flush=True)
-    subprocess.run([BIN / name, *map(str, arguments)], check=True)
+    subprocess.run([BIN / name, *words], check=True)
+
+
+def as_typed(arguments: tuple[object, ...]) -> list[str]:
+    """Write arguments as a user in this directory would: paths relative to it."""
+    return [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in arguments]
 
 
 def output(name: str, *arguments: object) -> str:
