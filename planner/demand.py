@@ -103,12 +103,13 @@ def activation_share(chosen: NDArray[np.int16], experts: int) -> NDArray[np.floa
     tokens, layers, _ = chosen.shape
     flat = (np.arange(layers)[None, :, None] * experts + chosen).ravel()
     counts = np.bincount(flat, minlength=layers * experts).astype(np.float64)
-    return counts.reshape(layers, experts) / max(tokens, 1)
+    return np.asarray(counts.reshape(layers, experts) / max(tokens, 1))
 
 
 def counted_share(counts: NodeCounts) -> NDArray[np.float64]:
     """Share of tokens that activate each expert, float64 ``[L, E]``, as one ingress counted it."""
-    return np.divide(np.array(counts.counts, dtype=np.float64), max(counts.tokens, 1))
+    counted = np.array(counts.counts, dtype=np.float64)
+    return np.asarray(counted / max(counts.tokens, 1))
 
 
 def counter_faults(counters: ActivationCounts, model: ModelSpec, *, cluster: str, nodes: set[str]) -> Iterator[Fault]:

@@ -103,8 +103,7 @@ def _next(held: Bools, target: Bools, ground: Ground, keep: int, parked: Bools) 
 
 def _stuck(held: Bools, target: Bools, short: Bools) -> Bools:
     """Return experts whose obsolete replica stands in the way of others, bool ``[K]``."""
-    stuck: Bools = (held & ~target)[short].any(axis=0)
-    return stuck
+    return np.asarray((held & ~target)[short].any(axis=0))
 
 
 def _that_fit(wanted: Bools, free: Ints, first: Bools) -> Bools:

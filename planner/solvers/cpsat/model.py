@@ -27,7 +27,7 @@ def build_model(problem: Problem, terms: Terms) -> Model:
     variables = make_variables(cp, terms, PARTS if terms.coupled else 1)
     for family in FAMILIES:
         family(cp, terms, variables)
-    costs, scale = integer_costs(terms.demand[:, None, :] * terms.unit[:, :, None])
+    costs, scale = integer_costs(terms.demand[:, None, :] * terms.unit[:, :, None], variables.parts)
     weighted = [(a, int(costs[n, p, k])) for (n, k), shares in variables.a.items() for p, a in shares.items()]
     cp.minimize(cp_model.LinearExpr.weighted_sum([a for a, _ in weighted], [cost for _, cost in weighted]))
     shape = (problem.num_places, problem.layers, problem.experts)

@@ -13,15 +13,15 @@ from planner.problem import Floats, Ints
 
 # or-tools #5293: a row whose Boolean coefficients add up past 2**31 may lose solutions. Only the objective has
 # coefficients other than 1 on Booleans; it is no row, and stays far below what int64 sums hold.
-OBJECTIVE_SUM: Final = float(1 << 44)
+OBJECTIVE_SUM: Final = float(1 << 51)
 ROW_SUM: Final = float(1 << 40)
 PARTS: Final = 1 << 16
 
 
-def integer_costs(weights: Floats) -> tuple[Ints, float]:
-    """Round costs ``[N, P, K]`` down to integers; returns them and the factor between both."""
+def integer_costs(weights: Floats, parts: int) -> tuple[Ints, float]:
+    """Round costs ``[N, P, K]`` per part of a call down to integers; returns them and the factor between both."""
     total = float(weights.max(axis=1, initial=0.0).sum())
-    scale = OBJECTIVE_SUM / total if total > 0 else 1.0
+    scale = OBJECTIVE_SUM / parts / total if total > 0 else 1.0
     return np.floor(weights * scale).astype(np.int64), scale
 
 

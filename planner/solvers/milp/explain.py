@@ -4,7 +4,7 @@ Decides by an elastic model: every row that stands for a machine's limit may be 
 optimum exceeds is what is in the way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -13,32 +13,55 @@ import pulp
 from planner.errors import Violation
 from planner.feasibility import link_violation, load_violation
 from planner.problem import Problem
-from planner.solvers.milp.constraints import assignment, coverage, holders, link, load, memory, one_tier, pins
-from planner.solvers.milp.variables import make_variables
-from planner.solvers.terms import exact_terms
+from planner.solvers.milp.constraints import (
+    Row,
+    assignment,
+    coverage,
+    holders,
+    link,
+    load,
+    memory,
+    one_tier,
+    pins,
+)
+from planner.solvers.milp.variables import Variables, make_variables
+from planner.solvers.terms import Terms, exact_terms
 from schemas.units import format_bytes
 
+Family = Callable[[Terms, Variables], Iterator[Row]]
+
+_PLACING: Final = (coverage, one_tier, pins)
 _TIME_S: Final = 20.0
 _SEEN: Final = 1e-6
 
 
 def explain(problem: Problem) -> list[Violation]:
-    """Return the limits that are in the way, each by how much."""
+    """Return the limits that are in the way, each by how much.
+
+    Memory first: only where pins, bans and replicas fit into it are compute or links to blame.
+    """
+    over = _least_excess(problem, hard=_PLACING, soft=(memory,))
+    if not any(excess > _SEEN for excess in over.values()):
+        over = _least_excess(problem, hard=(*_PLACING, memory, assignment, holders), soft=(load, link))
+    return list(_told(problem, over)) or [_unexplained()]
+
+
+def _least_excess(problem: Problem, *, hard: Sequence[Family], soft: Sequence[Family]) -> dict[str, float]:
+    """Exceed the soft rows by as little as the hard ones allow; returns the excess by name of row."""
     terms = exact_terms(problem, "additive-latency")
     variables = make_variables(terms)
-    lp, slack = pulp.LpProblem("elastic", pulp.LpMinimize), {}
-    for family in (coverage, one_tier, pins, assignment, holders):
+    lp, over = pulp.LpProblem("elastic", pulp.LpMinimize), {}
+    for family in hard:
         for row, name in family(terms, variables):
             lp.addConstraint(row, name)
-    for family, price in ((memory, 1.0), (load, 1e3), (link, 1e3)):
+    for family in soft:
         for row, name in family(terms, variables):
-            slack[name] = (pulp.LpVariable(f"over_{name}", 0), price)
-            row.addterm(slack[name][0], -1)
+            over[name] = pulp.LpVariable(f"over_{name}", 0)
+            row.addInPlace(-over[name])
             lp.addConstraint(row, name)
-    lp.setObjective(pulp.LpAffineExpression(list(slack.values())))
+    lp.setObjective(pulp.LpAffineExpression([(variable, 1) for variable in over.values()]))
     lp.solve(pulp.HiGHS(msg=False, timeLimit=_TIME_S, gapRel=0.01))
-    over = {name: variable.varValue or 0.0 for name, (variable, _) in slack.items()}
-    return list(_told(problem, over)) or [_unexplained()]
+    return {name: variable.varValue or 0.0 for name, variable in over.items()}
 
 
 def _told(problem: Problem, over: dict[str, float]) -> Iterator[Violation]:
