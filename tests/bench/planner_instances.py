@@ -38,6 +38,34 @@ def generate(
     )
 
 
+def generate_regions(
+    layers: int, experts: int, nodes: int, *, regions: int = 10, fill: float = 1.3, seed: int = 0
+) -> PlacementArrays:
+    """Many nodes in regions: 0.2 … 1 within a region, 2 … 8 more between two; a region's nodes ask for similar experts."""
+    rng = np.random.default_rng(seed)
+    region = np.arange(nodes) * regions // nodes
+    near = rng.uniform(0.1, 0.5, nodes)
+    between = rng.uniform(2, 8, (regions, regions))
+    between = (between + between.T) / 2
+    np.fill_diagonal(between, 0)
+    cost = near[:, None] + near[None, :] + between[region[:, None], region[None, :]]
+    np.fill_diagonal(cost, 0)
+    shape = np.tile(1 / np.arange(1, experts + 1), (layers, 1))
+    favourites = np.stack([rng.permuted(shape, axis=1) for _ in range(regions)])
+    own = np.stack([rng.permuted(shape, axis=1) for _ in range(nodes)])
+    mixed = 0.7 * favourites[region] + 0.3 * own
+    demand = mixed / mixed.sum(axis=2, keepdims=True) * rng.uniform(0.5, 2, (nodes, 1, 1))
+    share = rng.uniform(0.5, 2, nodes)
+    return PlacementArrays(
+        demand=demand.reshape(nodes, -1),
+        cost=cost,
+        capacity=np.floor(share / share.sum() * layers * experts * fill),
+        expert_bytes=1.0,
+        node_of_place=np.arange(nodes),
+        layer_of_expert=np.repeat(np.arange(layers), experts),
+    )
+
+
 def with_load(arrays: PlacementArrays, *, headroom: float = 1.15) -> PlacementArrays:
     """Limit each node's load to its share of memory times all demand times `headroom`."""
     share = arrays.capacity / arrays.capacity.sum()

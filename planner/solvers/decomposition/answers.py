@@ -50,6 +50,7 @@ class Oracle(Protocol):
 
     coupling: Coupling
     rounding: float  # relative error that a set's cost may have against a bound
+    lists_ties: bool  # whether `near_ties` lists anything
 
     @property
     def is_whole(self) -> bool:

@@ -40,6 +40,8 @@ class _Block:
 class EnumeratingOracle:
     """Minimum over all holder sets. `certify` modifies which sets everyday passes look at."""
 
+    lists_ties = True
+
     def __init__(self, arrays: PlacementArrays, sets: HolderSets, pool: ThreadPoolExecutor | None = None) -> None:
         self.arrays, self.sets, self.coupling = arrays, sets, Coupling(arrays)
         self._map: Callable[..., Iterator[Any]] = pool.map if pool else map

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from planner.solvers.decomposition.answers import NearTies
+from planner.solvers.decomposition.answers import NearTies, Oracle
 from planner.solvers.decomposition.arrays import (
     Bools,
     Floats,
@@ -26,6 +26,7 @@ from planner.solvers.decomposition.arrays import (
     Stop,
     gap_of,
 )
+from planner.solvers.decomposition.ascent import AscentOracle
 from planner.solvers.decomposition.columns import Columns, collect, most_undecided
 from planner.solvers.decomposition.core import ModelLimits, ModelResult, choose_columns
 from planner.solvers.decomposition.dual import Dual
@@ -36,7 +37,7 @@ from planner.solvers.decomposition.evaluate import (
     served_by_nearest,
     worst_cost,
 )
-from planner.solvers.decomposition.holder_sets import enumerate_sets
+from planner.solvers.decomposition.holder_sets import ENUMERABLE_SETS, count_sets, enumerate_sets, num_domains
 from planner.solvers.decomposition.oracle import EnumeratingOracle
 from planner.solvers.decomposition.prices import Coupling
 from planner.solvers.decomposition.search import Scorer, fill, repair, swap
@@ -124,11 +125,10 @@ def solve_arrays(arrays: PlacementArrays, settings: Settings | None = None, star
 
 def _solve(arrays: PlacementArrays, run: Run, pool: ThreadPoolExecutor | None) -> Outcome:
     coupling = Coupling(arrays)
-    sets = enumerate_sets(arrays)
-    if len(sets) == 0:
-        run.prove(np.inf, "no holder set spans enough failure domains")
+    if num_domains(arrays, (arrays.slots > 0)[None])[0] < max(arrays.required, 1):
+        run.prove(np.inf, "too few failure domains have room")
         return run.outcome(Stop.INFEASIBLE, np.zeros(arrays.num_places))
-    dual = Dual(EnumeratingOracle(arrays, sets, pool))
+    dual = Dual(_oracle(arrays, pool))
     _find_prices(run, dual)
     if dual.bound > worst_cost(arrays):
         run.prove(np.inf, "no placement keeps the shared limits")
@@ -136,6 +136,12 @@ def _solve(arrays: PlacementArrays, run: Run, pool: ThreadPoolExecutor | None) -
         _find_placement(run, dual)
     price = dual.best_theta[coupling.memory] / arrays.expert_bytes
     return run.outcome(_stop_reason(run), price)
+
+
+def _oracle(arrays: PlacementArrays, pool: ThreadPoolExecutor | None) -> Oracle:
+    if count_sets(arrays) <= ENUMERABLE_SETS:
+        return EnumeratingOracle(arrays, enumerate_sets(arrays), pool)
+    return AscentOracle(arrays, pool)
 
 
 def _find_placement(run: Run, dual: Dual) -> None:
@@ -215,7 +221,8 @@ def _near_columns(dual: Dual, known: Bools, slack: float) -> Columns | None:
         return None
     experts = np.arange(len(known))
     ties = NearTies(np.concatenate([ties.expert, experts]), np.concatenate([ties.held, known]))
-    answers = (dual.best_answer, *(() if dual.coupling.arrays.is_separable else dual.recent))
+    is_enough = dual.coupling.arrays.is_separable and dual.oracle.lists_ties
+    answers = (dual.best_answer, *(() if is_enough else dual.recent))
     return collect(dual.coupling, dual.best_theta, dual.best_answer.lower, ties, answers)
 
 
