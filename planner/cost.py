@@ -57,7 +57,7 @@ def find_paths(topology: Topology) -> Paths:
         for caller in range(size)
         for holder in range(size)
         if caller != holder
-        for link in _links_between(caller, holder, following, link_of)
+        for link in _links_between(caller, holder, following, link_of, len(topology.links))
     ]
     caller, holder, link = np.array(hops, dtype=np.int64).reshape(-1, 3).T
     latency, bandwidth = np.zeros((size, size)), np.full((size, size), np.inf)
@@ -69,7 +69,6 @@ def find_paths(topology: Topology) -> Paths:
 def _next_nodes(links: tuple[Link, ...], link_of: Ints) -> Ints:
     """Next node on the way from one node to another, int64 ``[N, N]`` (Floyd-Warshall)."""
     size = len(link_of)
-    declared = link_of < len(links)
     latencies = np.array([link.latency for link in links] + [np.inf])
     distance = latencies[link_of] + _HOP_S
     np.fill_diagonal(distance, 0.0)
@@ -79,10 +78,13 @@ def _next_nodes(links: tuple[Link, ...], link_of: Ints) -> Ints:
         better = through < distance
         distance = np.where(better, through, distance)
         following = np.where(better, following[:, [middle]], following)
-    return np.where(declared, np.arange(size)[None, :], following)
+    return following
 
 
-def _links_between(caller: int, holder: int, following: Ints, link_of: Ints) -> list[int]:
+def _links_between(caller: int, holder: int, following: Ints, link_of: Ints, num_links: int) -> list[int]:
+    direct = int(link_of[caller, holder])
+    if direct < num_links:
+        return [direct]
     links, here = [], caller
     while here != holder:
         onward = int(following[here, holder])
