@@ -18,6 +18,7 @@ _BAR_WIDTH: Final = 110  # the rest of a column is for its value
 _ROW_HEIGHT: Final = 46
 _BAR_HEIGHT: Final = 16
 _TOP: Final = 64
+_MARGIN: Final = 12
 _NOTE_CHARACTERS: Final = 48
 
 _STYLE: Final = """
@@ -64,7 +65,7 @@ def comparison_svg(
     width, height = _LABEL_WIDTH + _COLUMN_WIDTH * len(columns), _TOP + _ROW_HEIGHT * len(rows) + 12
     body = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" role="img">',
+        f'viewBox="-{_MARGIN} 0 {width + _MARGIN} {height}" role="img">',
         f"<title>{escape(title)}</title>",
         f"<style>{_STYLE}</style>",
         _text(0, 20, "title", title),

@@ -9,5 +9,5 @@ IGNORES: Final[Mapping[str, str]] = {
     "eplb": "ignores who asks, links and what moving costs",
     "dancemoe": "ignores links, compute and that a layer waits once for all its remote experts",
     "moetuner": "ignores replicas and that a layer waits once for all its remote experts",
-    "ordermoe": "ignores links and compute; its gain is substitution, which a quality budget of 0 % leaves out",
+    "ordermoe": "ignores links and compute; gains by substitution, which 0 % quality rules out",
 }
