@@ -60,9 +60,9 @@ class LayerDual:
         ahead = 2 * moved - self.mixture
         self.mixture = moved
         missing = (ahead @ self.costs.misses).T.astype(np.float32).reshape(self.levels.num_questions, self.size)
-        for question, split in enumerate(self.split):
-            split += np.float32(_PRIMAL_WEIGHT) * missing[question].take(self.index)
-            split[...] = _onto_simplex(split, rounds=4)
+        for question in range(self.levels.num_questions):
+            self.split[question] += np.float32(_PRIMAL_WEIGHT) * missing[question].take(self.index)
+            self.split[question] = _onto_simplex(self.split[question], rounds=2)
         self.sums = self._scatter()
         return np.asarray(ahead.sum(axis=0) @ self.costs.holds)
 
@@ -88,12 +88,18 @@ def _padded(experts: Indices, width: int) -> Indices:
 
 
 def _onto_simplex(columns: Array, rounds: int) -> Array:
-    """Project each column onto the unit simplex (Michelot 1986; as many rounds as rows would be exact)."""
+    """Project each column onto the unit simplex (Michelot 1986). Exact with as many rounds as rows.
+
+    Splits change little between steps: two rounds keep them close, and `_scatter` never counts more than the whole.
+    """
     shift = (columns.sum(axis=0) - 1) / len(columns)
+    above = np.empty_like(columns)
     for _ in range(rounds):
-        active = columns > shift
-        shift = (np.where(active, columns, 0).sum(axis=0) - 1) / np.maximum(active.sum(axis=0), 1).astype(columns.dtype)
-    return np.maximum(columns - shift, 0)
+        np.maximum(np.subtract(columns, shift, out=above), 0, out=above)
+        active = (above > 0).view(np.int8).sum(axis=0, dtype=np.int8 if len(columns) < 128 else np.int32)
+        shift += (above.sum(axis=0) - 1) / np.maximum(active, 1)
+    np.maximum(np.subtract(columns, shift, out=above), 0, out=above)
+    return above
 
 
 class Dual:

@@ -41,7 +41,9 @@ def holder_sets(instance: LatencyInstance, max_sets: int = MAX_SETS) -> HolderSe
     rows = np.eye(instance.num_places, dtype=bool)
     sets = rows
     while len(sets) + len(rows) * instance.num_places <= max_sets * 4:
-        grown = np.unique((rows[:, None] | np.eye(instance.num_places, dtype=bool)[None]).reshape(-1, rows.shape[1]), axis=0)
+        grown = np.unique(
+            (rows[:, None] | np.eye(instance.num_places, dtype=bool)[None]).reshape(-1, rows.shape[1]), axis=0
+        )
         rows = grown[(grown.astype(np.int64) @ instance.on_node <= 1).all(axis=1)]
         larger = np.unique(np.concatenate([sets, rows]), axis=0)
         if len(larger) > max_sets:

@@ -2,8 +2,8 @@
 
 Decides the order in which experts change their holders. Must not know memory limits: slots have prices.
 
-The coverage of a layer by a place grows late and then steeply (SlimCaching, arXiv 2507.06567: not submodular), so adding
-experts one by one goes wrong. Dropping one by one from a full layer does not: every event that is still whole is seen.
+The coverage of a layer by a place grows late and then steeply (SlimCaching, arXiv 2507.06567: not submodular), so
+adding experts one by one goes wrong. Dropping one by one from a full layer does not: every event still whole is seen.
 """
 
 from collections.abc import Iterator
@@ -120,7 +120,9 @@ def relink(layer: Layer, start: Bools, end: Bools, price: Floats) -> Path:
         charge.append(charge[-1] + float(saving[expert]))
         for row, question in enumerate(questions):
             if question.now[expert] != question.then[expert]:
-                effects[row] = question.effect() if question.flip(expert) else np.where(
-                    np.arange(layer.num_experts) == expert, 0.0, effects[row]
+                effects[row] = (
+                    question.effect()
+                    if question.flip(expert)
+                    else np.where(np.arange(layer.num_experts) == expert, 0.0, effects[row])
                 )
     return Path(start, end, np.array(order, dtype=np.int64), np.array(wait), np.array(charge))

@@ -119,4 +119,5 @@ def layers_of(instance: LatencyInstance) -> list[Layer]:
 
 def _merge(chosen: Events, rate: float) -> tuple[Indices, Floats]:
     patterns, count = np.unique(np.sort(chosen, axis=1), axis=0, return_counts=True)
-    return np.ascontiguousarray(patterns.T, dtype=np.intp), count * (rate / len(chosen))
+    weight = count.astype(np.float64) * (rate / len(chosen))
+    return np.ascontiguousarray(patterns.T, dtype=np.intp), weight

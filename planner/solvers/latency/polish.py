@@ -23,7 +23,10 @@ class LayerTable:
     def __init__(self, layer: Layer, hold: Bools) -> None:
         self.layer, self.hold = layer, hold.copy()
         self.missing = layer.levels.missing(hold)
-        self.counts = [[flags[experts].sum(axis=0) for flags, experts in zip(row, layer.experts, strict=True)] for row in self.missing]
+        self.counts = [
+            [flags[experts].sum(axis=0) for flags, experts in zip(row, layer.experts, strict=True)]
+            for row in self.missing
+        ]
         self.wait = layer.wait(hold)
         self._stale = True
         self._gain = self._loss = np.zeros(hold.shape)

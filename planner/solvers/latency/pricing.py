@@ -6,8 +6,8 @@ In question r = (level, ingress), event e costs w max_k missing_k, which is at l
 split a >= 0 with sum_k a_k <= 1. Summed over events the right side is linear, F[r, expert] * missing[r, expert], and
 with a price mu >= 0 per slot of each place everything falls apart into one small problem per expert::
 
-    bound(F, mu) = base + sum over experts of min over holder sets S of
-                       [ sum over r of F[r, expert] * (S misses r) + sum over p in S of mu_p ]  -  sum over p of mu_p M_p
+    bound(F, mu) = base - sum over p of mu_p M_p + sum over experts of
+        min over holder sets S of [ sum over r of F[r, expert] * (S misses r) + sum over p in S of mu_p ]
 """
 
 from dataclasses import dataclass
@@ -66,10 +66,14 @@ def least_cost(split: Floats, price: Floats, levels: Levels) -> Floats:
     bids is a lower bound. Bids are raised one ingress after another, in several orders; the best order counts.
     """
     questions, ingresses = levels.step.shape
-    by_question = split.reshape(questions, ingresses, -1)
+    by_question = split.reshape(questions, ingresses, split.shape[1])
     beyond = levels.rank[None] > np.arange(questions)[:, None, None]  # [J, I, P]
     serve = np.einsum("jie,jip->ipe", by_question, beyond.astype(np.float64))
-    orders = {tuple(range(ingresses)), tuple(reversed(range(ingresses))), tuple(np.argsort(-split.sum(axis=1).reshape(questions, -1).sum(axis=0)))}
+    orders = {
+        tuple(range(ingresses)),
+        tuple(reversed(range(ingresses))),
+        tuple(np.argsort(-split.sum(axis=1).reshape(questions, ingresses).sum(axis=0))),
+    }
     best = np.zeros(split.shape[1])
     for order in sorted(orders):
         slack = np.repeat(price[:, None], split.shape[1], axis=1)

@@ -7,7 +7,7 @@ result depends on the seed alone; it can be stopped at any time and then has its
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -51,11 +51,11 @@ class Schedule:
         Places of a layer that start out holding all of it; the places that the relaxation fills most.
     """
 
-    dual_steps: int = 240
+    dual_steps: int = 140
     dual_gain: float = 2e-4
-    more_dual_steps: int = 30
-    rounds: int = 4
-    select_steps: int = 12_000
+    more_dual_steps: int = 60
+    rounds: int = 3
+    select_steps: int = 10_000
     slack: float = 0.03
     anchors: int = 6
 
@@ -100,12 +100,17 @@ def _gap(objective: float, bound: float) -> float:
     return max(0.0, objective - bound) / max(abs(objective), 1e-12)
 
 
+def _usable(pool: LayerPool, filled: Floats) -> list[int]:
+    """Places that may hold anything of a layer, those first that the relaxation fills most."""
+    return [int(place) for place in np.argsort(-filled, kind="stable") if pool.repair.allowed[:, place].any()]
+
+
 def violations(instance: LatencyInstance, placed: Bools) -> list[str]:
     """Name every constraint that a placement ``[P, L, E]`` breaks; empty where it is feasible."""
-    faults = []
+    used = placed.sum(axis=(1, 2))
+    over = np.flatnonzero(used > instance.capacity)
+    faults = [f"place {place}: {used[place]} experts, room for {instance.capacity[place]}" for place in over]
     on_nodes = np.einsum("ple,pn->nle", placed.astype(np.int64), instance.on_node.astype(np.int64))
-    for place in np.flatnonzero(placed.sum(axis=(1, 2)) > instance.capacity):
-        faults.append(f"place {place}: {placed[place].sum()} experts, room for {instance.capacity[place]}")
     if (on_nodes > 1).any():
         faults.append("a node holds an expert in two places")
     if (short := int(((on_nodes > 0).sum(axis=0) < instance.required).sum())) > 0:
@@ -184,11 +189,15 @@ class _Run:
             return self._outcome("infeasible", np.zeros(self.instance.num_places))
         self._offer(start)
         self._prepare(start)
-        self._relax(self.schedule.dual_steps, share=0.4)
+        self._relax(self.schedule.dual_steps, share=0.35)
         for index in range(self.schedule.rounds):
             if index:
                 self._relax(self.schedule.more_dual_steps, share=0.9)
-            self._round(first=index == 0)
+            else:
+                self.price = self.dual.price
+            self._make_columns()
+            self._choose()
+            self._polish()
             if self._over(1.0) or self._closed():
                 break
         return self._outcome(self._reason(), self.dual.price)
@@ -217,35 +226,35 @@ class _Run:
                 if len(history) > 4 and history[-1] - history[-5] < self.schedule.dual_gain * abs(history[-1]):
                     break
 
-    def _round(self, *, first: bool) -> None:
-        if first:
-            self.price = self.dual.price
-        self._make_columns(first=first)
-        self._choose()
-        self._polish()
-
-    def _make_columns(self, *, first: bool) -> None:
-        """Sweep every layer from its anchors (first) or from the incumbent, at the current prices."""
+    def _make_columns(self) -> None:
+        """Sweep every layer at the current prices, from the incumbent and from one anchor after another."""
         filled = self.dual.mean_hold().sum(axis=1)  # [L, P]
-        order = self.rng.permutation(len(self.pools))
-        for layer in order:
-            pool, slack = self.pools[layer], self.schedule.slack * self.layers[layer].range()
-            pool.add(self.hold[layer])
-            ranked = [int(place) for place in np.argsort(-filled[layer], kind="stable") if pool.repair.allowed[:, place].any()]
-            starts = [self.hold[layer]]
-            if first or True:
-                starts += [pool.repair.anchored(place, self.price) for place in ranked[: self.schedule.anchors]]
-            for number, start in enumerate(starts):
-                if self._over(0.75):
+        ranked = [_usable(pool, row) for pool, row in zip(self.pools, filled, strict=True)]
+        for pool, hold in zip(self.pools, self.hold, strict=True):
+            pool.add(hold)
+        for number in range(1 + min(self.schedule.anchors, self.instance.num_places)):
+            for layer in self.rng.permutation(len(self.pools)):
+                if self._over(0.65):
                     return
-                places = ranked if number == 0 else [p for p in ranked if p != ranked[number - 1]] + [ranked[number - 1]]
-                sweep(pool, start, self.price, places, slack)
+                self._sweep(int(layer), ranked[layer], number)
+
+    def _sweep(self, layer: int, ranked: list[int], number: int) -> None:
+        """Sweep one layer from the incumbent (number 0) or from its anchor of that number."""
+        pool, slack = self.pools[layer], self.schedule.slack * self.layers[layer].range()
+        if number == 0:
+            sweep(pool, self.hold[layer], self.price, ranked, slack)
+        elif number <= len(ranked):
+            anchor = ranked[number - 1]
+            places = [*(place for place in ranked if place != anchor), anchor]
+            sweep(pool, pool.repair.anchored(anchor, self.price), self.price, places, slack)
 
     def _choose(self) -> None:
         """Choose a column for each layer; the prices that the columns support are those of the next round."""
         kept = [pool.trim(self.price, pool.add(hold)) for pool, hold in zip(self.pools, self.hold, strict=True)]
         slacks = [self.schedule.slack * layer.range() for layer in self.layers]
-        fronts = [pool.front(self.price, slack, keep) for pool, slack, keep in zip(self.pools, slacks, kept, strict=True)]
+        fronts = [
+            pool.front(self.price, slack, keep) for pool, slack, keep in zip(self.pools, slacks, kept, strict=True)
+        ]
         start = [int(np.flatnonzero(front.index == keep)[0]) for front, keep in zip(fronts, kept, strict=True)]
         worth = self.price.mean() if self.price.any() else float(np.mean(slacks)) + 1e-12
         hot = 0.3 * float(np.mean(slacks)) + 1e-300
