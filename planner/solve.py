@@ -19,6 +19,7 @@ from planner.solvers.choose import STRATEGIES, find_solver
 
 logger = logging.getLogger(__name__)
 
+_STAND_IN: Final = "dancemoe"
 _SAME: Final = 1e-6  # relative difference between a solver's figures and ours that is rounding
 
 
@@ -49,7 +50,19 @@ def solve(
         result = find_solver(solver)(problem, objective=objective, limits=limits, report=ignore)
     else:
         result = solve_in_child(Job(problem, solver, objective, limits), watch)
+    if result.placed is None and result.status is SolveStatus.UNKNOWN and solver not in STRATEGIES:
+        result = _stand_in(problem, result, objective=objective, limits=limits)
     return recheck(problem, result, objective=objective, gap=limits.gap)
+
+
+def _stand_in(problem: Problem, result: Result, *, objective: ObjectiveName, limits: SolveLimits) -> Result:
+    """Return DanceMoE's placement for a solver that found none in time, with the bound that it did prove."""
+    quick = find_solver(_STAND_IN)(problem, objective=objective, limits=limits, report=ignore)
+    if quick.placed is None or violations(problem, quick.placed, nearest(problem, quick.placed, objective)):
+        return result
+    why = result.detail or result.stop_reason.value
+    logger.warning("%s found no placement in %.1f s (%s); %s's is used", result.solver, result.seconds, why, _STAND_IN)
+    return replace(quick, bound=result.bound, stop_reason=result.stop_reason, seconds=result.seconds)
 
 
 def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: float) -> Solved:

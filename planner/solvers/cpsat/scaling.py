@@ -11,11 +11,11 @@ import numpy as np
 
 from planner.problem import Floats, Ints
 
-# or-tools #5293: a row whose Boolean coefficients add up past 2**31 may lose solutions. Only the objective has
-# coefficients other than 1 on Booleans; it is no row, and stays far below what int64 sums hold.
+# or-tools #5293: a row whose Boolean coefficients add up past 2**31 may lose solutions. Rows over Booleans have
+# coefficients 1 here; the objective is no row; parts are no Booleans, and the step at fault is off (see `solver`).
 OBJECTIVE_SUM: Final = float(1 << 51)
-ROW_SUM: Final = float(1 << 40)
-PARTS: Final = 1 << 16
+ROW_SUM: Final = float(1 << 56)
+PARTS: Final = 1 << 20
 
 
 def integer_costs(weights: Floats, parts: int) -> tuple[Ints, float]:
