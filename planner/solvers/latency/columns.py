@@ -13,6 +13,7 @@ from planner.solvers.latency.instance import Bools, Floats, Ints
 from planner.solvers.latency.paths import Path, relink
 from planner.solvers.latency.patterns import Layer
 
+_FROM_SAMPLE: Final = 6  # columns of a path that was found on a sample of the events
 MAX_COLUMNS: Final = 6000  # of one layer; the best at the current prices stay
 
 
@@ -26,10 +27,10 @@ class Front:
 
 
 class LayerPool:
-    """Columns of one layer. `add`, `add_path` and `trim` modify it."""
+    """Columns of one layer. `add`, `add_path` and `trim` modify it. `guide` is the layer, or a sample of its events."""
 
-    def __init__(self, layer: Layer, repair: Repair, capacity: Ints) -> None:
-        self.layer, self.repair, self.capacity = layer, repair, capacity
+    def __init__(self, layer: Layer, guide: Layer, repair: Repair, capacity: Ints) -> None:
+        self.layer, self.guide, self.repair, self.capacity = layer, guide, repair, capacity
         self._wait: list[float] = []
         self._used: list[Ints] = []
         self._hold: list[bytes] = []
@@ -59,11 +60,19 @@ class LayerPool:
         return self._wait[index]
 
     def add_path(self, path: Path, slack: float) -> None:
-        """Keep what lies on a path within `slack` of its best and fits into every place alone."""
+        """Keep what lies on a path within `slack` of its best and fits into every place alone.
+
+        A path found on a sample of the events gives a few columns only, as each is evaluated on all events.
+        """
         good = path.total <= path.total.min() + slack
+        exact = self.guide is self.layer
+        if not exact:
+            near = np.flatnonzero(good)
+            few = np.append(near[:: max(1, len(near) // _FROM_SAMPLE)], path.total.argmin())
+            good = np.isin(np.arange(len(good)), few)
         for position, hold in path.walk():
             if good[position] and (hold.sum(axis=0) <= self.capacity).all():
-                self.add(hold, float(path.wait[position]))
+                self.add(hold, float(path.wait[position]) if exact else None)
 
     def front(self, price: Floats, slack: float, keep: int) -> Front:
         """Columns within `slack` of the best at these prices, the cheapest for each use of slots; `keep` stays."""
@@ -100,7 +109,7 @@ def sweep(pool: LayerPool, hold: Bools, price: Floats, places: list[int], slack:
     """
     for place in places:
         full = pool.repair.with_place(hold, place)
-        path = relink(pool.layer, full, pool.repair.without_place(full, place, price), price)
+        path = relink(pool.guide, full, pool.repair.without_place(full, place, price), price)
         pool.add_path(path, slack)
         hold = path.at(int(path.total.argmin()))
     return hold

@@ -135,6 +135,7 @@ def any_placement(instance: LatencyInstance) -> Bools | None:
     flow = maximum_flow(csr_array((room.astype(np.int32), (tail, head)), shape=(size, size)), source, sink)
     if flow.flow_value < need.sum():
         return None
-    used = np.asarray(flow.flow.tocsr()[pair, at_place + place]).ravel() > 0
-    placed.reshape(len(free), experts)[place[used], expert[used]] = True
+    edges = flow.flow.tocoo()
+    used = (edges.row >= at_node) & (edges.col >= at_place) & (edges.data > 0)
+    placed.reshape(len(free), experts)[edges.col[used] - at_place, (edges.row[used] - at_node) // nodes] = True
     return placed

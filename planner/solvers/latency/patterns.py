@@ -88,13 +88,27 @@ class Layer:
 
     def wait(self, hold: Bools) -> float:
         """Seconds waited per second in this layer when experts are held as bool ``[E, P]``."""
-        missing, total = self.levels.missing(hold), 0.0
+        rank = self.levels.missing(hold).sum(axis=0)  # [I, E]
+        cost = self.levels.base + np.vstack([np.zeros(len(rank)), np.cumsum(self.levels.step, axis=0)])
+        total = 0.0
         for ingress, (experts, weight) in enumerate(zip(self.experts, self.weight, strict=True)):
-            total += float(self.levels.base[ingress] * weight.sum())
-            for question in np.flatnonzero(self.levels.step[:, ingress]):
-                beyond = missing[question, ingress][experts].any(axis=0)
-                total += float(self.levels.step[question, ingress] * weight[beyond].sum())
+            worst = rank[ingress].take(experts).max(axis=0)
+            total += float(cost[worst, ingress] @ weight)
         return total
+
+    def thinned(self, entries: int, rng: np.random.Generator) -> "Layer":
+        """Return this layer with about so many questions x events x experts, drawn by weight; itself if small."""
+        size = sum(int((self.levels.step[:, i] > 0).sum()) * part.size for i, part in enumerate(self.experts))
+        if size <= entries:
+            return self
+        experts, weight = [], []
+        for part, rates in zip(self.experts, self.weight, strict=True):
+            draws = max(1, part.shape[1] * entries // size)
+            total = float(rates.sum())
+            picked = rng.choice(len(rates), draws, p=rates / total) if total else np.arange(1)
+            experts.append(part[:, picked])
+            weight.append(np.full(len(picked), total / len(picked)))
+        return Layer(tuple(experts), tuple(weight), self.levels, self.num_experts)
 
     def least(self) -> float:
         """Seconds waited per second if every expert were as near as can be."""

@@ -17,6 +17,7 @@ from planner.solvers.latency.holders import Repair, any_placement, holder_sets
 from planner.solvers.latency.instance import Bools, Floats, InvalidInstance, LatencyInstance, waits
 from planner.solvers.latency.patterns import layers_of
 from planner.solvers.latency.polish import Polish
+from planner.solvers.latency.rounding import rounded
 from planner.solvers.latency.select import column_prices, select
 
 StopReason = Literal["gap", "time", "interrupted", "finished", "infeasible"]
@@ -49,6 +50,8 @@ class Schedule:
         Columns are kept within this share of a layer's range of waits.
     anchors
         Places of a layer that start out holding all of it; the places that the relaxation fills most.
+    guide_entries
+        Questions x events x experts of a layer above which its columns are made on a sample of the events.
     """
 
     dual_steps: int = 140
@@ -58,6 +61,7 @@ class Schedule:
     select_steps: int = 10_000
     slack: float = 0.03
     anchors: int = 6
+    guide_entries: int = 120_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +199,7 @@ class _Run:
                 self._relax(self.schedule.more_dual_steps, share=0.9)
             else:
                 self.price = self.dual.price
+            self._round_off()
             self._make_columns()
             self._choose()
             self._polish()
@@ -206,8 +211,9 @@ class _Run:
         self.layers = layers_of(self.instance)
         self.repairs = [Repair(self.instance, layer) for layer in range(len(self.layers))]
         self.dual = Dual(self.instance, self.layers, holder_sets(self.instance))
-        parts = zip(self.layers, self.repairs, strict=True)
-        self.pools = [LayerPool(layer, repair, self.instance.capacity) for layer, repair in parts]
+        guides = [layer.thinned(self.schedule.guide_entries, self.rng) for layer in self.layers]
+        parts = zip(self.layers, guides, self.repairs, strict=True)
+        self.pools = [LayerPool(*part, self.instance.capacity) for part in parts]
         self.hold = start.transpose(1, 2, 0)  # [L, E, P] feasible; the columns that the next choice starts from
         self.price = self.dual.price
         self._raise_bound()
@@ -225,6 +231,13 @@ class _Run:
                 history.append(self.dual.bound)
                 if len(history) > 4 and history[-1] - history[-5] < self.schedule.dual_gain * abs(history[-1]):
                     break
+
+    def _round_off(self) -> None:
+        """Start from the rounded mixture where that is better."""
+        before = self.objective
+        self._offer(rounded(self.instance, self.dual.mean_hold()))
+        if self.placed is not None and self.objective != before:
+            self.hold = self.placed.transpose(1, 2, 0)
 
     def _make_columns(self) -> None:
         """Sweep every layer at the current prices, from the incumbent and from one anchor after another."""
