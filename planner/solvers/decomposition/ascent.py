@@ -192,7 +192,8 @@ def _savings(demand: Floats, cost: Floats, replica: Floats, held: Bools) -> Floa
         other = np.where(place[:, rows] == p, np.inf, cost[:, p, None])
         second[:, rows] = np.minimum(second[:, rows], other)
     saving = np.where(held & (held.sum(axis=1) > 1)[:, None], replica, -np.inf)
-    loss = np.where(np.isfinite(second), demand * (np.where(np.isfinite(second), second, 0.0) - near), 0.0)
+    has_other = np.isfinite(second)
+    loss = demand * np.subtract(second, near, out=np.zeros_like(near), where=has_other)
     lost = np.zeros(held.shape)
     np.add.at(lost, (np.broadcast_to(np.arange(len(held)), place.shape), place), loss)
     return saving - lost

@@ -19,6 +19,7 @@ MAX_ROUNDS = 12
 MISSING = 1e-5  # relative fall of the value, over all sets, that says that sets which matter were left out
 KEEP_ANSWERS = 12
 GROUPS = 48
+START_PRICES = (0.5, 0.2, 0.08, 0.03, 0.01)  # of a slot, in what a mean expert costs
 
 
 class Dual:
@@ -28,7 +29,7 @@ class Dual:
         self.oracle, self.coupling = oracle, oracle.coupling
         arrays = self.coupling.arrays
         self.group = _groups(arrays.num_experts, arrays.layer_of_expert if arrays.makespan is not None else None)
-        self.bundle = Bundle(self.coupling, int(self.group[-1]) + 1, _start(oracle))
+        self.bundle = Bundle(self.coupling, int(self.group[-1]) + 1, self._start())
         self.bound, self.best_theta = -np.inf, self.bundle.center
         self.best_answer = oracle.answer(self.best_theta)
         self.recent: deque[Answer] = deque(maxlen=KEEP_ANSWERS)
@@ -39,6 +40,17 @@ class Dual:
             self._improve(tolerance, keep_going)
             if self.oracle.is_whole or not self._certify() or not keep_going():
                 break
+
+    def _start(self) -> Floats:
+        """Best of one memory price for all places, over some powers, with the heaviest nodes' prices even."""
+        coupling = self.coupling
+        theta = np.zeros(coupling.size)
+        if coupling.arrays.makespan is not None:
+            theta[coupling.heaviest] = coupling.ceiling[coupling.heaviest] / coupling.arrays.num_nodes
+        tried = np.repeat(theta[None], len(START_PRICES), axis=0)
+        tried[:, coupling.memory] = np.array(START_PRICES)[:, None] * coupling.unit
+        values = [self._value(each, self.oracle.answer(each)) for each in tried]
+        return np.asarray(tried[int(np.argmax(values))])
 
     def _improve(self, tolerance: float, keep_going: Callable[[], bool]) -> None:
         theta = self.bundle.center
@@ -74,15 +86,6 @@ class Dual:
 
     def _choice(self, answer: Answer) -> Choice:
         return summarise(self.coupling, answer.held, answer.place, self.group)
-
-
-def _start(oracle: Oracle) -> Floats:
-    coupling = oracle.coupling
-    theta = np.zeros(coupling.size)
-    theta[coupling.memory] = 0.3 * coupling.unit
-    if coupling.arrays.makespan is not None:
-        theta[coupling.heaviest] = coupling.ceiling[coupling.heaviest] / coupling.arrays.num_nodes
-    return theta
 
 
 def _groups(num_experts: int, layer: Ints | None) -> Ints:

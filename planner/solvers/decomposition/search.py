@@ -4,6 +4,7 @@ Decides which replicas to add, drop or put elsewhere. Must not know where the fi
 An expert's cost here is Σ_i d[i,k] min over holders p of cost[l,i,p], plus the price of its new copies.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ def repair(scorer: Scorer, holders: Bools) -> Bools:
         if (excess <= 0).all():
             break
         place = int(excess.argmax())
-        if not _relieve(scorer, holders, place, int(excess[place])):
+        if not _relieve(scorer, holders, place, int(excess[place])) and not _make_room(scorer, holders, excess):
             break
     return holders
 
@@ -95,6 +96,26 @@ def _relieve(scorer: Scorer, holders: Bools, place: int, excess: int) -> bool:
     return gone > 0
 
 
+def _make_room(scorer: Scorer, holders: Bools, excess: Ints) -> bool:
+    """Drop what is missed least from full places, as many replicas as are too many elsewhere. Modifies `holders`."""
+    arrays = scorer.arrays
+    every = [
+        np.flatnonzero(holders[:, place]) if excess[place] <= 0 else np.zeros(0, int) for place in range(len(excess))
+    ]
+    expert = np.concatenate(every)
+    place = np.repeat(np.arange(len(excess)), [len(some) for some in every])
+    without = holders[expert]
+    without[np.arange(len(expert)), place] = False
+    loss = scorer.value(without, expert) - scorer.value(holders[expert], expert)
+    loss[~admissible(arrays, without, expert)] = np.inf
+    order = np.argsort(loss, kind="stable")
+    order = order[np.isfinite(loss[order])]
+    _, first = np.unique(expert[order], return_index=True)  # one of each expert: losses do not add up
+    chosen = order[np.sort(first)][: int(excess[excess > 0].sum())]
+    holders[expert[chosen], place[chosen]] = False
+    return len(chosen) > 0
+
+
 def fill(scorer: Scorer, holders: Bools) -> Bools:
     """Return holders with the most useful replicas added wherever there is room."""
     holders, arrays = holders.copy(), scorer.arrays
@@ -113,13 +134,13 @@ def fill(scorer: Scorer, holders: Bools) -> Bools:
     return holders
 
 
-def swap(scorer: Scorer, holders: Bools, rounds: int) -> Bools:
+def swap(scorer: Scorer, holders: Bools, rounds: int, *, keep_going: Callable[[], bool]) -> Bools:
     """Return holders after up to `rounds` rounds of exchanging replicas within places, each at a gain."""
     holders = holders.copy()
     if scorer.arrays.new_copies is not None and scorer.arrays.new_copies.limit is not None:
         return holders  # an exchange may add a new copy; the restricted model handles that limit
     for _ in range(rounds):
-        if not _swap_round(scorer, holders):
+        if not keep_going() or not _swap_round(scorer, holders):
             break
     return holders
 

@@ -46,6 +46,7 @@ from planner.solvers.decomposition.shares import SetOptions, choose_sets_and_sha
 CORE_SIZES = (300, 1200, 5000)  # experts with a choice in each restricted model
 PROOF_COLUMNS = 60_000
 PROOF_SHARES = 40_000
+QUICK_SHARES = 2_000  # shares up to which the exact model is tried before others
 COLUMNS_PER_EXPERT = 8
 MODEL_SHARE = 0.5  # of the time left, for one restricted model
 EXCESS = 3.0  # price of exceeding a row, in its prices, while shares are not split
@@ -152,6 +153,7 @@ def _find_placement(run: Run, dual: Dual) -> None:
             break
         _restricted(run, dual, holders if run.incumbent is None else run.incumbent.holders, size)
         _prove(run, dual)
+    _prove(run, dual, most_shares=PROOF_SHARES)
 
 
 def _stop_reason(run: Run) -> Stop:
@@ -187,7 +189,7 @@ def _round(run: Run, dual: Dual) -> Bools:
     holders = fill(scorer, repair(scorer, dual.best_answer.held))
     _offer_holders(run, dual, holders, "rounding")
     if not run.is_over:
-        holders = swap(scorer, holders, SWAP_ROUNDS)
+        holders = swap(scorer, holders, SWAP_ROUNDS, keep_going=lambda: run.seconds_left > 0)
         _offer_holders(run, dual, holders, "swaps")
     return holders
 
@@ -251,7 +253,7 @@ def _offer_shares(run: Run, dual: Dual, options: SetOptions, phase: str) -> Mode
     return result
 
 
-def _prove(run: Run, dual: Dual) -> None:
+def _prove(run: Run, dual: Dual, most_shares: int = QUICK_SHARES) -> None:
     """Close the gap with a model of every set that a better placement could use, where there are few enough.
 
     A set whose reduced cost exceeds incumbent − bound belongs to no better placement; without an incumbent, a set
@@ -273,7 +275,7 @@ def _prove(run: Run, dual: Dual) -> None:
         result = _offer_columns(run, dual, columns, phase)
     else:
         options = SetOptions(ties.expert, ties.held)
-        if count_shares(run.arrays, options) > PROOF_SHARES:
+        if count_shares(run.arrays, options) > most_shares:
             return
         result = _offer_shares(run, dual, options, phase)
     run.prove(result.bound, "proof")

@@ -1,32 +1,13 @@
-"""The decomposition against brute force: bound ≤ optimum ≤ incumbent on small random problems of every kind."""
+"""Small problems as plain arrays, drawn from a seed, with a brute force over every placement."""
 
 import dataclasses
 import itertools
 
 import highspy
 import numpy as np
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from planner.solvers.decomposition.arrays import (
-    EvaluationRows,
-    Makespan,
-    NewCopies,
-    PlacementArrays,
-    Settings,
-    Stop,
-)
-from planner.solvers.decomposition.evaluate import (
-    admissible,
-    holders_are_feasible,
-    objective_of,
-    rows_are_kept,
-)
-from planner.solvers.decomposition.solve import solve_arrays
-
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-SEEDS = st.integers(0, 2**32 - 1)
+from planner.solvers.decomposition.arrays import EvaluationRows, Makespan, NewCopies, PlacementArrays
+from planner.solvers.decomposition.evaluate import admissible, holders_are_feasible
 
 
 def draw_arrays(seed: int, *, coupled: bool) -> PlacementArrays:
@@ -41,7 +22,7 @@ def draw_arrays(seed: int, *, coupled: bool) -> PlacementArrays:
     arrays = PlacementArrays(
         demand=demand,
         cost=rng.choice([0.0, 0.3, 1.0, 2.0], (ingresses, places)) * rng.uniform(0.9, 1.1),
-        capacity=rng.uniform(0, experts + 1, places) * 7.0,
+        capacity=rng.uniform(0.5, experts + 2, places) * 7.0,
         expert_bytes=7.0,
         node_of_place=node_of_place,
         layer_of_expert=np.repeat(np.arange(layers), per_layer),
@@ -63,7 +44,7 @@ def _couple(arrays: PlacementArrays, rng: np.random.Generator) -> PlacementArray
     if kind != 1:
         weight = rng.choice([0.0, 1.0, 2.0], (int(rng.integers(1, 3)), *arrays.cost.shape))
         arrays = dataclasses.replace(
-            arrays, rows=EvaluationRows(weight, arrays.demand.sum() * rng.uniform(0.2, 1.5, len(weight)))
+            arrays, rows=EvaluationRows(weight, arrays.demand.sum() * rng.uniform(0.4, 2.0, len(weight)))
         )
     if kind != 0:
         makespan = Makespan(rng.uniform(0, 2, arrays.num_layers), rng.uniform(0, 2, arrays.num_places))
@@ -128,59 +109,6 @@ def _serving_optimum(arrays: PlacementArrays, holders: np.ndarray) -> float:
         return np.inf
     new = 0.0 if arrays.new_copies is None else arrays.new_copies.price[holders].sum()
     return float(model.getInfo().objective_function_value + new)
-
-
-def check_against_brute_force(arrays: PlacementArrays) -> tuple[float, float | None]:
-    outcome, optimum = solve_arrays(arrays, Settings(gap=1e-7, time_limit_s=20)), brute_force(arrays)
-    tolerance = 1e-6 * max(1.0, abs(optimum)) if np.isfinite(optimum) else 0.0
-    assert outcome.bound <= optimum + tolerance
-    if outcome.stop is Stop.INFEASIBLE:
-        assert np.isinf(optimum)
-    if outcome.incumbent is None:
-        return optimum, None
-    holders, serving, objective = outcome.incumbent.holders, outcome.incumbent.serving, outcome.incumbent.objective
-    assert holders_are_feasible(arrays, holders)
-    assert rows_are_kept(arrays, serving)
-    assert holders[serving.expert, serving.place].all()
-    assert objective == pytest.approx(objective_of(arrays, holders, serving))
-    assert objective >= optimum - tolerance
-    return optimum, objective
-
-
-@QUICK
-@given(SEEDS)
-def test_separable_problems_are_solved_to_the_optimum(seed: int) -> None:
-    optimum, objective = check_against_brute_force(draw_arrays(seed, coupled=False))
-    assert (objective is None) == np.isinf(optimum)
-    if objective is not None:
-        assert objective == pytest.approx(optimum, rel=1e-6, abs=1e-9)
-
-
-@QUICK
-@given(SEEDS)
-def test_bound_optimum_and_incumbent_are_in_order_where_calls_share_load_links_or_heaviest_nodes(seed: int) -> None:
-    check_against_brute_force(draw_arrays(seed, coupled=True))
-
-
-@QUICK
-@given(SEEDS)
-def test_more_memory_never_worsens_the_optimum(seed: int) -> None:
-    arrays = draw_arrays(seed, coupled=False)
-    roomier = dataclasses.replace(arrays, capacity=arrays.capacity + np.random.default_rng(seed).uniform(0, 14))
-    less, more = (solve_arrays(each, Settings(gap=1e-9)) for each in (arrays, roomier))
-    if less.incumbent is not None:
-        assert more.incumbent is not None
-        assert more.incumbent.objective <= less.incumbent.objective + 1e-7
-
-
-@QUICK
-@given(SEEDS)
-def test_the_order_of_places_and_experts_does_not_change_the_optimum(seed: int) -> None:
-    arrays = draw_arrays(seed, coupled=False)
-    one, other = (solve_arrays(each, Settings(gap=1e-9)) for each in (arrays, permuted(arrays, seed)))
-    assert (one.incumbent is None) == (other.incumbent is None)
-    if one.incumbent is not None:
-        assert one.incumbent.objective == pytest.approx(other.incumbent.objective, rel=1e-6, abs=1e-9)
 
 
 def permuted(arrays: PlacementArrays, seed: int) -> PlacementArrays:
