@@ -300,6 +300,12 @@ class ClusterMachine:
     def _needed(self) -> frozenset[str]:
         return plan_nodes(self.state.plan) if self.state.plan else frozenset()
 
+    def _members(self) -> frozenset[str]:
+        """Nodes that have an assignment in the committed epoch, if only to hold nothing any more."""
+        plan = self.state.committed_plan
+        ingresses = {path.ingress for path in plan.trunk} if plan else set()
+        return frozenset({r.node for r in (*self.state.placement, *self.state.before)} | ingresses)
+
     def _concerned(self) -> frozenset[str]:
         """Nodes of the plan, and those leaving that are still there."""
         leaving = {replica.node for replica in self.state.before} & self._nodes.keys()
@@ -347,10 +353,11 @@ class ClusterMachine:
             return None  # it knows more than this journal; the coordinator refuses such a hello
         if abort := self._abort(standing):
             return abort
-        if standing.active < epoch:
-            return self._catch_up(name, standing)
-        if standing.retired < epoch and phase != "committed":
-            return Retire(epoch=epoch)
+        if name in self._members():  # others have nothing of the committed epoch to catch up with
+            if standing.active < epoch:
+                return self._catch_up(name, standing)
+            if standing.retired < epoch and phase != "committed":
+                return Retire(epoch=epoch)
         is_wanted = phase in {"preparing", "prepared"} and standing.prepared != epoch + 1
         return self._prepare(name, epoch + 1) if is_wanted and standing.fault is None else None
 

@@ -1,0 +1,309 @@
+"""Both machines together on virtual time: messages are lost, repeated, late; agents and coordinator crash.
+
+Agents are real `AgentMachine`s, the coordinator a real `ClusterMachine`; the network, the journals and the work of
+obtaining records are simulated. After every event: who calls an epoch finds it served, budgets hold, journals can be
+read back. Once faults stop, every plan is reached or given up.
+"""
+
+import random
+from collections import defaultdict
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from agent import machine as am
+from planner.control import machine as cm
+from schemas import messages as msg
+from schemas.model import ModelSpec
+from schemas.outcome import ExitCode
+from schemas.placement import Replica, sorted_replicas
+from schemas.plan import Plan, Segment, Step, Summary, TrunkPath
+from schemas.store import ExpertForm, Part, RecordLayout
+
+NODES = ("a", "b", "c")
+MODEL = ModelSpec(id="m", layers=2, experts=3, top_k=1, hidden_size=1, itemsize=4, expert_bytes=16)
+LAYOUT = RecordLayout(
+    form=ExpertForm(kind="swiglu"),
+    dtype="float32",
+    bytes=16,
+    parts=(Part(name="gate_up_proj", shape=(2, 1), offset=0), Part(name="down_proj", shape=(2, 1), offset=8)),
+)
+KEYS = [(layer, expert) for layer in range(2) for expert in range(3)]
+CATALOGUE = msg.Catalogue(
+    node="a",
+    model=MODEL,
+    layout=LAYOUT,
+    records=tuple(
+        msg.Record(layer=layer, expert=expert, sha256=f"{layer}{expert}".rjust(64, "0"), bytes=16)
+        for layer, expert in KEYS
+    ),
+)
+BUDGET = am.Budget(msg.TierBytes(device=16 * 8, disk=0), "device", 16)
+
+
+def make_plan(state: cm.ClusterState, seed: int) -> Plan:
+    """A plan of one stage from the placement that is to a random one that covers every expert."""
+    draw = random.Random(seed)
+    held = {(key, draw.choice(NODES)) for key in KEYS} | {(draw.choice(KEYS), draw.choice(NODES)) for _ in range(2)}
+    after = sorted_replicas(Replica(layer=k[0], expert=k[1], node=node) for k, node in held)
+    before = set(state.placement)
+    changes = [("replicate", r) for r in after if r not in before]
+    changes += [("drop", r) for r in sorted_replicas(before - set(after))]
+    steps = tuple(
+        Step(stage=1, action=action, layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=16)  # type: ignore[arg-type]
+        for action, r in changes
+    )
+    segment = Segment(node="a", first_layer=0, last_layer=1)
+    return Plan(
+        cluster="test",
+        coordinator="127.0.0.1:7400",
+        base_epoch=state.epoch,
+        epoch=state.epoch + 1,
+        model=MODEL,
+        dtype="float32",
+        placement=after,
+        trunk=(TrunkPath(ingress="a", segments=(segment,)),),
+        steps=steps,
+        summary=Summary(status="feasible", solver="hand", objective_name="none", objective=0.0, seconds=0.0),
+    ).sealed()
+
+
+class SimulatedAgent:
+    """An agent's machine with a journal that survives crashes and replicas that do not."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.journal = am.AgentState()
+        self.start()
+
+    def start(self) -> None:
+        self.machine = am.AgentMachine(self.journal, BUDGET)
+        self.held: set[am.Held] = set()
+        self.order: am.Obtain | None = None
+        self.steps: list[int] = []
+        self.fresh = True
+        self.handle(am.Started())
+
+    def handle(self, event: am.Event) -> None:
+        for instruction in self.machine.handle(event):
+            match instruction:
+                case am.Persist(state):
+                    self.journal = am.AgentState.model_validate_json(state.model_dump_json())
+                case am.Obtain():
+                    self.order = instruction
+                case am.StopObtaining():
+                    self.order = None
+                case am.Keep(assignments):
+                    self.held &= am.wanted_replicas(assignments).keys()
+                case am.Activate(assignment):
+                    assert am.wanted_replicas([assignment]).keys() <= self.held, "active without its replicas"
+
+    def obtain(self, fails: bool) -> None:
+        order, self.order = self.order, None
+        if order is None:
+            return
+        if fails:
+            self.handle(am.NotObtained(order.epoch, order.plan, ExitCode.INFEASIBLE, "the disk is full"))
+            return
+        self.held |= am.wanted_replicas(order.assignments).keys()
+        self.handle(am.Obtained(order.epoch, order.plan))
+
+    def take(self, message: msg.Message) -> None:
+        match message:
+            case msg.Prepare(assignment=assignment):
+                self.handle(am.PrepareReceived(assignment))
+            case msg.Commit(epoch=epoch, plan=plan):
+                self.handle(am.CommitReceived(epoch, plan))
+            case msg.Retire(epoch=epoch):
+                self.handle(am.RetireReceived(epoch))
+            case msg.Abort(epoch=epoch, plan=plan):
+                self.handle(am.AbortReceived(epoch, plan))
+
+    @property
+    def standing(self) -> msg.Standing:
+        return self.machine.standing(min(self.steps, default=None))
+
+
+class Epochs(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.agents = {node: SimulatedAgent(node) for node in NODES}
+        self.journal = cm.ClusterState(cluster="test")
+        self.mail: dict[str, list[msg.Message]] = defaultdict(list)
+        self.start_coordinator()
+
+    def start_coordinator(self) -> None:
+        self.coordinator = cm.ClusterMachine(self.journal)
+        for agent in self.agents.values():
+            agent.fresh = True
+
+    def tell(self, event: cm.Event) -> list[cm.Instruction]:
+        out = self.coordinator.handle(event)
+        for instruction in out:
+            match instruction:
+                case cm.Persist(state):
+                    self.journal = cm.ClusterState.model_validate_json(state.model_dump_json())
+                case cm.Send(node, message):
+                    assert self.coordinator.state == self.journal or isinstance(message, msg.Abort | msg.Prepare)
+                    self.mail[node].append(message)
+        return out
+
+    def report(self, node: str) -> None:
+        agent = self.agents[node]
+        self.tell(cm.NodeReported(node, agent.standing, has_store=node == "a", fresh=agent.fresh))
+        agent.fresh = False
+        if node == "a" and self.coordinator.catalogue is None:
+            self.tell(cm.CatalogueReceived(CATALOGUE))
+
+    @rule(seed=st.integers(0, 10_000))
+    def propose(self, seed: int) -> None:
+        self.tell(cm.PlanProposed(make_plan(self.coordinator.state, seed)))
+
+    @rule(node=st.sampled_from(NODES))
+    def heartbeat(self, node: str) -> None:
+        self.report(node)
+
+    @rule(node=st.sampled_from(NODES), pick=st.integers(0, 9), lost=st.booleans(), repeated=st.booleans())
+    def deliver(self, node: str, pick: int, lost: bool, repeated: bool) -> None:
+        """Deliver any message under way: order is not kept, some are lost, some come twice."""
+        if self.mail[node]:
+            message = self.mail[node].pop(pick % len(self.mail[node]))
+            for _ in range(0 if lost else 2 if repeated else 1):
+                self.agents[node].take(message)
+
+    @rule(node=st.sampled_from(NODES), fails=st.sampled_from([False, False, False, True]))
+    def obtain(self, node: str, fails: bool) -> None:
+        self.agents[node].obtain(fails)
+
+    @precondition(lambda self: self.agents["a"].machine.active_epoch)
+    @rule()
+    def begin_step(self) -> None:
+        self.agents["a"].steps.append(self.agents["a"].machine.active_epoch)
+
+    @precondition(lambda self: self.agents["a"].steps)
+    @rule()
+    def end_step(self) -> None:
+        self.agents["a"].steps.pop(0)
+
+    @rule(node=st.sampled_from(NODES))
+    def crash_agent(self, node: str) -> None:
+        self.agents[node].start()
+
+    @rule()
+    def crash_coordinator(self) -> None:
+        self.start_coordinator()
+
+    @rule(node=st.sampled_from(NODES))
+    def lose(self, node: str) -> None:
+        self.tell(cm.NodeLost(node))
+        self.agents[node].fresh = True
+
+    @rule(ticks=st.integers(1, 50))
+    def wait(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.tell(cm.Ticked())
+
+    @invariant()
+    def steps_in_flight_find_their_replicas(self) -> None:
+        """For every step in flight, each expert of its epoch is held by a node that answers calls of that epoch."""
+        for epoch in set(self.agents["a"].steps):
+            for agent in self.agents.values():
+                assert agent.journal.retired <= epoch, "a step in flight was fenced off"
+            assignments = [
+                a
+                for agent in self.agents.values()
+                for a in (*agent.journal.kept, *((agent.journal.active,) if agent.journal.active else ()), *(
+                    (agent.journal.pending,) if agent.journal.pending else ()
+                ))
+                if a.epoch == epoch
+            ]
+            assert {key[:2] for key in am.wanted_replicas(assignments)} == set(KEYS)
+
+    @invariant()
+    def no_more_than_given(self) -> None:
+        for agent in self.agents.values():
+            state = agent.machine.state
+            given = [*state.kept, *(a for a in (state.active, state.pending) if a)]
+            assert agent.held <= am.wanted_replicas(given).keys()
+            assert 16 * len(agent.held) <= BUDGET.of("device", ingress=False)
+
+    @invariant()
+    def epochs_agree(self) -> None:
+        state = self.coordinator.state
+        for agent in self.agents.values():
+            assert agent.machine.active_epoch <= state.epoch
+            assert agent.journal.retired <= state.epoch
+            active = agent.machine.state.active
+            if active is not None and active.epoch == state.epoch and state.committed_plan is not None:
+                assert active.plan == state.committed_plan.digest
+
+    def teardown(self) -> None:
+        """Faults stop: whatever was under way is reached or given up, and a last plan is reached by all."""
+        self.agents["a"].steps.clear()
+        self.settle()
+        assert self.coordinator.state.phase in {"idle", "done", "aborted"}
+        (answer, *_) = self.tell(cm.PlanProposed(make_plan(self.coordinator.state, 1)))
+        assert answer == cm.Accept(nothing_to_do=False)
+        self.settle()
+        state = self.coordinator.state
+        assert state.phase == "done", state.message
+        for node, agent in self.agents.items():
+            wanted = {(r.layer, r.expert, r.tier) for r in state.placement if r.node == node}
+            if wanted or node == "a":
+                assert agent.machine.active_epoch == agent.journal.retired == state.epoch
+            assert agent.held == wanted
+
+    def settle(self) -> None:
+        for _ in range(300):
+            for node, agent in self.agents.items():
+                self.report(node)
+                for message in self.mail.pop(node, []):
+                    agent.take(message)
+                agent.obtain(fails=False)
+            self.tell(cm.Ticked())
+            if not cm.is_busy(self.coordinator.state) and not any(self.mail.values()) and self.is_quiet():
+                return
+
+    def is_quiet(self) -> bool:
+        state = self.coordinator.state
+        concerned = {r.node for r in state.placement} | ({"a"} if state.epoch else set())
+        levels = [(agent.standing, agent.order) for node, agent in self.agents.items() if node in concerned]
+        return all(
+            (s.active, s.prepared, s.retired, s.fault, order) == (state.epoch, state.epoch, state.epoch, None, None)
+            for s, order in levels
+        )
+
+
+TestEpochs = Epochs.TestCase
+TestEpochs.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+
+
+def test_plan_beyond_budget_is_given_up_with_the_reason() -> None:
+    world = Epochs()
+    everything = [Replica(layer=k[0], expert=k[1], node=n) for k in KEYS for n in NODES]
+    state = world.coordinator.state
+    plan = make_plan(state, 0)
+    steps = tuple(
+        Step(stage=1, action="replicate", layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=16)
+        for r in everything
+    )
+    plan = plan.model_copy(update={"placement": sorted_replicas(everything), "steps": steps}).sealed()
+    for node in NODES:
+        agent = world.agents[node]
+        agent.machine.budget = am.Budget(msg.TierBytes(device=16 * 6), "device", 16)
+    world.tell(cm.PlanProposed(plan))
+    world.settle()
+    assert world.coordinator.state.phase == "aborted"
+    assert world.coordinator.state.code == ExitCode.INFEASIBLE
+    assert "a: device memory: experts need 96 B, 16 B more than the 80 B left" in world.coordinator.state.message
+    assert not any(agent.held for agent in world.agents.values())
+
+
+@pytest.mark.parametrize("change", [{"cluster": "other"}, {"dtype": "float16"}])
+def test_foreign_and_altered_plans_are_refused(change: dict[str, str]) -> None:
+    plan = make_plan(cm.ClusterState(cluster="test"), 0).model_copy(update=change)
+    refusal = cm.judge(cm.ClusterState(cluster="test"), plan)
+    assert isinstance(refusal, cm.Refuse)
+    assert refusal.code == ExitCode.INVALID
