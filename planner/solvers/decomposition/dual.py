@@ -19,6 +19,9 @@ MAX_ROUNDS = 12
 MISSING = 1e-5  # relative fall of the value, over all sets, that says that sets which matter were left out
 KEEP_ANSWERS = 12
 GROUPS = 48
+MANY_PRICES = 40  # beyond, without a price per layer and node, subgradient steps go first
+PATIENCE = 4
+SMALLEST_SHARE = 2e-3
 START_PRICES = (0.5, 0.2, 0.08, 0.03, 0.01)  # of a slot, in what a mean expert costs
 
 
@@ -36,6 +39,8 @@ class Dual:
 
     def solve(self, tolerance: float, *, keep_going: Callable[[], bool]) -> None:
         """Raise the bound until the model promises less than `tolerance` (relative) more, or there is no time."""
+        if self.coupling.heaviest.start > MANY_PRICES:
+            self._approach(keep_going)
         for _ in range(MAX_ROUNDS):
             self._improve(tolerance, keep_going)
             if self.oracle.is_whole or not self._certify() or not keep_going():
@@ -51,6 +56,28 @@ class Dual:
         tried[:, coupling.memory] = np.array(START_PRICES)[:, None] * coupling.unit
         values = [self._value(each, self.oracle.answer(each)) for each in tried]
         return np.asarray(tried[int(np.argmax(values))])
+
+    def _approach(self, keep_going: Callable[[], bool]) -> None:
+        """Subgradient steps before the bundle, which is slow to find its way among many prices.
+
+        θ ← θ + step · (target − value) / |g|² · g with g = use − limit (Polyak 1969), in units of each price's scale;
+        the target lies a share above the best value, and that share halves after `PATIENCE` passes without gain.
+        """
+        theta, share, stale, scale = self.bundle.center, 0.1, 0, self.coupling.scale
+        while share > SMALLEST_SHARE and keep_going():
+            answer = self.oracle.answer(theta)
+            value, choice = self._value(theta, answer), self._choice(answer)
+            if self.oracle.is_whole:
+                self._keep(theta, value, answer)
+            self.recent.append(answer)
+            stale = 0 if self.bundle.learn(theta, value, choice) else stale + 1
+            if stale > PATIENCE:
+                theta, share, stale = self.bundle.center, share / 2, 0
+                continue
+            slope = (choice.use.sum(axis=0) - self.coupling.limit) * scale
+            length = (self.bundle.value + share * abs(self.bundle.value) - value) / max(float(slope @ slope), 1e-300)
+            theta = np.clip(theta + length * slope * scale, 0.0, self.coupling.ceiling)
+        self.bundle.restate(self.bundle.value)
 
     def _improve(self, tolerance: float, keep_going: Callable[[], bool]) -> None:
         theta = self.bundle.center
