@@ -48,7 +48,7 @@ class LayerDual:
         for question in range(levels.num_questions):
             counts = np.bincount(self.index.ravel(), np.tile(self.weight[question], width), minlength=self.size)
             touched += counts.reshape(ingresses, -1).sum(axis=0)
-        spread = max(1.0, len(costs.holds) / 16)
+        spread = max(1.0, len(costs.holds) / 64)  # many sets move one place together
         self.tau = 1.0 / ((touched + slot_scale * costs.holds.shape[1]) * spread)[:, None]
         self.mixture = np.full((layer.num_experts, len(costs.holds)), 1 / len(costs.holds))
 
