@@ -189,7 +189,7 @@ class Cluster:
         pids = {process.pid for process in self.processes.values()}
         self.processes.clear()
         assert set(codes.values()) <= {0}, (codes, self.logs())
-        assert not pids & {int(p) for p in os.listdir("/proc") if p.isdecimal()}
+        assert not pids & {int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()}
         with socket.socket() as probe:  # the coordinator's port can be bound again at once
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", self.port))

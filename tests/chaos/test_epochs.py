@@ -214,9 +214,11 @@ class Epochs(RuleBasedStateMachine):
             assignments = [
                 a
                 for agent in self.agents.values()
-                for a in (*agent.journal.kept, *((agent.journal.active,) if agent.journal.active else ()), *(
-                    (agent.journal.pending,) if agent.journal.pending else ()
-                ))
+                for a in (
+                    *agent.journal.kept,
+                    *((agent.journal.active,) if agent.journal.active else ()),
+                    *((agent.journal.pending,) if agent.journal.pending else ()),
+                )
                 if a.epoch == epoch
             ]
             assert {key[:2] for key in am.wanted_replicas(assignments)} == set(KEYS)
@@ -277,7 +279,7 @@ class Epochs(RuleBasedStateMachine):
 
 
 TestEpochs = Epochs.TestCase
-TestEpochs.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+TestEpochs.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 def test_plan_beyond_budget_is_given_up_with_the_reason() -> None:

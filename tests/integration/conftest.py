@@ -22,6 +22,7 @@ def reference() -> dict[str, list[int]]:
 
     from runtime.loading import load_tokenizer, load_whole
 
+    torch.set_num_threads(1)  # the agents need the cores too
     tokenizer, model = load_tokenizer(MODEL), load_whole(MODEL, dtype="float32")
     answers = {}
     with torch.inference_mode():

@@ -126,3 +126,30 @@ def test_agents_killed_while_idle_come_back(cluster: Cluster, reference: Referen
     assert cluster.status()["epoch"] == epoch
     for prompt in PROMPTS:
         assert ask(cluster, prompt) == reference[prompt]
+
+
+def test_next_replica_takes_over_in_mid_answer(cluster: Cluster, reference: Reference) -> None:
+    """Every expert that n0 lacks is on n1 and n2; whichever of them dies, the answer goes on and is the same."""
+    epoch = cluster.status()["epoch"]
+    current = make_plan(cluster, spread(cluster.nodes, shift=1)).model_copy(update={"epoch": epoch})
+    twice = make_plan(
+        cluster, lambda _, expert: ["n0"] if expert % 3 == 0 else ["n1", "n2"], current=current, ingresses=["n0"]
+    )
+    done = cluster.apply(save(cluster, twice, "twice.json"))
+    assert done.returncode == 0, (done.stderr, cluster.logs())
+    stream = subprocess.Popen(
+        cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "1000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    before = cluster.node_status("n0")["tokens"]
+    wait_for(lambda: cluster.node_status("n0")["tokens"] > before, timeout_s=60, what="the first tokens")
+    cluster.kill("n1")
+    assert stream.poll() is None, "the generation ended before the holder died"
+    output, errors = stream.communicate(timeout=120)
+    assert stream.returncode == 0, errors
+    assert json.loads(output)["tokens"][:NUM_TOKENS] == reference[PROMPTS[0]]
+    cluster.start_agent("n1")
+    cluster.wait_up(cluster.nodes)

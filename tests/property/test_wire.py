@@ -49,7 +49,12 @@ def calls(draw: st.DrawFn) -> tuple[CallHeader, list[bytes]]:
         rows=draw(st.integers(tokens, tokens * LIMITS.top_k)),
         hidden_size=LIMITS.hidden_size,
     )
-    sizes = (tokens * 8 * SIZES[header.dtype], header.rows * 4, header.rows * 4, header.rows * SIZES[header.weight_dtype])
+    sizes = (
+        tokens * 8 * SIZES[header.dtype],
+        header.rows * 4,
+        header.rows * 4,
+        header.rows * SIZES[header.weight_dtype],
+    )
     return header, [pack_call(header), *(bytes(size) for size in sizes)]
 
 
@@ -102,7 +107,12 @@ def test_fault_round_trip(epoch: int, request: int, message: str, current: int) 
     frames = pack_fault(epoch, request, fault)
     header = parse_answer(frames, LIMITS)
     assert isinstance(header, FaultHeader)
-    assert (header.epoch, header.request, header.fault.code, header.fault.epoch) == (epoch, request, fault.code, current)
+    assert (header.epoch, header.request, header.fault.code, header.fault.epoch) == (
+        epoch,
+        request,
+        fault.code,
+        current,
+    )
     assert fault.message.startswith(header.fault.message[:400])
 
 

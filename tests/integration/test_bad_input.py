@@ -1,0 +1,165 @@
+"""Bad input to the running cluster: one clear message, the right exit code, nothing half-done, no hang."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import (
+    AGENT,
+    PLANNER,
+    PROMPTS,
+    Cluster,
+    call,
+    environment,
+    free_port,
+    make_plan,
+    running,
+    save,
+    spread,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cluster]:
+    settings = {"absence_timeout_s": 2}
+    with running(tmp_path_factory.mktemp("bad"), 2, store=store, settings=settings) as cluster:
+        yield cluster
+
+
+def fails(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def generate(cluster: Cluster, node: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = cluster.generate_command(node, PROMPTS[0], "--max-tokens", "8", *options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+
+
+def test_before_any_plan(cluster: Cluster) -> None:
+    fails(generate(cluster, "n0"), 1, "no plan is active")
+    fails(generate(cluster, "elsewhere"), 2, "there is no node 'elsewhere'", "n0, n1")
+
+
+def test_plans_that_are_refused(cluster: Cluster) -> None:
+    plan = make_plan(cluster, spread(cluster.nodes))
+    foreign = save(cluster, plan.model_copy(update={"cluster": "other"}), "foreign.json")
+    fails(cluster.apply(foreign), 2, "'other'", "'test'")
+    stale = save(cluster, plan.model_copy(update={"base_epoch": 4, "epoch": 5}), "stale.json")
+    fails(cluster.apply(stale), 4, "stale", "epoch 4", "epoch 0")
+    lossy = save(cluster, plan.model_copy(update={"steps": plan.steps[1:]}), "lossy.json")
+    fails(cluster.apply(lossy), 2, "no node holds layer 0 expert 0")
+    edited = save(cluster, plan, "edited.json")
+    edited.write_text(edited.read_text().replace('"n1"', '"n0"', 1))
+    fails(cluster.apply(edited), 2, "altered")
+    dry = cluster.apply(save(cluster, plan), "--dry-run")
+    assert (dry.returncode, cluster.status()["epoch"]) == (0, 0)
+    assert "may be applied" in dry.stdout
+
+
+def test_more_than_the_memory_allows_is_given_up(tmp_path: Path, store: Path) -> None:
+    memory = {"device": "20 MiB", "host": "0 MiB", "disk": "0 MiB"}
+    with running(tmp_path, 2, store=store, memory=memory) as cluster:
+        everything = make_plan(cluster, lambda *_: cluster.nodes)
+        fails(cluster.apply(save(cluster, everything)), 3, "device memory", "more than the", "raise memory.device")
+        assert cluster.status()["epoch"] == 0
+        assert all(node["experts"]["device"] == 0 for node in cluster.status()["nodes"])
+        fits = make_plan(cluster, lambda layer, _: ["n0"] if layer == 0 else ["n1"])
+        assert cluster.apply(save(cluster, fits)).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_full_disk_is_given_up_with_nothing_left_behind(tmp_path: Path, store: Path) -> None:
+    data = tmp_path / "small"
+    data.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(data)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with running(tmp_path / "cluster", 2, store=store) as cluster:
+            cluster.kill("n1")
+            cluster.write_config("n1", data=str(data))
+            cluster.start_agent("n1")
+            cluster.wait_up(cluster.nodes)
+            plan = make_plan(cluster, spread(cluster.nodes), tier="disk")
+            fails(cluster.apply(save(cluster, plan)), 3, "n1", str(data), "free")
+            wait_for(lambda: not list((data / "records").iterdir()), timeout_s=5, what="no records left")
+            assert cluster.status()["epoch"] == 0
+    finally:
+        subprocess.run(["umount", str(data)], check=True)
+
+
+def test_ports_and_addresses(cluster: Cluster) -> None:
+    fails(call(*PLANNER, "serve", str(cluster.topology)), 2, str(cluster.port))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = cluster.write_config("spare", data="data-spare", ports={"expert": port})
+        fails(call(*AGENT, "run", "--config", str(config)), 2, f"127.0.0.1:{port}", "ports")
+    config = cluster.write_config("spare", address="0.0.0.0")  # noqa: S104 - it is refused
+    fails(call(*AGENT, "run", "--config", str(config)), 2, "address", "not a loopback address")
+    topology = cluster.path / "open.yaml"
+    topology.write_text(cluster.topology.read_text().replace("address: 127.0.0.1", "address: 0.0.0.0"))
+    fails(call(*PLANNER, "serve", str(topology)), 2, "not a loopback address")
+
+
+def test_configs_with_faults(cluster: Cluster) -> None:
+    config = cluster.write_config("spare", memory={"device": "5 parsecs"}, tokens=3)
+    fails(call(*AGENT, "run", "--config", str(config)), 2, "memory.device", "unknown unit", "tokens: unknown key")
+    config = cluster.write_config("n0", store=str(cluster.path), data="data-spare")
+    fails(call(*AGENT, "run", "--config", str(config)), 2, "not a usable store")
+    config = cluster.write_config("elsewhere")
+    fails(call(*AGENT, "run", "--config", str(config)), 2, "no node 'elsewhere'")
+
+
+def test_no_coordinator(cluster: Cluster) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    for command in (
+        (*PLANNER, "status", "--coordinator", nobody),
+        (*PLANNER, "apply", str(cluster.path / "plan.json"), "--coordinator", nobody),
+        (*AGENT, "generate", "--node", "n0", "--prompt", "x", "--coordinator", nobody),
+    ):
+        began = time.monotonic()
+        fails(call(*command), 2, f"no coordinator answers at {nobody}")
+        assert time.monotonic() - began < 15
+    config = cluster.write_config("spare", coordinator=nobody)
+    fails(call(*AGENT, "run", "--config", str(config)), 2, f"no coordinator answers at {nobody}")
+
+
+def test_holder_dies_in_mid_answer(cluster: Cluster) -> None:
+    assert cluster.apply(save(cluster, make_plan(cluster, spread(cluster.nodes)))).returncode == 0
+    command = cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "1000")
+    stream = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for(lambda: cluster.node_status("n0")["tokens"] > 20, timeout_s=30, what="tokens flow")
+    cluster.kill("n1")
+    _, errors = stream.communicate(timeout=30)
+    assert stream.returncode == 1
+    assert "no answer from n1" in errors
+    assert "layer" in errors
+    assert "expert" in errors
+    cluster.start_agent("n1")
+    cluster.wait_up(cluster.nodes)
+    wait_for(lambda: cluster.node_status("n1")["epoch"] == 1, timeout_s=30, what="n1 serves again")
+    assert generate(cluster, "n0").returncode == 0
+    too_long = generate(cluster, "n0", "--max-tokens", "5000")
+    fails(too_long, 2, "context.tokens of 1024")
+
+
+def test_interrupted_client_frees_its_session(cluster: Cluster) -> None:
+    command = [part for part in cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "1000") if part != "--json"]
+    for _ in range(4):  # more than sessions
+        stream = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment())
+        assert stream.stdout is not None
+        stream.stdout.read(1)
+        stream.kill() if _ % 2 else stream.send_signal(2)
+        stream.wait(10)
+        stream.stdout.close()
+    assert generate(cluster, "n0").returncode == 0
