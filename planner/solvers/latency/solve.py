@@ -181,6 +181,7 @@ class _Run:
     placed: Bools | None = None
     objective: float | None = None
     bound: float = 0.0
+    cut: bool = False  # whether time cut any part short, so that the result is not decided by the seed alone
     began: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -310,14 +311,16 @@ class _Run:
         return self.objective is not None and _gap(self.objective, self.bound) <= self.limits.gap
 
     def _over(self, share: float) -> bool:
-        return self.should_stop() or self.clock() - self.began > share * self.limits.time_s
+        late = self.clock() - self.began > share * self.limits.time_s
+        self.cut = self.cut or late
+        return late or self.should_stop()
 
     def _reason(self) -> StopReason:
         if self._closed():
             return "gap"
         if self.should_stop():
             return "interrupted"
-        return "time" if self._over(1.0) else "finished"
+        return "time" if self.cut else "finished"
 
     def _outcome(self, reason: StopReason, price: Floats) -> Outcome:
         bound = self.bound if self.objective is None else min(self.bound, self.objective)

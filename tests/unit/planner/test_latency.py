@@ -74,7 +74,7 @@ def test_merged_events_give_the_wait_of_the_recorded_ones():
 
 
 def test_gap_is_small_and_the_placement_feasible():
-    outcome = solve_latency(instance())
+    outcome = solve_latency(instance(), limits=Limits(time_s=1e6))
     assert outcome.placed is not None
     assert violations(instance(), outcome.placed) == []
     assert outcome.gap is not None
