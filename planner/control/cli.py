@@ -22,6 +22,7 @@ from planner.control.errors import ControlError, CoordinatorAbsent, Refused
 from planner.control.journal import Journal
 from planner.control.report import status_view
 from planner.control.transport import SILENCE_S, ControlClient, CoordinatorSocket
+from planner.report import console
 from schemas import messages as msg
 from schemas.activation import ActivationCounts
 from schemas.address import Address
@@ -112,9 +113,9 @@ def _outcome(progress: msg.ApplyProgress, dry_run: bool) -> str:
 
 def _follow(client: ControlClient, request: msg.ApplyRequest, *, quiet: bool) -> msg.ApplyProgress:
     """Show progress until the plan is reached or given up."""
-    console = Console(stderr=True, quiet=quiet)
+    screen = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("waiting", total=None, shown="")
         shown = ""
         for progress in _progresses(client, request):
@@ -124,9 +125,9 @@ def _follow(client: ControlClient, request: msg.ApplyRequest, *, quiet: bool) ->
             text = f"epoch {progress.epoch} → {progress.target} {progress.phase}{waiting}"
             moved = f"{format_bytes(progress.moved)} / {format_bytes(progress.to_move)}"
             bar.update(task, description=text, total=progress.to_move or None, completed=progress.moved, shown=moved)
-            if not console.is_terminal and progress.phase != shown:
+            if not screen.is_terminal and progress.phase != shown:
                 shown = progress.phase
-                console.print(f"{text}: {moved}", highlight=False)
+                screen.print(f"{text}: {moved}", highlight=False)
     raise AssertionError("progress ends with a final one")
 
 
@@ -162,12 +163,12 @@ def status(watch: bool, coordinator: str | None, as_json: bool) -> None:
         elif watch:
             _watch(client, report)
         else:
-            Console().print(status_view(report))
+            console(sys.stdout).print(status_view(report))
 
 
 def _watch(client: ControlClient, report: msg.StatusReport) -> None:
     try:
-        with Live(status_view(report), console=Console(), auto_refresh=False) as live:
+        with Live(status_view(report), console=console(sys.stdout), auto_refresh=False) as live:
             while True:
                 live.update(status_view(_status(client)), refresh=True)
                 time.sleep(WATCH_S)

@@ -389,13 +389,14 @@ class ClusterMachine:
         if self.catalogue is None:
             return {}  # until a node with a store is back
         stores = frozenset(name for name, node in self._nodes.items() if node.has_store)
-        token = (epoch, self.state.epoch, stores, id(self.catalogue))
+        plan = (self.state.committed_plan if epoch == self.state.epoch else None) or self._plan()
+        token = (epoch, plan.digest, self.state.epoch, stores, id(self.catalogue))
         if self._assigned is None or self._assigned[0] != token:
             if epoch == self.state.epoch:
-                plan, after = self.state.committed_plan or self._plan(), self.state.placement
+                after = self.state.placement
                 before = (*after, *self.state.before)  # all of them may be asked
             else:
-                plan, before, after = self._plan(), self.state.placement, self._next_placement()
+                before, after = self.state.placement, self._next_placement()
             made = assign(plan, epoch=epoch, before=before, after=after, catalogue=self.catalogue, stores=stores)
             self._assigned = (token, made)
         return self._assigned[1]

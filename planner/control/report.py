@@ -4,22 +4,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from schemas.messages import NodeStatus, PlanStatus, StatusReport, TierBytes, TierCounts
-from schemas.topology import TIERS
+from schemas.messages import NodeStatus, PlanStatus, StatusReport
+from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes, format_seconds, format_share
 
 _STYLES = {"up": "green", "stalled": "yellow", "away": "red", "never seen": "dim"}
 
 
 def status_view(report: StatusReport) -> RenderableType:
-    """Return the status as something rich can print."""
+    """Return the status as something rich can print: a column per tier that some node may use."""
+    tiers = [tier for tier in TIERS if any(getattr(node.memory_allowed, tier) for node in report.nodes)]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("node", "state"):
-        table.add_column(title)
-    for title in ("epoch", "experts", "memory", "hits", "subst.", "remote", "tokens/s", "heartbeat", "progress"):
-        table.add_column(title, justify="right")
+        table.add_column(title, no_wrap=True)
+    for title in ("epoch", *tiers, "hits", "remote", "subst.", "tokens", "tokens/s", "seen"):
+        table.add_column(title, justify="right", no_wrap=True)
     for node in report.nodes:
-        table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), *_figures(node))
+        held = (_held(node, tier) for tier in tiers)
+        table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), str(node.epoch), *held, *_figures(node))
     return Group(Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}"), table)
 
 
@@ -35,31 +37,24 @@ def plan_line(plan: PlanStatus) -> str:
 
 
 def _figures(node: NodeStatus) -> tuple[str, ...]:
+    seen = "–" if node.last_heartbeat_s is None else f"{format_seconds(round(node.last_heartbeat_s, 1))} ago"
     return (
-        str(node.epoch),
-        _tiers(node.experts),
-        _memory(node.memory_used, node.memory_allowed),
         _share(node.hit_rate),
-        _share(node.substitution_share),
         _share(node.remote_share),
+        _share(node.substitution_share),
+        str(node.tokens),
         f"{node.tokens_per_s:.1f}",
-        "–" if node.last_heartbeat_s is None else f"{format_seconds(round(node.last_heartbeat_s, 1))} ago",
-        str(node.progress),
+        f"{seen} #{node.progress}",
     )
 
 
-def _tiers(counts: TierCounts) -> str:
-    parts = [f"{getattr(counts, tier)} {tier}" for tier in TIERS if getattr(counts, tier)]
-    return ", ".join(parts) or "0"
-
-
-def _memory(used: TierBytes, allowed: TierBytes) -> str:
-    parts = [
-        f"{tier} {format_bytes(getattr(used, tier))} / {format_bytes(getattr(allowed, tier))}"
-        for tier in TIERS
-        if getattr(allowed, tier)
-    ]
-    return "\n".join(parts)
+def _held(node: NodeStatus, tier: Tier) -> str:
+    """Write the experts of a tier, and its bytes used of those allowed."""
+    allowed = getattr(node.memory_allowed, tier)
+    if not allowed:
+        return "–"
+    used = format_bytes(getattr(node.memory_used, tier))
+    return f"{getattr(node.experts, tier)}: {used} of {format_bytes(allowed)}"
 
 
 def _share(value: float | None) -> str:

@@ -301,6 +301,9 @@ def test_plan_beyond_budget_is_given_up_with_the_reason() -> None:
     assert world.coordinator.state.code == ExitCode.INFEASIBLE
     assert "a: device memory: experts need 96 B, 16 B more than the 80 B left" in world.coordinator.state.message
     assert not any(agent.held for agent in world.agents.values())
+    world.tell(cm.PlanProposed(make_plan(world.coordinator.state, 3)))  # the same epoch, another plan
+    world.settle()
+    assert world.coordinator.state.phase == "done"
 
 
 @pytest.mark.parametrize("change", [{"cluster": "other"}, {"dtype": "float16"}])
