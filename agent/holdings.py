@@ -50,6 +50,7 @@ class Holdings:
         self._keys: dict[str, Key] = {}
         self._sizes: dict[str, int] = {}
         self._backed: dict[str, int] = {}
+        self._reserved = 0  # bytes of the disk tier that are promised to replicas, here already or on their way
 
     def open(self, known: Mapping[Held, AssignedReplica]) -> None:
         """Make the directories, and remove every file that is none of the `known` replicas' records. Modifies."""
@@ -69,7 +70,8 @@ class Holdings:
     def require_room(self, wanted: Mapping[Held, AssignedReplica], missing: Iterable[AssignedReplica]) -> None:
         """Raise `CannotPrepare` if the disk lacks room for missing records of its tier. May drop backing copies."""
         for_disk = {r.record.sha256: r.record.bytes for r in wanted.values() if r.tier == "disk"}
-        self._trim(max(0, self._disk_budget - sum(for_disk.values())))
+        self._reserved = sum(for_disk.values())
+        self._trim(max(0, self._disk_budget - self._reserved))
         needed = sum({r.record.sha256: r.record.bytes for r in missing if r.tier == "disk"}.values())
         free = shutil.disk_usage(self._records).free
         if needed > free:
@@ -160,7 +162,7 @@ class Holdings:
         """Write a backing copy, if budget and disk have room: without one a restart pulls again, no more."""
         if name in self._backed:
             return
-        used = self.residency.used()["disk"] + self.backing_bytes
+        used = max(self._reserved, self.residency.used()["disk"]) + self.backing_bytes
         free = shutil.disk_usage(self._backing).free
         if used + len(record) > self._disk_budget or 2 * len(record) > free:
             return

@@ -1,0 +1,76 @@
+import hashlib
+
+import pytest
+
+from agent.errors import CannotPrepare
+from agent.holdings import Holdings
+from runtime.slots import Residency
+from schemas.messages import AssignedReplica, Record
+from schemas.outcome import ExitCode
+from tests.families import make_checkpoint, make_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("holdings")
+    return make_store(make_checkpoint("qwen3_moe", directory / "model"), directory / "store")
+
+
+def replica(store, layer, expert, tier):
+    name = store.by_key[layer, expert].sha256
+    record = Record(layer=layer, expert=expert, sha256=name, bytes=store.manifest.layout.bytes)
+    return AssignedReplica(record=record, tier=tier), store.read(name)
+
+
+def wanted_of(*replicas):
+    return {(r.record.layer, r.record.expert, r.tier): r for r, _ in replicas}
+
+
+def make_holdings(store, data, *, device, disk):
+    size = store.manifest.layout.bytes
+    budgets = {"device": device * size, "disk": disk * size}
+    holdings = Holdings(
+        Residency(store.manifest.layout, budgets, data / "records"), None, data, disk_budget=disk * size
+    )
+    holdings.open({})
+    return holdings
+
+
+def disk_bytes(data):
+    return sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
+
+
+def test_backing_copies_leave_room_for_replicas_of_the_disk_tier(store, tmp_path):
+    """Found on the quickstart: device replicas came first, and their copies took what disk replicas needed."""
+    on_device = [replica(store, 0, expert, "device") for expert in range(3)]
+    on_disk = [replica(store, 1, expert, "disk") for expert in range(2)]
+    holdings = make_holdings(store, tmp_path, device=3, disk=3)
+    wanted = wanted_of(*on_device, *on_disk)
+    holdings.require_room(wanted, wanted.values())
+    for each, record in (*on_device, *on_disk):
+        holdings.hold(each, record)
+    assert disk_bytes(tmp_path) <= 3 * store.manifest.layout.bytes
+    assert holdings.backing_bytes == store.manifest.layout.bytes
+
+
+def test_what_is_held_is_found_again_and_damage_is_noticed(store, tmp_path):
+    (each, record), holdings = replica(store, 0, 1, "device"), make_holdings(store, tmp_path, device=1, disk=1)
+    holdings.hold(each, record)
+    assert hashlib.sha256(holdings.find(each)).hexdigest() == each.record.sha256
+    again = make_holdings(store, tmp_path / "other", device=1, disk=1)
+    assert again.find(each) is None
+    copy = next((tmp_path / "backing").iterdir())
+    copy.write_bytes(b"\0" * each.record.bytes)
+    holdings.keep({})
+    assert holdings.find(each) is None
+    assert disk_bytes(tmp_path) == 0
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp_path, monkeypatch):
+    (each, _), holdings = replica(store, 0, 0, "disk"), make_holdings(store, tmp_path, device=0, disk=1)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("agent.holdings.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(CannotPrepare, match="the disk is full: records need .* 10 B are free") as caught:
+        holdings.require_room(wanted_of((each, None)), [each])
+    assert caught.value.exit_code is ExitCode.INFEASIBLE
+    assert disk_bytes(tmp_path) == 0
