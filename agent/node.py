@@ -63,7 +63,7 @@ class Node:
     def __init__(self, settings: Settings, stopped: Callable[[], bool]) -> None:
         self._settings = settings
         self._is_over = False
-        self._stopped = lambda: self._is_over or stopped()
+        self._stopped: Callable[[], bool] = lambda: self._is_over or stopped()
         self._context: Context = zmq.Context()
         self._threads: list[ExpertServer | WeightsServer | ClientServer] = []
         self._journal: Journal | None = None

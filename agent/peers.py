@@ -127,6 +127,7 @@ class PeerCaller:
         if known is not None:
             known.socket.close()
         socket = make_socket(self._context, zmq.DEALER, "expert", frame_bytes=self._limits.call_bytes)
+        socket.setsockopt(zmq.RCVTIMEO, _SLICE_MS)
         connect(socket, where.address, where.expert)
         socket.poll(_SLICE_MS, zmq.POLLOUT)  # the first call would find no connection yet
         self._holders[name] = _Holder(name, socket, where)
@@ -145,26 +146,28 @@ class PeerCaller:
 
     def take(self, pending: "Pending") -> torch.Tensor:
         """Wait for an answer, repeating the call or sending its rows elsewhere as needed."""
-        frames = self._answers.pop(pending.request, None) or self._receive(pending, _SLICE_MS)
+        frames = self._answers.pop(pending.request, None) or self._receive(pending)
         header = self._parsed(frames, pending) if frames else None
         if frames and isinstance(header, AnswerHeader):
             self._awaited.discard(pending.request)
             return _tensor(header, frames[1])
         return self._insist(pending, header if isinstance(header, FaultHeader) else None)
 
-    def _receive(self, pending: "Pending", timeout_ms: int) -> list[zmq.Frame] | None:
-        """Return the frames of the answer, setting aside those of other calls under way; None when time is up."""
+    def _receive(self, pending: "Pending") -> list[zmq.Frame] | None:
+        """Return the frames of the answer, setting aside those of other calls under way; None after a slice."""
         holder = pending.sent_over
         if holder is None or holder.socket.closed:
             return None
-        while holder.socket.poll(timeout_ms):
-            frames = holder.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            request = _request_of(frames)
-            if request == pending.request:
-                return frames
-            if request in self._awaited:
-                self._answers[request] = frames
-        return None
+        try:
+            while True:
+                frames = holder.socket.recv_multipart(copy=False)  # waits for a slice; quicker than to poll first
+                request = _request_of(frames)
+                if request == pending.request:
+                    return frames
+                if request in self._awaited:
+                    self._answers[request] = frames
+        except zmq.Again:
+            return None
 
     def _parsed(self, frames: list[zmq.Frame], pending: "Pending") -> AnswerHeader | FaultHeader:
         try:
@@ -197,7 +200,7 @@ class PeerCaller:
             if pending.sent_over is None or header is not None:
                 time.sleep(_PAUSE_S)
                 self._send(pending)
-            frames = self._receive(pending, _SLICE_MS)
+            frames = self._receive(pending)
             header_now = self._parsed(frames, pending) if frames else None
             if frames and isinstance(header_now, AnswerHeader):
                 self._awaited.discard(pending.request)

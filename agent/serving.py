@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -24,7 +25,7 @@ from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, pack_answe
 
 log = logging.getLogger(__name__)
 
-_POLL_MS: Final = 100
+_SLICE_MS: Final = 100
 _NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -72,11 +73,13 @@ class ExpertServer(threading.Thread):
     def run(self) -> None:
         """Serve until stopped."""
         socket = self._socket
+        socket.setsockopt(zmq.RCVTIMEO, _SLICE_MS)  # quicker than to poll first
         try:
             while not self._stopped():
-                if not socket.poll(_POLL_MS):
+                try:
+                    frames = socket.recv_multipart(copy=False)
+                except zmq.Again:
                     continue
-                frames = socket.recv_multipart(copy=False)
                 answer = self._answer([frame.buffer for frame in frames[1:]])
                 if answer is not None:
                     self._send(frames[0], answer)
@@ -106,7 +109,8 @@ class ExpertServer(threading.Thread):
             return [*pack_fault(header.epoch, header.request, fault)]
         try:
             call = call_of(header, frames)
-            call.check()
+            if header.tokens > 1 or not _is_plain(call):
+                call.check()
             answer = execute_call(self._residency, call)
         except ExpertUnavailable as error:
             return [*pack_fault(header.epoch, header.request, CallFault(code="not_held", message=str(error)))]
@@ -117,6 +121,12 @@ class ExpertServer(threading.Thread):
         rows, size = answer.shape
         reply = AnswerHeader(header.epoch, header.request, _NAMES[answer.dtype], rows, size)
         return [pack_answer(reply), answer.contiguous().view(torch.uint8).numpy()]
+
+
+def _is_plain(call: ExpertCall) -> bool:
+    """Whether a call for one token names each expert once, in order: what `check` finds out, for the common case."""
+    experts = call.expert.tolist()
+    return not any(call.token.tolist()) and all(a < b for a, b in pairwise(experts))
 
 
 def call_of(header: CallHeader, frames: list[memoryview]) -> ExpertCall:
