@@ -20,7 +20,7 @@ def solve_cpsat(problem: Problem, *, objective: ObjectiveName, limits: SolveLimi
     its best placement may turn out to break a limit by a hair: that placement is ruled out and the search goes on.
     """
     start = time.monotonic()
-    model = build_model(problem, exact_terms(problem, objective))
+    model = build_model(problem, exact_terms(problem, objective), objective)
     best: Bools | None = None
     value: float | None = None
     bound: float | None = None
@@ -36,7 +36,8 @@ def solve_cpsat(problem: Problem, *, objective: ObjectiveName, limits: SolveLimi
         cost = None if placed is None else routed_cost(problem, placed, objective)
         if cost is not None and (value is None or cost < value):
             best, value = placed, cost
-        if status != cp_model.OPTIMAL or placed is None or cost is not None:
+        out_of_time = time.monotonic() - start >= limits.time_s
+        if status != cp_model.OPTIMAL or placed is None or cost is not None or out_of_time:
             break
         forbid_subsets(model, [np.flatnonzero(places).tolist() for places in placed.reshape(len(placed), -1).T])
     result = Result(
