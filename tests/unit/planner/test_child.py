@@ -73,9 +73,13 @@ def test_interrupting_the_command_kills_the_solver_and_writes_nothing(workspace,
     process = subprocess.Popen(
         [*command, "--gap", "0", "--time-limit", "60"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    child = _wait_for_child(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    try:
+        child = _wait_for_child(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130, told
     assert told.strip() == "interrupted"
     assert not (tmp_path / "plan.json").exists()
