@@ -65,7 +65,7 @@ def stream(node: str, coordinator: str, answer: Answer, **wanted: Any) -> Iterat
     """Yield pieces of text, filling `answer` meanwhile. Closing it, or an exception in between, cancels the request."""
     context: Context = zmq.Context()
     try:
-        where = _locate(context, node, coordinator)
+        where = locate(context, node, coordinator)
         socket = make_socket(context, zmq.DEALER, "control")
         connect(socket, where.address, where.client)
         request = GenerateRequest(request=uuid.uuid4().hex, **wanted)
@@ -82,7 +82,8 @@ def stream(node: str, coordinator: str, answer: Answer, **wanted: Any) -> Iterat
         context.destroy(linger=SHUTDOWN_LINGER_MS)
 
 
-def _locate(context: Context, node: str, coordinator: str) -> Endpoints:
+def locate(context: Context, node: str, coordinator: str) -> Endpoints:
+    """Ask the coordinator where a node's agent listens; raises `CoordinatorAbsent` or `Refused`."""
     try:
         address = parse_address(coordinator)
         require_loopback(address.host)

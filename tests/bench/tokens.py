@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zmq
 
-from agent.client import _locate as locate
+from agent.client import locate
 from agent.peers import Patience, PeerCaller
 from agent.routes import EpochRoutes
 from runtime.experts import ExpertCall, execute_call
