@@ -70,7 +70,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp_path,
     (each, _), holdings = replica(store, 0, 0, "disk"), make_holdings(store, tmp_path, device=0, disk=1)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("agent.holdings.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(CannotPrepare, match="the disk is full: records need .* 10 B are free") as caught:
+    with pytest.raises(CannotPrepare, match=r"the disk is full: records need .* 10 B are free") as caught:
         holdings.require_room(wanted_of((each, None)), [each])
     assert caught.value.exit_code is ExitCode.INFEASIBLE
     assert disk_bytes(tmp_path) == 0
