@@ -37,7 +37,6 @@ from schemas.units import format_bytes
 DEFAULT_COORDINATOR: Final = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
 WATCH_S: Final = 1.0
 _REPEAT_S: Final = 3.0
-_PIPED_WIDTH: Final = 130
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _coordinator_option = click.option(
@@ -165,12 +164,6 @@ def status(watch: bool, coordinator: str | None, as_json: bool) -> None:
             _watch(client, report)
         else:
             console(sys.stdout).print(status_view(report))
-
-
-def _console() -> Console:
-    """Return a console for the table, wide enough for it where the output is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPED_WIDTH)
 
 
 def _watch(client: ControlClient, report: msg.StatusReport) -> None:
