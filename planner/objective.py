@@ -1,7 +1,16 @@
 """What a placement costs: the one definition that every solver's claim is checked against.
 
-Decides the objectives of FORMULATION.md (remote-calls, additive-latency) and the true wait per recorded event (a
-layer waits for the slowest of its K experts). Must not know any solver. A placement is bool ``[P, L, E]``.
+Decides the objectives:
+
+latency
+    Seconds waited per second: ``sum_i T_i * mean over recorded events of sum_l max over the K chosen experts of c``.
+    A layer waits for the slowest of its experts. The default.
+additive-latency
+    ``sum d c``: waits added up over experts, an upper bound on the above; needs shares only, no events.
+remote-calls
+    ``sum d`` over calls served elsewhere, DanceMoE's proxy.
+
+Must not know any solver. A placement is bool ``[P, L, E]``.
 """
 
 from dataclasses import dataclass
@@ -11,7 +20,7 @@ import numpy as np
 
 from planner.problem import Bools, Events, Floats, Ints, Problem
 
-ObjectiveName = Literal["additive-latency", "remote-calls"]
+ObjectiveName = Literal["latency", "additive-latency", "remote-calls"]
 OBJECTIVES: Final[tuple[ObjectiveName, ...]] = get_args(ObjectiveName)
 
 _TIE_BREAK: Final = 1e-6  # remote-calls: of two placements with as many calls, the one with less latency
@@ -34,8 +43,11 @@ class Routing:
 
 
 def unit_cost(problem: Problem, objective: ObjectiveName) -> Floats:
-    """Cost of one call from node n served at place p, float64 ``[N, P]``: each objective is demand x this."""
-    if objective == "additive-latency":
+    """Cost of one call from node n served at place p, float64 ``[N, P]``.
+
+    The additive objectives are demand times this; `latency` takes the highest of an event's calls.
+    """
+    if objective != "remote-calls":
         return problem.cost_s
     remote = _is_remote(problem).astype(np.float64)
     highest = problem.cost_s.max(initial=0.0)
@@ -59,11 +71,27 @@ def nearest(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routin
 
 
 def placement_cost(problem: Problem, routing: Routing, objective: ObjectiveName) -> float:
-    """Objective value: demand times unit cost, summed over callers and experts (for latency: s waited per s)."""
+    """Objective value: `latency` over recorded events, else demand times unit cost over callers and experts.
+
+    Where calls are split between replicas, a call of `latency` waits for the mean of them.
+    """
+    if objective == "latency":
+        return float(problem.tokens_per_s @ _mean_waits(problem, routing))
     unit = unit_cost(problem, objective)
     if routing.share is None:
         return float((problem.caller_demand * _looked_up(unit, routing)).sum())
     return float(np.einsum("nle,np,nple->", problem.caller_demand, unit, routing.share))
+
+
+def _mean_waits(problem: Problem, routing: Routing) -> Floats:
+    """Seconds that a token of each ingress waits over all layers, float64 ``[I]``."""
+    wait, layers = _looked_up(problem.cost_s, routing), np.arange(problem.layers)
+    return np.array(
+        [
+            wait[trunk, layers][layers[None, :, None], events].max(axis=2).sum(axis=1).mean()
+            for trunk, events in zip(problem.trunk_node, problem.events, strict=True)
+        ]
+    )
 
 
 def _looked_up(table: Floats, routing: Routing) -> Floats:

@@ -15,7 +15,8 @@ from planner.feasibility import impossible, violations
 from planner.objective import ObjectiveName, judge, nearest, placement_cost
 from planner.problem import Problem
 from planner.solvers.base import Result, SolveLimits, SolveStatus, ignore, with_status
-from planner.solvers.choose import STRATEGIES, find_solver
+from planner.solvers.choose import EXACT, STRATEGIES, find_solver
+from planner.solvers.events import refuse_large
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def solve(
     problem: Problem,
     solver: str,
     *,
-    objective: ObjectiveName = "additive-latency",
+    objective: ObjectiveName = "latency",
     limits: SolveLimits | None = None,
     watch: Watch | None = None,
     in_process: bool = False,
@@ -42,10 +43,14 @@ def solve(
         Time was over before the first one.
     BrokenPlacement
         A strategy's placement breaks constraints.
+    TooManyEvents
+        An exact solver was asked for the latency objective of a large problem.
     """
     limits = limits or SolveLimits()
     if found := impossible(problem):
         raise InfeasibleProblem(found)
+    if objective == "latency" and solver in EXACT:
+        refuse_large(problem, solver)
     if in_process or solver in STRATEGIES:
         result = find_solver(solver)(problem, objective=objective, limits=limits, report=ignore)
     else:

@@ -33,13 +33,20 @@ class StopReason(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SolveLimits:
-    """When to stop, and the seed of whatever is random."""
+    """When to stop, the seed of whatever is random, and where to begin.
+
+    Attributes
+    ----------
+    start
+        A placement to begin from, bool ``[P, L, E]``; a solver that cannot use it leaves it aside.
+    """
 
     time_s: float = 60.0
     gap: float = DEFAULT_GAP
     seed: int = 0
+    start: Bools | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,10 @@ from planner.solvers.terms import Terms, exact_terms
 
 
 def route(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routing | None:
-    """Return the cheapest routing within load and link limits; None where there is none."""
+    """Return the cheapest routing within load and link limits; None where there is none.
+
+    Where calls must be split, `latency` splits them by what is cheapest added up: a valid routing, maybe not the best.
+    """
     simple = nearest(problem, placed, objective)
     terms = exact_terms(problem, objective)
     if not terms.coupled or _fits(problem, simple):

@@ -20,7 +20,7 @@ def solve_cpsat(problem: Problem, *, objective: ObjectiveName, limits: SolveLimi
     its best placement may turn out to break a limit by a hair: that placement is ruled out and the search goes on.
     """
     start = time.monotonic()
-    model = build_model(problem, exact_terms(problem, objective))
+    model = build_model(problem, exact_terms(problem, objective), objective)
     best: Bools | None = None
     value: float | None = None
     bound: float | None = None

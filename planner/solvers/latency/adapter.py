@@ -16,12 +16,11 @@ from planner.solvers.latency.instance import LatencyInstance, latency_instance
 def instance_of(problem: Problem) -> LatencyInstance:
     """Count waits from where the trunk of each layer runs; the objective is seconds waited per second.
 
-    A pin says that a node holds an expert in any tier. Where the node has several, the fastest is taken: such a pin
-    makes the problem narrower than it is, and the bound that of the narrower problem.
+    A pin says that a node holds an expert in any tier. Where the node has several, the search keeps to one of them,
+    the bound to none.
     """
-    pinned = problem.pinned[problem.place_node]
-    first = np.zeros(problem.num_places, dtype=bool)
-    first[np.unique(problem.place_node, return_index=True)[1]] = True
+    forced = pins_by_place(problem)
+    siblings = np.bincount(problem.place_node, minlength=problem.num_nodes)[problem.place_node]
     return latency_instance(
         problem.events,
         problem.tokens_per_s,
@@ -31,10 +30,27 @@ def instance_of(problem: Problem) -> LatencyInstance:
         num_experts=problem.experts,
         required=problem.required,
         allowed=problem.allowed,
-        forced=pinned & first[:, None, None],
+        forced=forced,
+        any_tier=forced & (siblings > 1)[:, None, None],
     )
+
+
+def pins_by_place(problem: Problem) -> Bools:
+    """Put each node's pinned experts into its fastest places, as many as fit, most asked for first; ``[P, L, E]``.
+
+    Experts are of one size and tiers differ in speed alone, so this leaves a placement wherever there is one.
+    """
+    forced = np.zeros((problem.num_places, problem.layers * problem.experts), dtype=bool)
+    demand = problem.caller_demand.sum(axis=0).ravel()
+    for node in np.flatnonzero(problem.pinned.any(axis=(1, 2))):
+        pinned = np.flatnonzero(problem.pinned[node])
+        waiting = pinned[np.argsort(-demand[pinned], kind="stable")]
+        for place in np.flatnonzero(problem.place_node == node):
+            forced[place, waiting[: problem.slots[place]]] = True
+            waiting = waiting[problem.slots[place] :]
+    return forced.reshape(problem.num_places, problem.layers, problem.experts)
 
 
 def keeps_limits(problem: Problem) -> Callable[[Bools], bool]:
     """Whether a placement, each call to its nearest replica, keeps every constraint, those of load and links too."""
-    return lambda placed: not violations(problem, placed, nearest(problem, placed, "additive-latency"))
+    return lambda placed: not violations(problem, placed, nearest(problem, placed, "latency"))

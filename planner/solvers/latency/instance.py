@@ -54,6 +54,9 @@ class LatencyInstance:
         Nodes that must hold each expert.
     allowed, forced
         Whether a place may, must hold an expert, bool ``[P, L, E]``.
+    any_tier
+        Where an expert is forced into a place, though any other place of its node would do: search keeps to `forced`,
+        the bound does not. bool ``[P, L, E]``.
     """
 
     events: tuple[Events, ...]
@@ -65,6 +68,7 @@ class LatencyInstance:
     required: int
     allowed: Bools
     forced: Bools
+    any_tier: Bools
 
     @property
     def num_layers(self) -> int:
@@ -104,6 +108,7 @@ def latency_instance(
     required: int = 1,
     allowed: Bools | None = None,
     forced: Bools | None = None,
+    any_tier: Bools | None = None,
 ) -> LatencyInstance:
     """Check the arrays and build the instance.
 
@@ -111,7 +116,7 @@ def latency_instance(
     ----------
     cost_s
         Seconds, ``[I, P]`` (the same in every layer) or ``[I, L, P]`` (where the trunk of a layer runs elsewhere).
-    allowed, forced
+    allowed, forced, any_tier
         ``[P, L, E]``; by default everything is allowed and nothing forced.
 
     Raises
@@ -137,6 +142,7 @@ def latency_instance(
         required=required,
         allowed=np.ones(shape, dtype=bool) if allowed is None else allowed,
         forced=np.zeros(shape, dtype=bool) if forced is None else forced,
+        any_tier=np.zeros(shape, dtype=bool) if any_tier is None else any_tier,
     )
     faults = _array_faults(instance, shape)
     if faults:
@@ -167,6 +173,7 @@ def _array_faults(instance: LatencyInstance, shape: tuple[int, int, int]) -> lis
         "node_of_place": (places,),
         "allowed": shape,
         "forced": shape,
+        "any_tier": shape,
     }
     for name, want in wanted.items():
         if (got := getattr(instance, name).shape) != want:

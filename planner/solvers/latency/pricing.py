@@ -52,7 +52,9 @@ def set_costs(instance: LatencyInstance, layer: int, levels: Levels, sets: Holde
     if sets.complete and instance.is_pinned:
         allowed, forced = instance.allowed[:, layer].T, instance.forced[:, layer].T
         outside = (~allowed).astype(np.int64) @ sets.holds.T
-        lacking = forced.astype(np.int64) @ (~sets.holds).T
+        loose = forced & instance.any_tier[:, layer].T
+        on_node = sets.holds @ (instance.on_node @ instance.on_node.T)  # any place of the same node
+        lacking = (forced & ~loose).astype(np.int64) @ (~sets.holds).T + loose.astype(np.int64) @ (~on_node).T
         excluded = (outside + lacking) > 0
     misses = missing.reshape(-1, len(sets.holds)).T.astype(np.float64)
     return SetCosts(misses, sets.holds.astype(np.float64), excluded)

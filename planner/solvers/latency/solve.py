@@ -200,10 +200,12 @@ class _Run:
                 self._relax(self.schedule.more_dual_steps, share=0.9)
             else:
                 self.price = self.dual.price
-            self._round_off()
+            self._round_off(first=index == 0)
             self._make_columns()
             self._choose()
-            self._polish()
+            self._polish(self.hold)
+            if index == 0 and warm_start is not None:
+                self._polish(warm_start.transpose(1, 2, 0))
             if self._over(1.0) or self._closed():
                 break
         return self._outcome(self._reason(), self.dual.price)
@@ -233,11 +235,16 @@ class _Run:
                 if len(history) > 4 and history[-1] - history[-5] < self.schedule.dual_gain * abs(history[-1]):
                     break
 
-    def _round_off(self) -> None:
-        """Start from the rounded mixture where that is better."""
-        before = self.objective
-        self._offer(rounded(self.instance, self.dual.mean_hold()))
-        if self.placed is not None and self.objective != before:
+    def _round_off(self, *, first: bool) -> None:
+        """Search on from the rounded mixture at first, afterwards where that is better.
+
+        A warm start is the incumbent, but no place to search from: it is the best of its neighbourhood already.
+        """
+        before, candidate = self.objective, rounded(self.instance, self.dual.mean_hold())
+        self._offer(candidate)
+        if first and not violations(self.instance, candidate):
+            self.hold = candidate.transpose(1, 2, 0)
+        elif self.placed is not None and self.objective != before:
             self.hold = self.placed.transpose(1, 2, 0)
 
     def _make_columns(self) -> None:
@@ -288,11 +295,14 @@ class _Run:
         if not self._over(0.9) and (prices := column_prices(fronts, self.instance.capacity)) is not None:
             self.price = prices
 
-    def _polish(self) -> None:
-        polish = Polish(self.instance, self.layers, self.repairs, self.hold)
+    def _polish(self, hold: Bools) -> None:
+        """Exchange experts, from a feasible placement ``[L, E, P]``; the search goes on from the best so far."""
+        polish = Polish(self.instance, self.layers, self.repairs, hold)
         polish.run(lambda: self._over(1.0))
-        self.hold = polish.hold
-        self._offer(self.hold.transpose(2, 0, 1))
+        before = self.objective
+        self._offer(polish.hold.transpose(2, 0, 1))
+        if self.placed is not None and (self.objective != before or hold is self.hold):
+            self.hold = polish.hold
 
     def _offer(self, placed: Bools) -> None:
         """Make a placement the incumbent where it is better and acceptable."""

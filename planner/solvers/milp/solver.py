@@ -29,7 +29,7 @@ def _solve(
     name: str, backend: Backend, problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report
 ) -> Result:
     start = time.monotonic()
-    model = build_model(problem, exact_terms(problem, objective))
+    model = build_model(problem, exact_terms(problem, objective), objective)
     left = max(limits.time_s - (time.monotonic() - start), 0.1)
     answer = backend(model, replace(limits, time_s=left), report)
     placed = model.placement() if answer.has_placement else None
