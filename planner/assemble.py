@@ -10,13 +10,13 @@ import numpy as np
 
 from planner.errors import PlannerError
 from planner.inputs import Inputs
-from planner.objective import Judgement, Routing
+from planner.objective import Judgement, ObjectiveName, Routing, link_load, node_load
 from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import Result
 from planner.steps import migration_steps
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
-from schemas.plan import NodeSummary, Plan, Segment, Step, Summary, TrunkPath
+from schemas.plan import LinkSummary, NodeSummary, Plan, Segment, Step, Summary, TrunkPath
 from schemas.units import format_bytes
 
 _SHARE_FLOOR = 1e-6  # a smaller share of calls is a solver's rounding
@@ -37,11 +37,14 @@ class Solved:
     placed: Bools
     routing: Routing
     judgement: Judgement
-    objective_name: str
+    objective_name: ObjectiveName
+    asked_gap: float
 
 
 def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     """Return the sealed plan that leads from `current` (nothing placed where None) to what was solved.
+
+    Replicas come from where the schedule of transfers says, which spreads them over holders and links.
 
     Raises
     ------
@@ -52,7 +55,7 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     """
     topology, problem = inputs.topology, solved.problem
     if current is not None:
-        _require_same(inputs, current)
+        require_same(inputs, current)
     placement, routes = placement_records(problem, solved.placed), route_records(problem, solved.routing)
     steps, stages = migration_steps(problem, () if current is None else current.placement, placement)
     if not stages and current is not None and current.routes != routes:
@@ -74,7 +77,8 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     return plan.sealed()
 
 
-def _require_same(inputs: Inputs, current: Plan) -> None:
+def require_same(inputs: Inputs, current: Plan) -> None:
+    """Raise `ForeignPlan` where a plan is of another cluster, model or dtype."""
     pairs = {
         "cluster": (current.cluster, inputs.topology.cluster),
         "model": (current.model, inputs.model),
@@ -151,7 +155,16 @@ def summarise(solved: Solved) -> Summary:
         any_remote_share=judgement.any_remote_share,
         predicted_latency_s=judgement.predicted_latency_s,
         nodes=tuple(_node_summary(solved, node) for node in range(solved.problem.num_nodes)),
+        links=tuple(_link_summaries(solved)),
     )
+
+
+def _link_summaries(solved: Solved) -> Iterator[LinkSummary]:
+    problem = solved.problem
+    load = link_load(problem, solved.routing)
+    for ends, sent, rate in zip(problem.link_ends.tolist(), load.tolist(), problem.link_rate.tolist(), strict=True):
+        first, second = (problem.node_ids[end] for end in ends)
+        yield LinkSummary(between=(first, second), bytes_per_s=sent, utilisation=sent / rate)
 
 
 def _node_summary(solved: Solved, node: int) -> NodeSummary:
@@ -176,6 +189,7 @@ def _node_summary(solved: Solved, node: int) -> NodeSummary:
         trunk_bytes=int(problem.trunk_bytes[node]),
         kv_bytes=int(problem.kv_bytes[node]),
         why=_why(solved, node),
+        utilisation=float(node_load(problem, solved.routing)[node]),
         **shares,
     )
 

@@ -3,7 +3,6 @@
 Decides what each option means and what goes to stdout. Must not know how anything is solved.
 """
 
-import json
 import logging
 import sys
 import time
@@ -13,18 +12,31 @@ from typing import Any
 
 import click
 
-from planner.child import Standing
-from planner.compare import compare_strategies, held_out
-from planner.control.cli import COMMANDS
+from planner.advice.cli import COMMANDS as ADVICE_COMMANDS
+from planner.compare import Trial, compare_strategies, held_out
 from planner.control.cli import COMMANDS as CONTROL_COMMANDS
-from planner.errors import InfeasibleProblem, PlannerError
+from planner.errors import GapNotReached, InfeasibleProblem, PlannerError
 from planner.inputs import load_inputs
-from planner.objective import OBJECTIVES
+from planner.options import (
+    EXISTING,
+    ProgressLine,
+    Quantity,
+    gap_option,
+    json_option,
+    limits_of,
+    objective_option,
+    print_json,
+    seed_option,
+    time_option,
+    usable_objective,
+    warn_short_traces,
+)
+from planner.simulate.cli import COMMANDS as SIMULATE_COMMANDS
 from planner.solvers.choose import SOLVERS
 from schemas.activation import ActivationCounts, TraceHeader
 from schemas.base import FrozenModel
 from schemas.checkpoint import InvalidCheckpoint
-from schemas.files import InvalidFile
+from schemas.files import InvalidFile, write_atomic
 from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.plan import Plan, load_plan, write_plan
@@ -38,30 +50,6 @@ SCHEMAS: Mapping[str, type[FrozenModel]] = {
     "counters": ActivationCounts,
 }
 
-_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; messages go to stderr.")
-
-
-class _Objective(click.Choice[str]):
-    """An objective by name; says of `latency` that it is yet to come."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value == "latency":
-            self.fail(f"latency is not in this version; there are {', '.join(OBJECTIVES)}", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-_objective_option = click.option(
-    "--objective", type=_Objective(OBJECTIVES), default=OBJECTIVES[0], show_default=True, help="What to minimise."
-)
-_time_option = click.option(
-    "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Seconds."
-)
-_gap_option = click.option(
-    "--gap", type=click.FloatRange(0, 1), default=1e-7, show_default=True, help="Stop within this of the bound."
-)
-_seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="expertmesh")
@@ -70,16 +58,20 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("topology", type=_EXISTING)
+@click.argument("topology", type=EXISTING)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Plan file (plan.json).")
 @click.option("--solver", type=click.Choice(SOLVERS), default="auto", show_default=True)
-@_objective_option
-@_time_option
-@_gap_option
-@_seed_option
-@click.option("--current", type=_EXISTING, help="The plan in force: only what differs from it is moved.")
-@click.option("--counters", type=_EXISTING, help="What a running cluster counted, in place of traces.")
-@_json_option
+@objective_option
+@time_option
+@gap_option
+@seed_option
+@click.option("--current", type=EXISTING, help="The plan in force: only what differs from it is moved.")
+@click.option(
+    "--horizon", type=Quantity("duration"), help="With --current: move only where it pays within this time (1 h)."
+)
+@click.option("--max-move", type=Quantity("bytes"), help="With --current: bring at most this much to nodes (64 MiB).")
+@click.option("--counters", type=EXISTING, help="What a running cluster counted, in place of traces.")
+@json_option
 def solve(
     *,
     topology: Path,
@@ -87,40 +79,53 @@ def solve(
     solver: str,
     objective: Any,
     time_limit: float,
-    gap: float,
+    gap: float | None,
     seed: int,
     current: Path | None,
+    horizon: float | None,
+    max_move: float | None,
     counters: Path | None,
     as_json: bool,
 ) -> None:
     """Find a placement and write it as a plan."""
-    from planner.assemble import make_plan
-    from planner.solve import solve as run
-    from planner.solvers.base import SolveLimits
+    from planner.propose import Request, propose
+    from planner.worth import MovingTerms
 
+    if current is None and (horizon is not None or max_move is not None):
+        raise click.UsageError("--horizon and --max-move are about moving from a plan: give --current PLAN too")
     target = output if output or as_json else Path("plan.json")
     if target and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--output {target}: there is no directory {target.absolute().parent}")
     start = time.monotonic()
     try:
         inputs = load_inputs(topology, counters)
-        before = load_plan(current) if current else None
-        limits = SolveLimits(time_s=time_limit, gap=gap, seed=seed)
-        with _ProgressLine() as line:
-            solved = run(inputs.problem(), solver, objective=objective, limits=limits, watch=line)
-        plan = make_plan(inputs, solved, before)
+        warn_short_traces(inputs)
+        objective = usable_objective(inputs, objective)
+        request = Request(
+            solver=solver,
+            objective=objective,
+            limits=limits_of(objective, time_limit, gap, seed),
+            before=load_plan(current) if current else None,
+            moving=MovingTerms(horizon_s=horizon, max_bytes=None if max_move is None else int(max_move)),
+        )
+        with ProgressLine() as line:
+            found = propose(inputs, request, line)
     except InfeasibleProblem as error:
         if as_json:
-            _print_json(_infeasible_document(error, solver, time.monotonic() - start))
+            print_json(_infeasible_document(error, solver, time.monotonic() - start))
         raise
+    plan = found.plan
     if target:
         write_plan(target, plan)
     if as_json:
-        _print_json(_solve_document(plan, solved.judgement.mean_bytes_per_token))
+        print_json(_solve_document(plan, found.chosen.judgement.mean_bytes_per_token))
     else:
         _show(plan, verbose=0)
     if target:
         click.echo(f"wrote {target}", err=as_json)
+    reached = found.solved.result.gap
+    if gap is not None and (reached is None or reached > gap):
+        raise GapNotReached(gap, reached, found.solved.result.seconds)
 
 
 def _solve_document(plan: Plan, bytes_per_token: float) -> dict[str, Any]:
@@ -138,61 +143,56 @@ def _infeasible_document(error: InfeasibleProblem, solver: str, seconds: float) 
     }
 
 
-class _ProgressLine:
-    """One line on stderr, rewritten in place while a solver runs; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self.shown = sys.stderr.isatty()
-
-    def __call__(self, standing: Standing) -> None:
-        """Show how far the solver has come. Modifies the terminal."""
-        if self.shown:
-            values = (("incumbent", standing.incumbent), ("bound", standing.bound), ("gap", standing.gap))
-            told = "  ".join(f"{name} {'-' if value is None else f'{value:.6g}'}" for name, value in values)
-            sys.stderr.write(f"\r\x1b[K{standing.seconds:6.1f} s  {told}")
-            sys.stderr.flush()
-
-    def __enter__(self) -> "_ProgressLine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-
 @cli.command()
-@click.argument("topology", type=_EXISTING)
-@click.option("--strategies", default="uniform,dancemoe,auto", show_default=True, help="Solvers, comma-separated.")
+@click.argument("topology", type=EXISTING)
+@click.option(
+    "--strategies",
+    default="uniform,popularity,eplb,dancemoe,moetuner,ordermoe,auto",
+    show_default=True,
+    help="Solvers, comma-separated.",
+)
 @click.option("--holdout", multiple=True, metavar="[WORKLOAD=]TRACE", help="Judge a workload on this trace.")
-@_objective_option
-@_time_option
-@_gap_option
-@_seed_option
-@_json_option
+@click.option(
+    "--simulate", "simulated", is_flag=True, help="Also replay the held-out events: mean and 95th percentile."
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the comparison (FILE.svg).")
+@objective_option
+@time_option
+@gap_option
+@seed_option
+@json_option
 def compare(
     *,
     topology: Path,
     strategies: str,
     holdout: tuple[str, ...],
+    simulated: bool,
+    plot: Path | None,
     objective: Any,
     time_limit: float,
-    gap: float,
+    gap: float | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Place by several strategies and judge them on events kept apart (the last 30 % of each trace by default)."""
-    from planner.solvers.base import SolveLimits
-
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     if unknown := [name for name in names if name not in SOLVERS]:
         raise click.UsageError(f"--strategies: no {', '.join(unknown)}; there are {', '.join(SOLVERS)}")
+    if plot and (plot.suffix != ".svg" or not plot.absolute().parent.is_dir()):
+        raise click.UsageError(f"--plot {plot}: write a file that ends in .svg, in a directory that exists")
     inputs = load_inputs(topology)
+    warn_short_traces(inputs)
     split = held_out(inputs, holdout)
-    limits = SolveLimits(time_s=time_limit, gap=gap, seed=seed)
-    rows = list(compare_strategies(inputs, split, names, objective=objective, limits=limits))
+    trial = Trial(objective=objective, limits=limits_of(objective, time_limit, gap, seed), simulated=simulated)
+    rows = list(compare_strategies(inputs, split, names, trial))
+    if plot:
+        from planner.chart import comparison_svg
+
+        title = f"{inputs.topology.cluster}: {inputs.model.id}, judged on {split.judged_on}"
+        notes = {str(row["strategy"]): str(row["ignores"]) for row in rows}
+        write_atomic(plot, comparison_svg(rows, title=title, notes=notes))
     if as_json:
-        _print_json({"objective": objective, "judged_on": split.judged_on, "strategies": rows})
+        print_json({"objective": objective, "judged_on": split.judged_on, "strategies": rows})
         return
     from planner.report import comparison_table, console
 
@@ -200,26 +200,29 @@ def compare(
     out.print(f"judged on {split.judged_on}")
     out.print(comparison_table(rows))
     for row in rows:
-        if row["note"]:
-            click.echo(f"{row['strategy']}: {row['note']}")
+        for told in filter(None, (row["note"], row["ignores"])):
+            click.echo(f"{row['strategy']}: {told}")
+    if plot:
+        click.echo(f"wrote {plot}")
 
 
 @cli.command()
-@click.argument("topology", type=_EXISTING)
-@_json_option
+@click.argument("topology", type=EXISTING)
+@json_option
 def validate(topology: Path, *, as_json: bool) -> None:
     """Check a topology, its model and traces, and whether everything can fit."""
     from planner.feasibility import impossible
 
     inputs = load_inputs(topology)
+    warn_short_traces(inputs)
     problem = inputs.problem()
     if found := impossible(problem):
         if as_json:
-            _print_json({"status": "infeasible", "violations": [violation.as_dict() for violation in found]})
+            print_json({"status": "infeasible", "violations": [violation.as_dict() for violation in found]})
         raise InfeasibleProblem(found)
     if as_json:
         tokens = {name: trace.header.tokens for name, trace in inputs.traces.items()}
-        _print_json({"status": "valid", "cluster": inputs.topology.cluster, "trace_tokens": tokens})
+        print_json({"status": "valid", "cluster": inputs.topology.cluster, "trace_tokens": tokens})
         return
     from planner.report import console, room_table
 
@@ -232,14 +235,14 @@ def validate(topology: Path, *, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("plan", type=_EXISTING)
+@click.argument("plan", type=EXISTING)
 @click.option("-v", "--verbose", count=True, help="Also why, and every expert; twice for every step.")
-@_json_option
+@json_option
 def show(plan: Path, verbose: int, *, as_json: bool) -> None:
     """Summarise a plan: what changes, and what it promises."""
     loaded = load_plan(plan)
     if as_json:
-        _print_json(loaded.model_dump(mode="json"))
+        print_json(loaded.model_dump(mode="json"))
     else:
         _show(loaded, verbose)
 
@@ -258,10 +261,10 @@ def _show(plan: Plan, verbose: int) -> None:
 
 
 @cli.command()
-@click.argument("first", type=_EXISTING)
-@click.argument("second", type=_EXISTING)
+@click.argument("first", type=EXISTING)
+@click.argument("second", type=EXISTING)
 @click.option("-v", "--verbose", is_flag=True, help="List every replica.")
-@_json_option
+@json_option
 def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
     """Say in what the placements of two plans differ."""
     from planner.report import console, difference, difference_table
@@ -269,7 +272,7 @@ def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
     before, after = load_plan(first), load_plan(second)
     change = difference(before, after)
     if as_json:
-        _print_json(change)
+        print_json(change)
         return
     added, dropped = change["added"], change["dropped"]
     if change["same_placement"]:
@@ -288,15 +291,7 @@ def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
 @click.argument("name", type=click.Choice(sorted(SCHEMAS)))
 def schema(name: str) -> None:
     """Print the JSON Schema of a file format."""
-    _print_json(SCHEMAS[name].model_json_schema())
-
-
-for _command in COMMANDS:
-    cli.add_command(_command)
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    print_json(SCHEMAS[name].model_json_schema())
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -304,7 +299,7 @@ def _print_lines(lines: Iterable[str]) -> None:
         click.echo(line)
 
 
-for _command in CONTROL_COMMANDS:
+for _command in (*ADVICE_COMMANDS, *SIMULATE_COMMANDS, *CONTROL_COMMANDS):
     cli.add_command(_command)
 
 

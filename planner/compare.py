@@ -13,8 +13,11 @@ from planner.demand import Trace, read_trace
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.objective import ObjectiveName, judge
+from planner.problem import Problem
+from planner.simulate import Arrivals, build_network, simulate
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
+from planner.solvers.strategies.ignores import IGNORES
 from schemas.files import Fault, InvalidFile
 
 _PLACING_SHARE: Final = 0.7
@@ -39,7 +42,7 @@ def held_out(inputs: Inputs, holdouts: Sequence[str]) -> Split:
     """
     judging: dict[str, Trace] = {}
     for text in holdouts:
-        workload, trace = _holdout(inputs, text)
+        workload, trace = named_trace(inputs, text)
         judging[workload] = trace
     placing = dict(inputs.traces)
     for workload, trace in inputs.traces.items():
@@ -53,7 +56,8 @@ def held_out(inputs: Inputs, holdouts: Sequence[str]) -> Split:
     return Split(placing, judging, f"{how} ({tokens} tokens)")
 
 
-def _holdout(inputs: Inputs, text: str) -> tuple[str, Trace]:
+def named_trace(inputs: Inputs, text: str) -> tuple[str, Trace]:
+    """Read ``[WORKLOAD=]TRACE``; the workload is that of the trace where none is named."""
     named, _, rest = text.partition("=")
     path = Path(rest if rest and not Path(text).exists() else text)
     trace = read_trace(path, inputs.model)
@@ -65,21 +69,44 @@ def _holdout(inputs: Inputs, text: str) -> tuple[str, Trace]:
     return workload, trace
 
 
-def compare_strategies(
-    inputs: Inputs, split: Split, names: Sequence[str], *, objective: ObjectiveName, limits: SolveLimits
-) -> Iterator[dict[str, Any]]:
-    """Yield one row per strategy; a strategy that found nothing valid has a note instead of figures."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trial:
+    """How every strategy is run; `simulated` replays the held-out events too, which takes seconds each."""
+
+    objective: ObjectiveName
+    limits: SolveLimits
+    simulated: bool = False
+
+
+FIGURES: Final = ("remote_call_share", "any_remote_share", "predicted_latency_s", "bytes_per_token")
+SIMULATED: Final = ("simulated_mean_s", "simulated_p95_s")
+
+
+def compare_strategies(inputs: Inputs, split: Split, names: Sequence[str], trial: Trial) -> Iterator[dict[str, Any]]:
+    """Yield one row per strategy; a strategy that found nothing valid has a note instead of figures.
+
+    `ignores` says what a strategy leaves out; `gap` is that on the events which placed, where one is proven.
+    """
     problem = inputs.problem(split.placing)
     judged = problem.judged_on(inputs.events(split.judging))
-    keys = ("remote_call_share", "any_remote_share", "predicted_latency_s", "bytes_per_token")
     for name in names:
-        start = time.monotonic()
-        try:
-            solved = solve(problem, name, objective=objective, limits=limits)
-        except PlannerError as error:
-            yield {"strategy": name, **dict.fromkeys(keys), "seconds": time.monotonic() - start, "note": str(error)}
-            continue
-        seen = judge(judged, solved.routing)
-        values = (seen.remote_call_share, seen.any_remote_share, seen.predicted_latency_s, seen.mean_bytes_per_token)
-        figures = dict(zip(keys, values, strict=True))
-        yield {"strategy": name, **figures, "seconds": solved.result.seconds, "note": ""}
+        yield _row(inputs, problem, judged, name, trial)
+
+
+def _row(inputs: Inputs, problem: Problem, judged: Problem, name: str, trial: Trial) -> dict[str, Any]:
+    row: dict[str, Any] = {"strategy": name, **dict.fromkeys(FIGURES), "gap": None}
+    row.update(dict.fromkeys(SIMULATED) if trial.simulated else {})
+    row["ignores"] = IGNORES.get(name, "")
+    start = time.monotonic()
+    try:
+        solved = solve(problem, name, objective=trial.objective, limits=trial.limits)
+    except PlannerError as error:
+        return {**row, "seconds": time.monotonic() - start, "note": str(error)}
+    seen = judge(judged, solved.routing)
+    values = (seen.remote_call_share, seen.any_remote_share, seen.predicted_latency_s, seen.mean_bytes_per_token)
+    row.update(zip(FIGURES, values, strict=True))
+    if trial.simulated:
+        arrivals = Arrivals(seed=trial.limits.seed)
+        found = simulate(judged, solved.routing, build_network(inputs.topology), arrivals)
+        row.update(zip(SIMULATED, (found.total.mean_s, found.total.p95_s), strict=True))
+    return {**row, "gap": solved.result.gap, "seconds": solved.result.seconds, "note": ""}

@@ -4,9 +4,11 @@ Decides what a usable trace is and what share of tokens activates an expert. Mus
 Flow: file → `Trace` → chosen experts ``[T, L, K]`` → activation share ``[L, E]``.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,8 +81,15 @@ def _model_faults(header: TraceHeader, model: ModelSpec) -> Iterator[Fault]:
                 f"the trace was recorded on {header.model!r} with {name} {have}, but model {model.id!r} has {want}; "
                 "record it again with `agent trace`",
             )
-    if header.tokens < 1:
-        yield Fault("expert_ids", "the trace has no tokens; record it again with `agent trace`")
+    least = -(-model.experts // model.top_k)  # with fewer tokens most experts are never seen, whatever the routing
+    if header.tokens < least:
+        wished = tokens_for(_WISHED, min(model.top_k / model.experts, 0.999))
+        yield Fault(
+            "expert_ids",
+            f"the trace has {header.tokens} tokens, too few to plan by: {least} are the least in which all "
+            f"{model.experts} experts can occur, {wished} tell how often they do to ±{_WISHED:.0%}; record more with "
+            "`agent trace`",
+        )
 
 
 def _id_faults(trace: Trace) -> Iterator[Fault]:
@@ -92,6 +101,43 @@ def _id_faults(trace: Trace) -> Iterator[Fault]:
     if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
         token, layer, _ = np.argwhere(ordered[:, :, 1:] == ordered[:, :, :-1])[0]
         yield Fault("expert_ids", f"token {token} chose an expert of layer {layer} twice")
+
+
+_SURE: Final = 1.96  # standard errors of a 95 % interval
+_TOLERATED: Final = 0.25  # relative error of a share above which a reader is warned
+_WISHED: Final = 0.1
+
+
+def share_error(tokens: int, share: float) -> float:
+    """Relative half-width of the 95 % interval of an activation share counted on so many tokens (binomial).
+
+    >>> round(share_error(1000, 0.125), 3)
+    0.164
+    """
+    return _SURE * math.sqrt((1 - share) / (share * tokens))
+
+
+def tokens_for(error: float, share: float) -> int:
+    """Tokens after which `share_error` is no more than `error`; real tokens are alike, so take rather more.
+
+    >>> tokens_for(0.1, 0.125)
+    2690
+    """
+    return math.ceil((1 - share) / share * (_SURE / error) ** 2)
+
+
+def short_traces(traces: Mapping[str, Trace]) -> Iterator[str]:
+    """Yield a line about each trace that leaves the share of an average expert uncertain."""
+    for workload, trace in traces.items():
+        header = trace.header
+        share = header.top_k / header.experts
+        error = share_error(header.tokens, share) if share < 1 else 0.0
+        if error > _TOLERATED:
+            yield (
+                f"workload {workload}: {header.tokens} tokens tell how often an expert is chosen to ±{error:.0%}; "
+                f"±{_TOLERATED:.0%} needs {tokens_for(_TOLERATED, share)} tokens, ±{_WISHED:.0%} needs "
+                f"{tokens_for(_WISHED, share)}; record more with `agent trace`"
+            )
 
 
 def activation_share(chosen: NDArray[np.int16], experts: int) -> NDArray[np.float64]:

@@ -58,6 +58,18 @@ class NoPlacementFound(PlannerError):
     """A solver ended without a placement and without proof that there is none."""
 
 
+class GapNotReached(PlannerError):
+    """A gap was asked for and not reached in the time; the best placement is known all the same."""
+
+    def __init__(self, asked: float, reached: float | None, seconds: float) -> None:
+        self.asked, self.reached = asked, reached
+        have = "no bound" if reached is None else f"a gap of {reached:.2g}"
+        super().__init__(
+            f"{have} after {seconds:.1f} s, not the {asked:.2g} that was asked for; the plan has the best placement "
+            "found: raise --time-limit or --gap"
+        )
+
+
 class BrokenPlacement(PlannerError):
     """A solver or strategy returned a placement that breaks constraints; `violations` say which."""
 

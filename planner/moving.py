@@ -30,6 +30,31 @@ def schedule_plan(
     return list(_stages(plan.steps, problem, roads, before=before, stores=stores))
 
 
+def with_sources(plan: Plan, problem: Problem, schedules: Sequence[Schedule], before: Sequence[Replica]) -> Plan:
+    """Return the plan with the sources of a schedule, one per stage, where these hold the replica before the stage.
+
+    A schedule may relay what has only just arrived; such a step keeps the source that it had.
+    """
+    held: set[tuple[str | None, int | None, int | None]] = {
+        (replica.node, replica.layer, replica.expert) for replica in before
+    }
+    stages = dict(zip(sorted({step.stage for step in plan.steps}), schedules, strict=True))
+    steps: list[Step] = []
+    for number, schedule in stages.items():
+        source = {(one.expert, one.target): problem.node_ids[one.source] for one in schedule.transfers}
+        index = {node: position for position, node in enumerate(problem.node_ids)}
+        here = [step for step in plan.steps if step.stage == number]
+        for step in here:
+            named = None
+            if step.action == "replicate" and step.layer is not None and step.expert is not None:
+                named = source.get((step.layer * problem.experts + step.expert, index.get(step.node or "", -1)))
+            known = (named, step.layer, step.expert) in held
+            steps.append(step.model_copy(update={"source": named}) if known else step)
+        held -= {(step.node, step.layer, step.expert) for step in here if step.action == "drop"}
+        held |= {(step.node, step.layer, step.expert) for step in here if step.action == "replicate"}
+    return plan.model_copy(update={"steps": tuple(steps)})
+
+
 def makespan_s(schedules: Sequence[Schedule]) -> float:
     """Seconds until the last transfer of the last stage."""
     return sum(schedule.makespan_s for schedule in schedules)

@@ -45,8 +45,8 @@ class Problem:
         Seconds to bring one expert from one node to another, float64 ``[N, N]``.
     compute_limit
         Highest utilisation of a node's compute, float64 ``[N]``.
-    link_ends, link_limit
-        Nodes of each link, int64 ``[U, 2]``; bytes/s that calls may put on it, float64 ``[U]``.
+    link_ends, link_rate, link_limit
+        Nodes of each link, int64 ``[U, 2]``; its bytes/s, and those that calls may put on it, float64 ``[U]``.
     hop_caller, hop_holder, hop_link
         One row per link on the path from caller to holder, int64 ``[H]``.
     ingress_node, tokens_per_s
@@ -79,6 +79,7 @@ class Problem:
     transfer_s: Floats
     compute_limit: Floats
     link_ends: Ints
+    link_rate: Floats
     link_limit: Floats
     hop_caller: Ints
     hop_holder: Ints
@@ -201,6 +202,7 @@ def build_problem(
         transfer_s=paths.latency_s + model.expert_bytes / paths.bandwidth,
         compute_limit=np.full(len(index), topology.limits.compute),
         link_ends=paths.link_ends,
+        link_rate=np.array([link.bandwidth for link in topology.links], dtype=np.float64),
         link_limit=np.array([link.bandwidth * topology.limits.link for link in topology.links], dtype=np.float64),
         hop_caller=paths.hop_caller,
         hop_holder=paths.hop_holder,

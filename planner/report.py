@@ -4,7 +4,7 @@ Decides wording and columns only; the figures come from the same records that ``
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from planner.problem import Problem
 from schemas.placement import Replica
-from schemas.plan import Plan
+from schemas.plan import Movement, Plan
 from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes, format_seconds, format_share
 
@@ -62,6 +62,36 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{share_text(summary.remote_call_share)} of calls are remote, "
         f"{share_text(summary.any_remote_share)} of token-layers have one"
     )
+    yield from _load_lines(plan)
+    if summary.movement is not None:
+        yield movement_text(summary.movement)
+    if summary.survival is not None:
+        told = summary.survival
+        yield (
+            f"surviving any {told.losses} losses takes {told.replicas} replicas of every expert and costs a token "
+            f"{format_seconds(max(told.extra_latency_s, 0.0))}"
+        )
+
+
+def movement_text(found: Movement) -> str:
+    """Say in a line what a movement is."""
+    if not found.moved:
+        return f"stays: {found.reason}"
+    return (
+        f"moves {format_bytes(found.new_bytes)} from {found.sources} nodes in {format_seconds(found.makespan_s)}: "
+        f"{found.reason}"
+    )
+
+
+def _load_lines(plan: Plan) -> Iterator[str]:
+    """Yield the busiest node and link, where they are known."""
+    nodes = [(node.utilisation, node.id) for node in plan.summary.nodes if node.utilisation is not None]
+    links = [(link.utilisation, " - ".join(link.between)) for link in plan.summary.links or ()]
+    busiest = [f"{what} {name} {format_share(max(found)[0])}" for what, found, name in (
+        ("node", nodes, max(nodes, default=(0, ""))[1]), ("link", links, max(links, default=(0, ""))[1])
+    ) if found]  # fmt: skip
+    if busiest:
+        yield f"expected use of the busiest: {', '.join(busiest)}"
 
 
 def _seconds(value: float | None) -> str:
@@ -78,7 +108,7 @@ def node_table(plan: Plan) -> Table:
     tiers = [tier for tier in TIERS if any(held[node.id, tier] for node in plan.summary.nodes)]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("node", no_wrap=True)
-    for heading in (*tiers, "experts of room", "remote calls", "any remote", "wait"):
+    for heading in (*tiers, "experts of room", "compute", "remote calls", "any remote", "wait"):
         table.add_column(heading, justify="right")
     for node in plan.summary.nodes:
         room = f"{format_bytes(node.bytes)} of {format_bytes(node.capacity)}"
@@ -86,6 +116,7 @@ def node_table(plan: Plan) -> Table:
             node.id,
             *(str(held[node.id, tier]) for tier in tiers),
             room,
+            share_text(node.utilisation),
             share_text(node.remote_call_share),
             share_text(node.any_remote_share),
             _seconds(node.predicted_latency_s),
@@ -164,22 +195,24 @@ def difference_table(first: Plan, second: Plan) -> Table:
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return one row per strategy."""
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "remote_call_share": ("remote calls", share_text),
+        "any_remote_share": ("any remote", share_text),
+        "predicted_latency_s": ("wait per token", format_seconds),
+        "bytes_per_token": ("bytes per token", format_bytes),
+        "simulated_mean_s": ("simulated mean", format_seconds),
+        "simulated_p95_s": ("simulated p95", format_seconds),
+        "gap": ("gap", lambda gap: f"{gap * 100:.2g} %"),
+        "seconds": ("seconds", lambda seconds: f"{seconds:.2f}"),
+    }
+    shown = {key: column for key, column in columns.items() if any(key in row for row in rows)}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("strategy", no_wrap=True)
-    for heading in ("remote calls", "any remote", "wait per token", "bytes per token", "seconds"):
+    for heading, _ in shown.values():
         table.add_column(heading, justify="right")
     for row in rows:
-        if row["note"]:
-            table.add_row(row["strategy"], *("-",) * 4, f"{row['seconds']:.2f}")
-            continue
-        table.add_row(
-            row["strategy"],
-            share_text(row["remote_call_share"]),
-            share_text(row["any_remote_share"]),
-            _seconds(row["predicted_latency_s"]),
-            format_bytes(row["bytes_per_token"]),
-            f"{row['seconds']:.2f}",
-        )
+        cells = ((row[key], written) for key, (_, written) in shown.items())
+        table.add_row(row["strategy"], *("-" if value is None else written(value) for value, written in cells))
     return table
 
 

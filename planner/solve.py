@@ -93,4 +93,4 @@ def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: 
         logger.warning("%s claims bound %g above our objective %g; dropped", result.solver, result.bound, value)
         result = replace(result, bound=None)
     checked = with_status(replace(result, objective=value), gap)
-    return Solved(problem, checked, placed, routing, judge(problem, routing), objective)
+    return Solved(problem, checked, placed, routing, judge(problem, routing), objective, gap)

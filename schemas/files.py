@@ -5,6 +5,7 @@ key is known only to the parser. Must not know what any schema means.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -97,10 +98,24 @@ def json_text(path: Path, document: Any) -> str:
     """Turn a parsed YAML document into JSON text, which strict schemas validate."""
     if not isinstance(document, dict):
         raise InvalidFile(path, [Fault("", f"expected keys and values, got {type(document).__name__}")])
+    if faults := [Fault(where, f"is {value}, not a number to plan by") for where, value in _not_finite(document)]:
+        raise InvalidFile(path, faults)
     try:
         return json.dumps(document, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidFile(path, [Fault("", f"has a value that JSON cannot hold ({error}); quote it")]) from error
+
+
+def _not_finite(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    """Yield where a document has a number that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _not_finite(part, f"{where}[{index}]")
 
 
 def _validate(

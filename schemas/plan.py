@@ -3,6 +3,7 @@
 Decides what a plan file says and that it was not altered. Must not know how it was found nor how it is applied.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from schemas.base import FrozenModel, canonical_json, digest
+from schemas.base import FrozenModel, canonical_json
 from schemas.files import Fault, load_json, write_atomic
 from schemas.model import HeldDtype, ModelSpec
 from schemas.placement import Replica, Route
 from schemas.topology import NodeId, Tier
 
+_ADDED = frozenset({"links", "movement", "survival", "utilisation"})  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
 
 
@@ -52,7 +54,10 @@ class Step(FrozenModel):
 
 
 class NodeSummary(FrozenModel):
-    """What one node got: bytes of experts against the capacity left for experts, and why."""
+    """What one node got: bytes of experts against the capacity left for experts, and why.
+
+    `utilisation` is the expected share of its compute that calls take.
+    """
 
     id: NodeId
     experts: int
@@ -64,6 +69,41 @@ class NodeSummary(FrozenModel):
     any_remote_share: float | None = None
     predicted_latency_s: float | None = None
     why: str = ""
+    utilisation: float | None = None
+
+
+class LinkSummary(FrozenModel):
+    """Expected use of one link by calls, both directions together, and as a share of its bandwidth."""
+
+    between: tuple[NodeId, NodeId]
+    bytes_per_s: float
+    utilisation: float
+
+
+class Movement(FrozenModel):
+    """What coming from the plan in force brings and costs.
+
+    `makespan_s` is the time until the last transfer has arrived, `transfer_s` that of all transfers together, which is
+    the price of moving. `benefit_per_s` are seconds that tokens wait less, per second; over `horizon_s` they must
+    exceed that price. `moved` says whether this plan moves.
+    """
+
+    new_bytes: int
+    sources: int
+    makespan_s: float
+    transfer_s: float
+    benefit_per_s: float
+    horizon_s: float | None = None
+    moved: bool
+    reason: str
+
+
+class Survival(FrozenModel):
+    """What surviving `losses` nodes costs: seconds that a token waits more than if it were not asked for."""
+
+    losses: int
+    replicas: int
+    extra_latency_s: float
 
 
 class Summary(FrozenModel):
@@ -81,6 +121,9 @@ class Summary(FrozenModel):
     any_remote_share: float | None = None
     predicted_latency_s: float | None = None
     nodes: tuple[NodeSummary, ...] = ()
+    links: tuple[LinkSummary, ...] | None = None
+    movement: Movement | None = None
+    survival: Survival | None = None
 
 
 class Plan(FrozenModel):
@@ -105,8 +148,13 @@ class Plan(FrozenModel):
         return self.model_copy(update={"digest": self.computed_digest()})
 
     def computed_digest(self) -> str:
-        """Digest of the plan's canonical JSON without the digest itself."""
-        return digest(self, without=frozenset({"digest"}))
+        """Digest of the plan's canonical JSON without the digest itself, nor fields that older plans do not have."""
+        document = self.model_dump(mode="json", exclude={"digest"})
+        for record in (document["summary"], *document["summary"]["nodes"]):
+            for name in _ADDED & record.keys():
+                if record[name] is None:
+                    del record[name]
+        return hashlib.sha256(canonical_json(document)).hexdigest()
 
     def canonical_text(self) -> str:
         """Return the plan as a file: indented JSON with sorted keys."""

@@ -78,6 +78,16 @@ def parse_seconds(value: Any) -> float:
     return _check(number, value, low=0, high=MAX_SECONDS, shown=format_seconds)
 
 
+def parse_duration(value: Any) -> float:
+    """Parse a time span of up to a year; a unit is required.
+
+    >>> parse_duration("2 h")
+    7200.0
+    """
+    number = _parse(value, {**_TIME_UNITS, "d": 86400.0}, example="1 h", bare=False)
+    return _check(number, value, low=0, high=366 * 86400.0, shown=format_seconds)
+
+
 def parse_bandwidth(value: Any) -> float:
     """Parse a bandwidth into bytes per second; a unit is required.
 

@@ -9,9 +9,15 @@ from enum import Enum
 from typing import Final, Protocol
 
 from planner.objective import ObjectiveName, nearest, placement_cost
-from planner.problem import Bools, Problem
+from planner.problem import Bools, Floats, Problem
 
 DEFAULT_GAP: Final = 1e-7
+LATENCY_GAP: Final = 1e-5  # of the latency objective, which is proven by search and seldom closed further
+
+
+def default_gap(objective: ObjectiveName) -> float:
+    """Return the gap at which a solver stops where none was asked for."""
+    return LATENCY_GAP if objective == "latency" else DEFAULT_GAP
 
 
 class SolveStatus(Enum):
@@ -59,6 +65,8 @@ class Result:
         The incumbent placement, bool ``[P, L, E]``; None where none was found.
     objective, bound
         Value of the incumbent; proven lower bound of the objective. None where not known.
+    slot_price
+        What one more slot of each place saves at most, in the objective's unit, float64 ``[P]``; None where not known.
     """
 
     solver: str
@@ -69,6 +77,7 @@ class Result:
     objective: float | None = None
     bound: float | None = None
     detail: str = ""
+    slot_price: Floats | None = None
 
     @property
     def gap(self) -> float | None:

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from planner.errors import InfeasibleProblem
 from planner.feasibility import impossible, violations
 from planner.objective import judge, placement_cost
+from planner.objective import unit_cost as unit_of
 from planner.solve import solve
 from planner.solvers.base import SolveLimits, ignore
 from planner.solvers.latency import Schedule
 from planner.solvers.latency.solver import solve_by_events
-from planner.objective import unit_cost as unit_of
 from tests.planning import brute_force, problems
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -43,8 +43,8 @@ def _add_waits(cp: cp_model.CpModel, terms: Terms, variables: Variables, pattern
     """Minimise what patterns wait, level by level of cost; returns the scale. Modifies `cp`.
 
     With the levels c_0 < c_1 < ... of a caller, y[m,j] says that some expert of pattern m is served beyond level j:
-    ``y[m,j] >= sum over p with c[n,p] > c_j of a[n,k,p]``, and m waits ``c_0 + sum_j (c_{j+1} - c_j) y[m,j]``. Rows have
-    coefficients 1. Only where one replica serves all calls of a caller.
+    ``y[m,j] >= sum over p with c[n,p] > c_j of a[n,k,p]``, and m waits ``c_0 + sum_j (c_{j+1} - c_j) y[m,j]``. Rows
+    have coefficients 1. Only where one replica serves all calls of a caller.
     """
     levels = [np.unique(row) for row in terms.unit]
     highest = np.array([row[-1] for row in levels])

@@ -35,7 +35,8 @@ def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: S
         threads=0,
         on_progress=partial(_pass_on, _Told(), problem, report),
     )
-    outcome = solve_arrays(arrays, settings)
+    start = None if limits.start is None else limits.start.reshape(problem.num_places, -1).T
+    outcome = solve_arrays(arrays, settings, start)
     incumbent = outcome.incumbent
     result = Result(
         solver="decomposition",
@@ -45,6 +46,7 @@ def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: S
         placed=None if incumbent is None else _placed(problem, incumbent.holders),
         objective=None if incumbent is None else incumbent.objective,
         bound=None if np.isinf(outcome.bound) else outcome.bound,
+        slot_price=outcome.memory_price * problem.expert_bytes,
     )
     return with_status(result, limits.gap)
 

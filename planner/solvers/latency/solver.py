@@ -83,6 +83,7 @@ def solve_by_events(
         objective=value,
         bound=outcome.bound,
         detail=_detail(outcome, best),
+        slot_price=outcome.slot_price,
     )
     return with_status(result, limits.gap)
 

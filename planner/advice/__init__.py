@@ -1,0 +1,1 @@
+"""Advice about a running or planned cluster: whether to move again, and what each machine and link is worth."""

@@ -1,0 +1,169 @@
+"""The commands `replan` and `explain`.
+
+Decides their options and what they print. Must not know how figures come about.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from planner.advice.explain import Explanation
+from planner.advice.replay import Look
+from planner.assemble import Solved
+from planner.inputs import Inputs, load_inputs
+from planner.objective import ObjectiveName
+from planner.options import (
+    EXISTING,
+    Quantity,
+    gap_option,
+    json_option,
+    limits_of,
+    objective_option,
+    print_json,
+    seed_option,
+    time_option,
+    warn_short_traces,
+)
+from planner.problem import Problem
+from planner.solvers.base import SolveLimits
+from planner.solvers.choose import SOLVERS
+from schemas.plan import Plan, load_plan, write_plan
+from schemas.units import format_bytes, format_seconds, format_share
+
+_solver_option = click.option("--solver", type=click.Choice(SOLVERS), default="auto", show_default=True)
+
+
+@click.command()
+@click.argument("topology", type=EXISTING)
+@click.option("--current", type=EXISTING, required=True, help="The plan in force.")
+@click.option(
+    "--trace", "traces", multiple=True, required=True, metavar="[WORKLOAD=]FILE", help="What was routed since."
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Plan file, where it moves.")
+@click.option("--horizon", type=Quantity("duration"), default="1 h", show_default=True, help="How long it should pay.")
+@click.option("--max-move", type=Quantity("bytes"), help="Bring at most this much to nodes (64 MiB).")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens between looks.")
+@_solver_option
+@objective_option
+@time_option
+@seed_option
+@json_option
+def replan(
+    *,
+    topology: Path,
+    current: Path,
+    traces: tuple[str, ...],
+    output: Path | None,
+    horizon: float,
+    max_move: float | None,
+    batch: int,
+    solver: str,
+    objective: Any,
+    time_limit: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Say whether what was routed lately is worth a new placement, and write its plan if so.
+
+    The trace passes by as live traffic would: a change is told from noise, a candidate is placed on one half of the
+    tokens since the change and judged on the other, and moves only where what it saves for sure exceeds what it costs.
+    """
+    from planner.advice.judge import Replanned, replan_on
+    from planner.replan import MovingRules
+
+    inputs, before = load_inputs(topology), load_plan(current)
+    newer = _newer(inputs, traces)
+    rules = MovingRules(horizon_s=horizon, max_bytes=None if max_move is None else int(max_move))
+    solve = _solve_with(solver, objective, limits_of(objective, time_limit, None, seed))
+    found: Replanned = replan_on(newer, before, solve, rules=rules, batch=batch)
+    target = (output or (None if as_json else Path("plan.json"))) if found.plan is not None else None
+    if target is not None and found.plan is not None:
+        write_plan(target, found.plan)
+    if as_json:
+        print_json(_replan_document(found.looks, found.plan))
+        return
+    for look in found.looks:
+        verb = "move" if look.decision.move else "stay"
+        click.echo(f"after {look.tokens} tokens of each ingress: {verb}; {look.decision.reason}")
+    moved = found.looks[-1].decision.moved_bytes if found.looks and found.plan else 0
+    click.echo(f"moves {format_bytes(moved)}; wrote {target}" if found.plan else f"stays at epoch {before.epoch}")
+
+
+def _replan_document(looks: Sequence[Look], plan: Plan | None) -> dict[str, Any]:
+    return {
+        "move": plan is not None,
+        "looks": [{"tokens": look.tokens, **asdict(look.decision)} for look in looks],
+        "plan": None if plan is None else plan.model_dump(mode="json"),
+    }
+
+
+def _newer(inputs: Inputs, traces: Sequence[str]) -> Inputs:
+    """Return the inputs with newer traces in place of those of the topology."""
+    from planner.compare import named_trace
+
+    newer: Mapping[str, Any] = dict(named_trace(inputs, text) for text in traces)
+    return replace(inputs, traces={**inputs.traces, **newer})
+
+
+def _solve_with(solver: str, objective: ObjectiveName, limits: SolveLimits) -> Any:
+    from planner.solve import solve
+
+    def run(problem: Problem) -> Solved:
+        return solve(problem, solver, objective=objective, limits=limits)
+
+    return run
+
+
+@click.command()
+@click.argument("topology", type=EXISTING)
+@objective_option
+@time_option
+@gap_option
+@seed_option
+@json_option
+def explain(*, topology: Path, objective: Any, time_limit: float, gap: float | None, seed: int, as_json: bool) -> None:
+    """Say what binds at each node and link, what memory is worth, and what more of it or faster links would bring.
+
+    Solves once, and again for every what-if; the time limit is for each.
+    """
+    from planner.advice.explain import explain as find
+
+    inputs = load_inputs(topology)
+    warn_short_traces(inputs)
+    solve = _solve_with("decomposition", objective, limits_of(objective, time_limit, gap, seed))
+    found = find(inputs, solve(inputs.problem()), solve)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _show(found)
+
+
+def _show(found: Explanation) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from planner.report import console
+
+    out = console(sys.stdout)
+    nodes = Table("node", "binds", "experts of room", "compute", "memory is worth", box=SIMPLE_HEAD, pad_edge=False)
+    for node in found.nodes:
+        price = "-" if node.price_ms_per_mib is None else f"{node.price_ms_per_mib:.4g} ms per MiB"
+        room = f"{format_bytes(node.used_bytes)} of {format_bytes(node.room_bytes)}"
+        nodes.add_row(node.id, ", ".join(node.binds) or "nothing", room, format_share(node.utilisation), price)
+    out.print(nodes)
+    links = Table("link", "binds", "use", box=SIMPLE_HEAD, pad_edge=False)
+    for link in found.links:
+        links.add_row(" - ".join(link.between), "yes" if link.binds else "no", format_share(link.utilisation))
+    out.print(links)
+    changes = Table("what if", "estimate per token", "solved again", box=SIMPLE_HEAD, pad_edge=False)
+    for item in found.what_ifs:
+        estimate = "-" if item.estimate_s is None else f"{format_seconds(item.estimate_s)} less"
+        changes.add_row(item.change, estimate, f"{format_seconds(item.checked_s)} less")
+    out.print(changes)
+
+
+COMMANDS = (replan, explain)

@@ -1,0 +1,101 @@
+"""Options that several commands share, and how they print JSON.
+
+Decides how they are spelled. Must not know commands.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from planner.child import Standing
+from planner.demand import short_traces
+from planner.inputs import Inputs
+from planner.objective import OBJECTIVES, ObjectiveName
+from planner.solvers.base import SolveLimits, default_gap
+from schemas.units import parse_bytes, parse_duration
+
+EXISTING: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; messages go to stderr.")
+objective_option = click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default=OBJECTIVES[0],
+    show_default=True,
+    help="What to minimise: waits of recorded events, each layer for its slowest call; waits added up; remote calls.",
+)
+time_option = click.option(
+    "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Seconds."
+)
+gap_option = click.option(
+    "--gap",
+    type=click.FloatRange(0, 1),
+    help="Stop within this of the bound (1e-5 for latency, else 1e-7); given and not reached, the exit code is 1.",
+)
+seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+    """A number with a unit, as topology files write it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds or bytes."""
+        if isinstance(value, float):
+            return value
+        try:
+            return float(parse_bytes(value) if self.name == "bytes" else parse_duration(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def limits_of(objective: ObjectiveName, time_limit: float, gap: float | None, seed: int) -> SolveLimits:
+    """Return the limits that options ask for."""
+    return SolveLimits(time_s=time_limit, gap=default_gap(objective) if gap is None else gap, seed=seed)
+
+
+def usable_objective(inputs: Inputs, objective: ObjectiveName) -> ObjectiveName:
+    """Return the objective, or the one that counters allow: they count activations, not which came together."""
+    if inputs.counters is not None and objective == "latency":
+        click.echo("counters say nothing of which experts a token chose together: additive-latency is used", err=True)
+        return "additive-latency"
+    return objective
+
+
+def warn_short_traces(inputs: Inputs) -> None:
+    """Say on stderr which traces are too short to know how often experts are chosen, and how long they should be."""
+    for line in short_traces(inputs.traces):
+        click.echo(f"warning: {line}", err=True)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+class ProgressLine:
+    """One line on stderr, rewritten in place while a solver runs; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.shown = sys.stderr.isatty()
+
+    def __call__(self, standing: Standing) -> None:
+        """Show how far the solver has come. Modifies the terminal."""
+        if self.shown:
+            values = (("incumbent", standing.incumbent), ("bound", standing.bound), ("gap", standing.gap))
+            told = "  ".join(f"{name} {'-' if value is None else f'{value:.6g}'}" for name, value in values)
+            sys.stderr.write(f"\r\x1b[K{standing.seconds:6.1f} s  {told}")
+            sys.stderr.flush()
+
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -1,0 +1,99 @@
+"""From inputs to a plan: solve, decide whether to move, schedule what is moved, price what survival costs.
+
+Decides the order of these. Must not know files, options or how a plan is shown. Flow: `Inputs` → `solve` → `worth` →
+`assemble` → `moving` → `Plan`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from planner.assemble import Solved, make_plan, require_same
+from planner.child import Watch
+from planner.errors import PlannerError
+from planner.inputs import Inputs
+from planner.moving import schedule_plan, with_sources
+from planner.objective import ObjectiveName
+from planner.problem import Bools, Problem
+from planner.simulate.network import build_network
+from planner.solve import solve
+from planner.solvers.base import SolveLimits
+from planner.worth import Choice, MovingTerms, choose_move, movement, placement_of
+from schemas.plan import Plan, Survival
+
+_SURVIVAL_SHARE: Final = 0.5  # of the time limit, to find what survival costs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What to solve, how, and from where.
+
+    Attributes
+    ----------
+    before
+        The plan in force; None for an empty cluster.
+    """
+
+    solver: str = "auto"
+    objective: ObjectiveName = "latency"
+    limits: SolveLimits
+    before: Plan | None = None
+    moving: MovingTerms = field(default_factory=MovingTerms)
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A plan, the placement it leads to, and what was solved; these differ where moving does not pay."""
+
+    plan: Plan
+    chosen: Solved
+    solved: Solved
+
+
+def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Proposal:
+    """Make a plan; raises what `solve` and `make_plan` raise."""
+    before = request.before
+    if before is not None:
+        require_same(inputs, before)
+    problem = inputs.problem()
+    now = None if before is None else placement_of(before, problem)
+    limits = replace(request.limits, start=now)
+    solved = solve(problem, request.solver, objective=request.objective, limits=limits, watch=watch)
+    choice = Choice(solved, True, "", 0.0)
+    if before is not None:
+        choice = choose_move(solved, now, request.moving, gap=limits.gap)
+    plan = make_plan(inputs, choice.solved, before)
+    if before is not None:
+        plan = _scheduled(inputs, plan, before, choice, wanted=solved, now=now, terms=request.moving)
+    survival = _price_of_survival(inputs, request, choice.solved)
+    if survival is not None:
+        plan = plan.model_copy(update={"summary": plan.summary.model_copy(update={"survival": survival})})
+    return Proposal(plan.sealed(), choice.solved, solved)
+
+
+def _scheduled(
+    inputs: Inputs, plan: Plan, before: Plan, choice: Choice, *, wanted: Solved, now: Bools | None, terms: MovingTerms
+) -> Plan:
+    problem = choice.solved.problem
+    schedules = schedule_plan(plan, problem, build_network(inputs.topology), before.placement)
+    sourced = with_sources(plan, problem, schedules, before.placement)
+    found = movement(choice, now, schedules, terms, wanted)
+    return sourced.model_copy(update={"summary": sourced.summary.model_copy(update={"movement": found})})
+
+
+def _price_of_survival(inputs: Inputs, request: Request, solved: Solved) -> Survival | None:
+    """Solve once more without `survive`; None where it asks for nothing more than `minimum` does."""
+    replicas = inputs.topology.replicas
+    if replicas.required <= replicas.minimum:
+        return None
+    limits = replace(request.limits, time_s=_SURVIVAL_SHARE * request.limits.time_s, start=solved.placed)
+    try:
+        free = solve(_without_survival(solved.problem, replicas.minimum), request.solver,
+                     objective=request.objective, limits=limits)  # fmt: skip
+    except PlannerError:
+        return None
+    extra = solved.judgement.predicted_latency_s - free.judgement.predicted_latency_s
+    return Survival(losses=replicas.survive, replicas=replicas.required, extra_latency_s=extra)
+
+
+def _without_survival(problem: Problem, minimum: int) -> Problem:
+    return replace(problem, required=minimum)

@@ -1,0 +1,181 @@
+"""What moving from the plan in force to a new placement brings and costs, and how far to go under a cap on bytes.
+
+Decides whether to move when a horizon is given: seconds that tokens wait less over the horizon against the seconds of
+all transfers, as `replan.decide` counts them. The benefit is that on the recorded events which placed; `replan` judges
+on events kept apart. Must not know files or solvers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.assemble import Solved
+from planner.feasibility import violations
+from planner.moving import makespan_s
+from planner.objective import ObjectiveName, Routing, judge, placement_cost
+from planner.problem import Bools, Problem
+from planner.replan import migration_seconds, new_copies
+from planner.simulate.placement import UnlikePlan, placed_by
+from planner.solvers.base import with_status
+from planner.solvers.routing import route
+from planner.transfers import Schedule
+from schemas.plan import Movement, Plan
+from schemas.units import format_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingTerms:
+    """How long the workload is expected to stay as it is, and the most bytes that may be brought; None: no limit."""
+
+    horizon_s: float | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The placement to be in force, whether that is a move, and why."""
+
+    solved: Solved
+    moved: bool
+    reason: str
+    benefit_per_s: float
+
+
+def placement_of(plan: Plan, problem: Problem) -> Bools | None:
+    """Return a plan's placement ``[P, L, E]``; None where the topology no longer has its places."""
+    try:
+        return placed_by(plan, problem)
+    except UnlikePlan:
+        return None
+
+
+def choose_move(solved: Solved, now: Bools | None, terms: MovingTerms, *, gap: float) -> Choice:
+    """Decide between what was solved and what is there.
+
+    Parameters
+    ----------
+    now
+        The placement in force, ``[P, L, E]``; None where there is none that this problem knows.
+    gap
+        Placements whose objectives differ by no more (relatively) are equal, so that nothing is moved.
+    """
+    if now is None:
+        return Choice(solved, True, "the placement in force does not fit this topology", 0.0)
+    target = solved if terms.max_bytes is None else _capped(solved, now, terms.max_bytes)
+    before = _as_solved(target, now)
+    if before is None:
+        return Choice(target, True, "the placement in force breaks constraints", 0.0)
+    old, new = _objective(before), _objective(target)
+    benefit = _waited(before) - _waited(target)
+    if old <= new * (1 + gap):
+        return Choice(before, False, "no better placement is known", benefit)
+    price = migration_seconds(target.problem, now, target.placed)
+    if terms.horizon_s is None:
+        pays = f"pays after {format_seconds(price / benefit)}" if benefit > 0 else "is no gain in latency"
+        return Choice(target, True, f"moving takes {format_seconds(price)} of transfers and {pays}", benefit)
+    worth = benefit * terms.horizon_s
+    told = (
+        f"saves {format_seconds(max(worth, 0.0))} of waiting over {format_seconds(terms.horizon_s)}, moving takes "
+        f"{format_seconds(price)} of transfers"
+    )
+    return Choice(target, True, told, benefit) if worth > price else Choice(before, False, told, benefit)
+
+
+def movement(
+    choice: Choice, now: Bools | None, schedules: Sequence[Schedule], terms: MovingTerms, wanted: Solved
+) -> Movement:
+    """Return the figures of a choice as a plan keeps them; of the placement that was `wanted` where nothing moves."""
+    transfers = [transfer for schedule in schedules for transfer in schedule.transfers]
+    target = choice.solved if choice.moved else wanted
+    fresh = 0 if now is None else len(new_copies(target.problem, now, target.placed))
+    price = 0.0 if now is None else migration_seconds(target.problem, now, target.placed)
+    return Movement(
+        new_bytes=fresh * target.problem.expert_bytes,
+        sources=len({transfer.source for transfer in transfers}),
+        makespan_s=makespan_s(schedules),
+        transfer_s=price,
+        benefit_per_s=choice.benefit_per_s,
+        horizon_s=terms.horizon_s,
+        moved=choice.moved,
+        reason=choice.reason,
+    )
+
+
+def _objective(solved: Solved) -> float:
+    if solved.result.objective is None:
+        raise AssertionError("only placements with an objective are compared")
+    return solved.result.objective
+
+
+def _waited(solved: Solved) -> float:
+    """Seconds waited per second."""
+    return float(solved.judgement.predicted_latency_s * solved.problem.tokens_per_s.sum())
+
+
+def _as_solved(solved: Solved, placed: Bools) -> Solved | None:
+    """Return another placement under the bound of a solve; None where it breaks constraints."""
+    problem, objective = solved.problem, solved.objective_name
+    routing = route(problem, placed, objective)
+    if routing is None or violations(problem, placed, routing):
+        return None
+    return _with_placement(solved, placed, routing, objective)
+
+
+def _with_placement(solved: Solved, placed: Bools, routing: Routing, objective: ObjectiveName) -> Solved:
+    value = placement_cost(solved.problem, routing, objective)
+    result = with_status(replace(solved.result, placed=placed, objective=value), solved.asked_gap)
+    return replace(solved, result=result, placed=placed, routing=routing, judgement=judge(solved.problem, routing))
+
+
+def _capped(solved: Solved, now: Bools, max_bytes: int) -> Solved:
+    """Go from `now` towards what was solved as far as a number of bytes allows, the most useful replicas first.
+
+    Replicas are exchanged in place, each for one that the target does not keep there, so that every step on the way
+    is feasible; of all steps that keep every constraint the best is taken. Its bound is that without a cap.
+    """
+    budget = max_bytes // solved.problem.expert_bytes
+    if len(new_copies(solved.problem, now, solved.placed)) <= budget:
+        return solved
+    best = _as_solved(solved, now)
+    for placed in _way(solved.problem, now, solved.placed, budget):
+        step = _as_solved(solved, placed)
+        if step is not None and (best is None or _objective(step) < _objective(best)):
+            best = step
+    return solved if best is None else best
+
+
+def _way(problem: Problem, now: Bools, target: Bools, budget: int) -> list[Bools]:
+    """Placements on the way, at most 32 of them, each with at most `budget` new copies."""
+    here = now.reshape(len(now), -1).copy()
+    there = target.reshape(here.shape)
+    demand = problem.caller_demand.reshape(problem.num_nodes, -1)
+    steps, done, every = [], 0, max(1, budget // 32)
+    wanted = np.argwhere(there & ~here)
+    gain = demand[problem.place_node[wanted[:, 0]], wanted[:, 1]]
+    for place, expert in wanted[np.argsort(-gain, kind="stable")].tolist():
+        if done == budget:
+            break
+        if _exchange(problem, here, there, place, expert):
+            done += 1
+            if done % every == 0 or done == budget:
+                steps.append(here.reshape(now.shape).copy())
+    if done and not steps:
+        steps.append(here.reshape(now.shape).copy())
+    return steps
+
+
+def _exchange(problem: Problem, here: Bools, there: Bools, place: int, expert: int) -> bool:
+    """Bring an expert to a place, for one that leaves where it is full; tell whether it could. Modifies `here`."""
+    siblings = problem.place_node == problem.place_node[place]
+    if here[siblings, expert].any():
+        return False
+    if here[place].sum() >= problem.slots[place]:
+        pinned = problem.pinned.reshape(problem.num_nodes, -1)[problem.place_node[place]]
+        leaving = np.flatnonzero(here[place] & ~there[place] & ~pinned & (here.sum(axis=0) > problem.required))
+        if not len(leaving):
+            return False
+        demand = problem.caller_demand.reshape(problem.num_nodes, -1)[problem.place_node[place], leaving]
+        here[place, leaving[demand.argmin()]] = False
+    here[place, expert] = True
+    return True
