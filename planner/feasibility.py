@@ -32,7 +32,8 @@ def violations(problem: Problem, placed: Bools, routing: Routing) -> list[Violat
 
 
 def _coverage(problem: Problem, held: Bools) -> Iterator[Violation]:
-    replicas = held.sum(axis=0)
+    replicas = problem.num_domains(held)
+    kind = "failure domains" if problem.has_shared_domains else "nodes"
     short = np.argwhere(replicas < problem.required)
     if len(short):
         layer, expert = short[0]
@@ -42,8 +43,8 @@ def _coverage(problem: Problem, held: Bools) -> Iterator[Violation]:
             f"layer {layer} expert {expert}",
             int(replicas[layer, expert]),
             problem.required,
-            "nodes",
-            f"layer {layer} expert {expert} is held by {replicas[layer, expert]} of {problem.required} required nodes"
+            kind,
+            f"layer {layer} expert {expert} is held by {replicas[layer, expert]} of {problem.required} required {kind}"
             + (f", and so are {len(short) - 1} more experts held by too few" if len(short) > 1 else ""),
         )
 
@@ -134,9 +135,12 @@ def impossible(problem: Problem) -> list[Violation]:
 
 
 def _total_memory(problem: Problem) -> Iterator[Violation]:
-    """Sum over nodes of slots must reach replicas x experts (a node counts each expert once)."""
+    """Sum over failure domains of slots must reach replicas x experts (a domain counts each expert once)."""
     wanted = problem.required * problem.layers * problem.experts
-    have = int(problem.node_slots.sum())
+    room = np.bincount(problem.domain, weights=problem.node_slots)
+    have = int(np.minimum(room, problem.layers * problem.experts).sum())
+    if problem.required == 1:  # several nodes of a domain do not stand in each other's way
+        have = int(problem.node_slots.sum())
     if have < wanted:
         missing = (wanted - have) * problem.expert_bytes
         copies = "all experts" if problem.required == 1 else f"{problem.required} replicas of all experts"
@@ -175,21 +179,25 @@ def _pinned_memory(problem: Problem) -> Iterator[Violation]:
 
 def _banned_everywhere(problem: Problem) -> Iterator[Violation]:
     has_room = problem.node_slots > 0
-    left = (~problem.banned & has_room[:, None, None]).sum(axis=0)
-    if has_room.sum() < problem.required:
+    left = problem.num_domains(~problem.banned & has_room[:, None, None])
+    kind = "failure domains" if problem.has_shared_domains else "nodes"
+    open_ = len(np.unique(problem.domain[has_room]))
+    if open_ < problem.required:
+        full = np.flatnonzero(~has_room)
+        advice = f"enlarge {problem.node_ids[int(full[0])]} or ask" if len(full) else "ask"
         message = (
-            f"{problem.required} nodes must hold each expert, but only {has_room.sum()} have room for any; "
-            f"enlarge {problem.node_ids[int(np.flatnonzero(~has_room)[0])]} or ask for fewer replicas"
+            f"{problem.required} {kind} must hold each expert, but only {open_} have room for any; {advice} for fewer "
+            "replicas"
         )
-        yield Violation("replicas", "all nodes", problem.required, int(has_room.sum()), "nodes", message)
+        yield Violation("replicas", "all nodes", problem.required, open_, kind, message)
         return
     for layer, expert in np.argwhere(left < problem.required)[:3]:
         where = f"layer {layer} expert {expert}"
         message = (
-            f"{where} may be held by {left[layer, expert]} nodes (others are banned or have no room), but "
+            f"{where} may be held by {left[layer, expert]} {kind} (others are banned or have no room), but "
             f"{problem.required} must hold it; lift a ban or enlarge a node without room"
         )
-        yield Violation("ban", where, int(left[layer, expert]), problem.required, "nodes", message)
+        yield Violation("ban", where, int(left[layer, expert]), problem.required, kind, message)
 
 
 def shares_of(routing: Routing, num_places: int) -> Floats:

@@ -56,7 +56,9 @@ class Problem:
     trunk_node
         Node that runs the trunk of a layer for tokens of an ingress, int64 ``[I, L]``.
     required
-        Nodes that must hold each expert.
+        Failure domains that must hold each expert.
+    domain
+        Failure domain of each node, int64 ``[N]``; every node its own unless the topology says otherwise.
     pinned, banned
         Experts that a node must, must not hold, bool ``[N, L, E]``.
     events
@@ -89,6 +91,7 @@ class Problem:
     share: Floats
     trunk_node: Ints
     required: int
+    domain: Ints
     pinned: Bools
     banned: Bools
     events: tuple[Events, ...]
@@ -140,6 +143,16 @@ class Problem:
         for place, node in enumerate(self.place_node):
             nodes[node] |= placed[place]
         return nodes
+
+    def num_domains(self, held: Bools) -> Ints:
+        """Failure domains that hold each expert, int64 ``[L, E]``, from nodes ``[N, L, E]``."""
+        spanned = [held[self.domain == domain].any(axis=0) for domain in range(int(self.domain.max()) + 1)]
+        return np.asarray(np.sum(spanned, axis=0, dtype=np.int64))
+
+    @cached_property
+    def has_shared_domains(self) -> bool:
+        """Whether two nodes fail together, where that matters: more than one domain must hold each expert."""
+        return self.required > 1 and len(np.unique(self.domain)) < self.num_nodes
 
     def place_name(self, place: int) -> str:
         """Name a place as a reader does: ``press (host)``."""
@@ -212,12 +225,18 @@ def build_problem(
         share=np.stack(shares),
         trunk_node=np.tile(ingress[:, None], (1, model.layers)),
         required=topology.replicas.required,
+        domain=_domains(topology),
         pinned=pinned,
         banned=banned,
         events=tuple(events),
         trunk_bytes=budget.trunk_bytes,
         kv_bytes=budget.kv_bytes,
     )
+
+
+def _domains(topology: Topology) -> Ints:
+    named = [node.domain or f"node {node.id}" for node in topology.nodes]
+    return np.unique(named, return_inverse=True)[1].astype(np.int64)
 
 
 def _pins(topology: Topology, model: ModelSpec, index: dict[str, int]) -> tuple[Bools, Bools]:

@@ -57,13 +57,14 @@ class Ingress(FrozenModel):
 
 
 class Node(FrozenModel):
-    """One machine."""
+    """One machine. Machines of one `domain` fail together (a switch, a fuse, a room); by default each is its own."""
 
     id: NodeId
     address: str = "127.0.0.1"
     memory: Memory
     compute: Compute = Compute()
     ingress: Ingress | None = None
+    domain: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
 class Link(FrozenModel):
@@ -82,14 +83,14 @@ class Context(FrozenModel):
 
 
 class Replicas(FrozenModel):
-    """Replicas of every expert: at least `minimum`, and enough to survive the loss of any `survive` nodes."""
+    """Replicas of every expert: at least `minimum`, and enough to survive the loss of any `survive` failure domains."""
 
     minimum: Annotated[int, Field(ge=1, le=1024)] = 1
     survive: Annotated[int, Field(ge=0, le=1023)] = 0
 
     @property
     def required(self) -> int:
-        """Nodes that must hold each expert."""
+        """Failure domains (nodes, where none are named) that must hold each expert."""
         return max(self.minimum, self.survive + 1)
 
 
@@ -225,8 +226,15 @@ def _ingress_faults(topology: Topology) -> Iterator[Fault]:
 
 def _replica_faults(topology: Topology) -> Iterator[Fault]:
     required, count = topology.replicas.required, len(topology.nodes)
+    domains = len({node.domain or f"node {node.id}" for node in topology.nodes})
     if required > count:
         yield Fault("replicas", f"asks for {required} nodes per expert, but there are {count} nodes; lower it")
+    elif required > domains:
+        yield Fault(
+            "replicas",
+            f"asks for {required} failure domains per expert, but nodes[].domain leaves {domains}; lower it or name "
+            "more domains",
+        )
 
 
 def _pin_faults(topology: Topology) -> Iterator[Fault]:

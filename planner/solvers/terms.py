@@ -29,7 +29,9 @@ class Terms:
     node_places
         Places of each node.
     required
-        Nodes that must hold each expert.
+        Failure domains that must hold each expert.
+    domain_places
+        Places of each failure domain, where two nodes share one and it matters; else empty.
     pins
         (node, expert) that must be held, int64 ``[_, 2]``.
     service_s
@@ -48,6 +50,7 @@ class Terms:
     slots: Ints
     node_places: tuple[Ints, ...]
     required: int
+    domain_places: tuple[Ints, ...]
     pins: Ints
     service_s: Floats
     load_nodes: Ints
@@ -85,6 +88,7 @@ def exact_terms(problem: Problem, objective: ObjectiveName) -> Terms:
         slots=problem.slots,
         node_places=tuple(np.flatnonzero(problem.place_node == node) for node in nodes),
         required=problem.required,
+        domain_places=_domain_places(problem),
         pins=pins,
         service_s=problem.service_s,
         load_nodes=load_nodes,
@@ -93,6 +97,13 @@ def exact_terms(problem: Problem, objective: ObjectiveName) -> Terms:
         link_limit=problem.link_limit[links] / problem.call_bytes,
         crossing=crossing,
     )
+
+
+def _domain_places(problem: Problem) -> tuple[Ints, ...]:
+    if not problem.has_shared_domains:
+        return ()
+    domain = problem.domain[problem.place_node]
+    return tuple(np.flatnonzero(domain == one) for one in np.unique(domain))
 
 
 def _nodes_that_may_bind(problem: Problem) -> Ints:

@@ -15,9 +15,19 @@ Weighted = cp_model.LinearExpr.weighted_sum
 
 
 def coverage(model: cp_model.CpModel, terms: Terms, v: Variables) -> None:
-    """Have at least r nodes hold each expert: sum_p x[k,p] >= r (a node counts once, see `one_tier`)."""
+    """Have at least r nodes hold each expert: sum_p x[k,p] >= r (a node counts once, see `one_tier`).
+
+    Where nodes fail together, r failure domains: sum_d w[k,d] >= r with w[k,d] <= sum_{p of d} x[k,p], w Boolean.
+    """
     for places in v.x:
-        model.add(Sum(list(places.values())) >= terms.required)
+        if not terms.domain_places:
+            model.add(Sum(list(places.values())) >= terms.required)
+            continue
+        counted = []
+        for members in terms.domain_places:
+            counted.append(model.new_bool_var(""))
+            model.add_bool_or([counted[-1].negated(), *(places[p] for p in members.tolist() if p in places)])
+        model.add(Sum(counted) >= terms.required)
 
 
 def one_tier(model: cp_model.CpModel, terms: Terms, v: Variables) -> None:

@@ -67,6 +67,7 @@ def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArr
         node_of_place=node_of_place,
         layer_of_expert=np.repeat(np.arange(problem.layers), problem.experts),
         required=problem.required,
+        domain_of_node=problem.domain[nodes] if problem.has_shared_domains else None,
         allowed=~banned if banned.any() else None,
         pinned=pinned if pinned.any() else None,
         rows=_rows(problem, terms, callers) if terms.coupled else None,

@@ -20,9 +20,21 @@ def _row(terms: Iterable[Term], sense: int, rhs: float, name: str) -> Row:
 
 
 def coverage(terms: Terms, v: Variables) -> Iterator[Row]:
-    """Have at least r nodes hold each expert: sum_p x[k,p] >= r (a node counts once, see `one_tier`)."""
+    """Have at least r nodes hold each expert: sum_p x[k,p] >= r (a node counts once, see `one_tier`).
+
+    Where nodes fail together, r failure domains: sum_d w[k,d] >= r with w[k,d] <= sum_{p of d} x[k,p], w <= 1.
+    """
     for k, places in enumerate(v.x):
-        yield _row(((x, 1) for x in places.values()), pulp.LpConstraintGE, terms.required, f"coverage_{k}")
+        if not terms.domain_places:
+            yield _row(((x, 1) for x in places.values()), pulp.LpConstraintGE, terms.required, f"coverage_{k}")
+            continue
+        counted = []
+        for d, members in enumerate(terms.domain_places):
+            w = pulp.LpVariable(f"w_{k}_{d}", 0, 1)
+            counted.append((w, 1.0))
+            here = [(places[p], -1.0) for p in members.tolist() if p in places]
+            yield _row([(w, 1.0), *here], pulp.LpConstraintLE, 0, f"domain_{k}_{d}")
+        yield _row(counted, pulp.LpConstraintGE, terms.required, f"coverage_{k}")
 
 
 def one_tier(terms: Terms, v: Variables) -> Iterator[Row]:

@@ -105,5 +105,5 @@ def test_compute_is_blamed_only_where_memory_is_not(quickstart):
 
 
 def test_unknown_solver():
-    with pytest.raises(ValueError, match="there are auto, milp"):
+    with pytest.raises(ValueError, match="there are auto, decomposition"):
         find_solver("quantum")
