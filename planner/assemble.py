@@ -39,6 +39,7 @@ class Solved:
     judgement: Judgement
     objective_name: ObjectiveName
     asked_gap: float
+    queued_latency_s: float | None = None
 
 
 def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
@@ -156,6 +157,7 @@ def summarise(solved: Solved) -> Summary:
         predicted_latency_s=judgement.predicted_latency_s,
         nodes=tuple(_node_summary(solved, node) for node in range(solved.problem.num_nodes)),
         links=tuple(_link_summaries(solved)),
+        queued_latency_s=solved.queued_latency_s,
     )
 
 

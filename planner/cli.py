@@ -70,6 +70,7 @@ def cli() -> None:
     "--horizon", type=Quantity("duration"), help="With --current: move only where it pays within this time (1 h)."
 )
 @click.option("--max-move", type=Quantity("bytes"), help="With --current: bring at most this much to nodes (64 MiB).")
+@click.option("--queueing", is_flag=True, help="Count queues at busy holders (M/M/1), and solve again with them.")
 @click.option("--counters", type=EXISTING, help="What a running cluster counted, in place of traces.")
 @json_option
 def solve(
@@ -84,6 +85,7 @@ def solve(
     current: Path | None,
     horizon: float | None,
     max_move: float | None,
+    queueing: bool,
     counters: Path | None,
     as_json: bool,
 ) -> None:
@@ -106,6 +108,7 @@ def solve(
             objective=objective,
             limits=limits_of(objective, time_limit, gap, seed),
             before=load_plan(current) if current else None,
+            queueing=queueing,
             moving=MovingTerms(horizon_s=horizon, max_bytes=None if max_move is None else int(max_move)),
         )
         with ProgressLine() as line:

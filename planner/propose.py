@@ -14,6 +14,7 @@ from planner.inputs import Inputs
 from planner.moving import schedule_plan, with_sources
 from planner.objective import ObjectiveName
 from planner.problem import Bools, Problem
+from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues
 from planner.simulate.network import build_network
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
@@ -31,6 +32,8 @@ class Request:
     ----------
     before
         The plan in force; None for an empty cluster.
+    queueing
+        Count the queues that calls make at busy holders, and solve again with them.
     """
 
     solver: str = "auto"
@@ -38,6 +41,7 @@ class Request:
     limits: SolveLimits
     before: Plan | None = None
     moving: MovingTerms = field(default_factory=MovingTerms)
+    queueing: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +61,29 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     problem = inputs.problem()
     now = None if before is None else placement_of(before, problem)
     limits = replace(request.limits, start=now)
-    solved = solve(problem, request.solver, objective=request.objective, limits=limits, watch=watch)
+    solved = _solve(problem, replace(request, limits=limits), watch)
     choice = Choice(solved, True, "", 0.0)
     if before is not None:
         choice = choose_move(solved, now, request.moving, gap=limits.gap)
-    plan = make_plan(inputs, choice.solved, before)
+    waits = queued_latency_s(problem, choice.solved.routing)
+    plan = make_plan(inputs, replace(choice.solved, queued_latency_s=waits), before)
     if before is not None:
         plan = _scheduled(inputs, plan, before, choice, wanted=solved, now=now, terms=request.moving)
     survival = _price_of_survival(inputs, request, choice.solved)
     if survival is not None:
         plan = plan.model_copy(update={"summary": plan.summary.model_copy(update={"survival": survival})})
     return Proposal(plan.sealed(), choice.solved, solved)
+
+
+def _solve(problem: Problem, request: Request, watch: Watch | None = None) -> Solved:
+    limits = request.limits
+    if request.queueing:
+        limits = replace(limits, time_s=limits.time_s / ROUNDS)
+
+    def run(given: Problem) -> Solved:
+        return solve(given, request.solver, objective=request.objective, limits=limits, watch=watch)
+
+    return solve_with_queues(problem, run) if request.queueing else run(problem)
 
 
 def _scheduled(
@@ -87,13 +103,8 @@ def _price_of_survival(inputs: Inputs, request: Request, solved: Solved) -> Surv
         return None
     limits = replace(request.limits, time_s=_SURVIVAL_SHARE * request.limits.time_s, start=solved.placed)
     try:
-        free = solve(_without_survival(solved.problem, replicas.minimum), request.solver,
-                     objective=request.objective, limits=limits)  # fmt: skip
+        free = _solve(replace(inputs.problem(), required=replicas.minimum), replace(request, limits=limits))
     except PlannerError:
         return None
     extra = solved.judgement.predicted_latency_s - free.judgement.predicted_latency_s
     return Survival(losses=replicas.survive, replicas=replicas.required, extra_latency_s=extra)
-
-
-def _without_survival(problem: Problem, minimum: int) -> Problem:
-    return replace(problem, required=minimum)

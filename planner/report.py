@@ -62,6 +62,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{share_text(summary.remote_call_share)} of calls are remote, "
         f"{share_text(summary.any_remote_share)} of token-layers have one"
     )
+    if summary.queued_latency_s is not None:
+        yield f"with queues at busy nodes a token waits {format_seconds(summary.queued_latency_s)}"
     yield from _load_lines(plan)
     if summary.movement is not None:
         yield movement_text(summary.movement)

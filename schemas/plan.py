@@ -17,7 +17,9 @@ from schemas.model import HeldDtype, ModelSpec
 from schemas.placement import Replica, Route
 from schemas.topology import NodeId, Tier
 
-_ADDED = frozenset({"links", "movement", "survival", "utilisation"})  # optional, not in the first plans
+_ADDED = frozenset(
+    {"links", "movement", "survival", "utilisation", "queued_latency_s"}
+)  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
 
 
@@ -107,7 +109,10 @@ class Survival(FrozenModel):
 
 
 class Summary(FrozenModel):
-    """How a plan was found and what it promises; None where a figure is not known."""
+    """How a plan was found and what it promises; None where a figure is not known.
+
+    `queued_latency_s` is the predicted latency with the queues of busy holders (M/M/1).
+    """
 
     status: Literal["optimal", "feasible"]
     solver: str
@@ -122,6 +127,7 @@ class Summary(FrozenModel):
     predicted_latency_s: float | None = None
     nodes: tuple[NodeSummary, ...] = ()
     links: tuple[LinkSummary, ...] | None = None
+    queued_latency_s: float | None = None
     movement: Movement | None = None
     survival: Survival | None = None
 

@@ -22,7 +22,7 @@ from planner.control.errors import ControlError, CoordinatorAbsent, Refused
 from planner.control.journal import Journal
 from planner.control.report import status_view
 from planner.control.transport import SILENCE_S, ControlClient, CoordinatorSocket
-from planner.report import console
+from planner.report import console, movement_text
 from schemas import messages as msg
 from schemas.activation import ActivationCounts
 from schemas.address import Address
@@ -97,6 +97,8 @@ def apply(plan: Path, dry_run: bool, coordinator: str | None, as_json: bool) -> 
         raise Refused(f"plan not applied: {progress.message}", progress.code)
     if not as_json:
         click.echo(_outcome(progress, dry_run))
+        if dry_run and wanted.summary.movement is not None:
+            click.echo(movement_text(wanted.summary.movement))
 
 
 def _outcome(progress: msg.ApplyProgress, dry_run: bool) -> str:

@@ -35,9 +35,8 @@ def solved_by(problem, solver):
     limits = SolveLimits(time_s=20)
     try:
         return solve(problem, solver, objective="additive-latency", limits=limits, in_process=True)
-    except InfeasibleProblem as error:
-        assert error.violations
-    return None
+    except InfeasibleProblem:
+        return None
 
 
 @few
