@@ -70,6 +70,12 @@ def cli() -> None:
     "--horizon", type=Quantity("duration"), help="With --current: move only where it pays within this time (1 h)."
 )
 @click.option("--max-move", type=Quantity("bytes"), help="With --current: bring at most this much to nodes (64 MiB).")
+@click.option(
+    "--balance",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="With additive-latency: seconds charged per second of compute of each layer's heaviest node.",
+)
 @click.option("--queueing", is_flag=True, help="Count queues at busy holders (M/M/1), and solve again with them.")
 @click.option("--counters", type=EXISTING, help="What a running cluster counted, in place of traces.")
 @json_option
@@ -85,6 +91,7 @@ def solve(
     current: Path | None,
     horizon: float | None,
     max_move: float | None,
+    balance: float,
     queueing: bool,
     counters: Path | None,
     as_json: bool,
@@ -95,6 +102,8 @@ def solve(
 
     if current is None and (horizon is not None or max_move is not None):
         raise click.UsageError("--horizon and --max-move are about moving from a plan: give --current PLAN too")
+    if balance and objective != "additive-latency":
+        raise click.UsageError("--balance adds to waits that add up: give --objective additive-latency too")
     target = output if output or as_json else Path("plan.json")
     if target and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--output {target}: there is no directory {target.absolute().parent}")
@@ -109,6 +118,7 @@ def solve(
             limits=limits_of(objective, time_limit, gap, seed),
             before=load_plan(current) if current else None,
             queueing=queueing,
+            balance=balance,
             moving=MovingTerms(horizon_s=horizon, max_bytes=None if max_move is None else int(max_move)),
         )
         with ProgressLine() as line:

@@ -6,7 +6,8 @@ latency
     Seconds waited per second: ``sum_i T_i * mean over recorded events of sum_l max over the K chosen experts of c``.
     A layer waits for the slowest of its experts. The default.
 additive-latency
-    ``sum d c``: waits added up over experts, an upper bound on the above; needs shares only, no events.
+    ``sum d c``: waits added up over experts, an upper bound on the above; needs shares only, no events. With a
+    `balance` W, plus ``W sum_l max_m`` of the seconds of compute that node m spends on layer l.
 remote-calls
     ``sum d`` over calls served elsewhere, DanceMoE's proxy.
 
@@ -78,9 +79,12 @@ def placement_cost(problem: Problem, routing: Routing, objective: ObjectiveName)
     if objective == "latency":
         return float(problem.tokens_per_s @ _mean_waits(problem, routing))
     unit = unit_cost(problem, objective)
+    extra = 0.0
+    if objective == "additive-latency" and problem.balance:
+        extra = problem.balance * float(layer_load(problem, routing).max(axis=1).sum())
     if routing.share is None:
-        return float((problem.caller_demand * _looked_up(unit, routing)).sum())
-    return float(np.einsum("nle,np,nple->", problem.caller_demand, unit, routing.share))
+        return float((problem.caller_demand * _looked_up(unit, routing)).sum()) + extra
+    return float(np.einsum("nle,np,nple->", problem.caller_demand, unit, routing.share)) + extra
 
 
 def _mean_waits(problem: Problem, routing: Routing) -> Floats:
@@ -105,6 +109,15 @@ def node_load(problem: Problem, routing: Routing) -> Floats:
     """Seconds of compute per second that calls cost each node, float64 ``[N]``."""
     per_place = _demand_per_pair(problem, routing).sum(axis=0) * problem.service_s
     return np.bincount(problem.place_node, weights=per_place, minlength=problem.num_nodes).astype(np.float64)
+
+
+def layer_load(problem: Problem, routing: Routing) -> Floats:
+    """Seconds of compute per second that calls of each layer cost each node, float64 ``[L, N]``."""
+    load = np.zeros((problem.layers, problem.num_nodes))
+    for place, node in enumerate(problem.place_node):
+        served = routing.holder == place if routing.share is None else routing.share[:, place]
+        load[:, node] += (problem.caller_demand * served).sum(axis=(0, 2)) * problem.service_s[place]
+    return load
 
 
 def link_load(problem: Problem, routing: Routing) -> Floats:

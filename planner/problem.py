@@ -65,6 +65,8 @@ class Problem:
         Recorded choices of each ingress's workload, int16 ``[T, L, K]`` each.
     trunk_bytes, kv_bytes
         Memory already taken from each node, int64 ``[N]``.
+    balance
+        Seconds that `additive-latency` is charged per second of load of the heaviest node of each layer.
     """
 
     node_ids: tuple[str, ...]
@@ -97,6 +99,7 @@ class Problem:
     events: tuple[Events, ...]
     trunk_bytes: Ints
     kv_bytes: Ints
+    balance: float = 0.0
 
     @property
     def num_nodes(self) -> int:

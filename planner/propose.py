@@ -34,6 +34,8 @@ class Request:
         The plan in force; None for an empty cluster.
     queueing
         Count the queues that calls make at busy holders, and solve again with them.
+    balance
+        Weight of the heaviest node of each layer in `additive-latency`.
     """
 
     solver: str = "auto"
@@ -42,6 +44,7 @@ class Request:
     before: Plan | None = None
     moving: MovingTerms = field(default_factory=MovingTerms)
     queueing: bool = False
+    balance: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     before = request.before
     if before is not None:
         require_same(inputs, before)
-    problem = inputs.problem()
+    problem = replace(inputs.problem(), balance=request.balance)
     now = None if before is None else placement_of(before, problem)
     limits = replace(request.limits, start=now)
     solved = _solve(problem, replace(request, limits=limits), watch)
@@ -103,7 +106,10 @@ def _price_of_survival(inputs: Inputs, request: Request, solved: Solved) -> Surv
         return None
     limits = replace(request.limits, time_s=_SURVIVAL_SHARE * request.limits.time_s, start=solved.placed)
     try:
-        free = _solve(replace(inputs.problem(), required=replicas.minimum), replace(request, limits=limits))
+        free = _solve(
+            replace(inputs.problem(), required=replicas.minimum, balance=request.balance),
+            replace(request, limits=limits),
+        )
     except PlannerError:
         return None
     extra = solved.judgement.predicted_latency_s - free.judgement.predicted_latency_s

@@ -16,7 +16,7 @@ from planner.objective import ObjectiveName, judge, nearest, placement_cost
 from planner.problem import Problem
 from planner.solvers.base import Result, SolveLimits, SolveStatus, ignore, with_status
 from planner.solvers.choose import EXACT, STRATEGIES, find_solver
-from planner.solvers.events import refuse_large
+from planner.solvers.events import UnsuitedSolver, refuse_large
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,16 @@ def solve(
         Time was over before the first one.
     BrokenPlacement
         A strategy's placement breaks constraints.
-    TooManyEvents
-        An exact solver was asked for the latency objective of a large problem.
+    UnsuitedSolver
+        An exact solver was asked for what its model cannot hold, or not at this size.
     """
     limits = limits or SolveLimits()
     if found := impossible(problem):
         raise InfeasibleProblem(found)
+    if solver == "cpsat" and problem.balance:
+        raise UnsuitedSolver(
+            "cpsat: the heaviest node of a layer is not in its model; use --solver milp or decomposition"
+        )
     if objective == "latency" and solver in EXACT:
         refuse_large(problem, solver)
     if in_process or solver in STRATEGIES:

@@ -17,8 +17,8 @@ from schemas.outcome import ExitCode
 MOST_ROWS: Final = 20_000  # HiGHS needs about a minute for as many
 
 
-class TooManyEvents(PlannerError):
-    """An exact model of the latency objective would be too large, or cannot be written."""
+class UnsuitedSolver(PlannerError):
+    """A solver was asked for what its model cannot hold, or not at this size."""
 
     exit_code = ExitCode.INVALID
 
@@ -62,15 +62,15 @@ def event_patterns(problem: Problem) -> Patterns:
 
 
 def refuse_large(problem: Problem, solver: str) -> None:
-    """Raise `TooManyEvents` where an exact solver should not be asked for the latency objective."""
+    """Raise `UnsuitedSolver` where an exact solver should not be asked for the latency objective."""
     rows = event_patterns(problem).num_rows
     if rows > MOST_ROWS:
-        raise TooManyEvents(
+        raise UnsuitedSolver(
             f"{solver}: the recorded events make {rows} rows of the latency objective, above the limit of {MOST_ROWS} "
             "of an exact model; use --solver decomposition, shorter traces or --objective additive-latency"
         )
     if solver == "cpsat" and exact_terms(problem, "latency").coupled:
-        raise TooManyEvents(
+        raise UnsuitedSolver(
             "cpsat: compute or links may bind here, and split calls have no exact latency in its integers; use "
             "--solver milp or --objective additive-latency"
         )

@@ -12,6 +12,7 @@ from planner.feasibility import shares_of
 from planner.objective import ObjectiveName, Routing, link_load, nearest, node_load, placement_cost
 from planner.problem import Bools, Problem
 from planner.solvers.milp.constraints import assignment, link, load
+from planner.solvers.milp.model import add_heaviest
 from planner.solvers.milp.variables import Variables
 from planner.solvers.terms import Terms, exact_terms
 
@@ -23,9 +24,10 @@ def route(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routing 
     """
     simple = nearest(problem, placed, objective)
     terms = exact_terms(problem, objective)
-    if not terms.coupled or _fits(problem, simple):
+    balanced = objective == "additive-latency" and problem.balance > 0
+    if not balanced and (not terms.coupled or _fits(problem, simple)):
         return simple
-    return _split(problem, terms, placed, simple)
+    return _split(problem, terms, placed, simple, balanced=balanced)
 
 
 def routed_cost(problem: Problem, placed: Bools, objective: ObjectiveName) -> float | None:
@@ -41,7 +43,7 @@ def _fits(problem: Problem, routing: Routing) -> bool:
     )
 
 
-def _split(problem: Problem, terms: Terms, placed: Bools, simple: Routing) -> Routing | None:
+def _split(problem: Problem, terms: Terms, placed: Bools, simple: Routing, *, balanced: bool) -> Routing | None:
     holders = placed.reshape(problem.num_places, -1)
     a = {
         (int(n), int(k)): {int(p): pulp.LpVariable(f"a_{n}_{k}_{p}", 0, 1) for p in np.flatnonzero(holders[:, k])}
@@ -49,9 +51,13 @@ def _split(problem: Problem, terms: Terms, placed: Bools, simple: Routing) -> Ro
     }
     variables = Variables([], a)
     lp = pulp.LpProblem("routing", pulp.LpMinimize)
+    heaviest = add_heaviest(lp, problem, terms, variables) if balanced else []
     weights = [(v, terms.demand[n, k] * terms.unit[n, p]) for (n, k), at in a.items() for p, v in at.items()]
-    scale = 1e6 / max(sum(weight for _, weight in weights), 1e-30)
-    lp.setObjective(pulp.LpAffineExpression([(v, weight * scale) for v, weight in weights]))
+    most = sum(weight for _, weight in weights)
+    if balanced:
+        most += problem.balance * float(terms.demand.sum() * terms.service_s.max())
+    scale = 1e6 / max(most, 1e-30)
+    lp.setObjective(pulp.LpAffineExpression([(v, weight * scale) for v, weight in [*weights, *heaviest]]))
     for family in (assignment, load, link):
         for row, name in family(terms, variables):
             lp.addConstraint(row, name)

@@ -15,6 +15,7 @@ from planner.solvers.base import Incumbent as Placed
 from planner.solvers.decomposition.arrays import (
     EvaluationRows,
     Incumbent,
+    Makespan,
     PlacementArrays,
     Progress,
     Settings,
@@ -70,8 +71,13 @@ def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArr
         domain_of_node=problem.domain[nodes] if problem.has_shared_domains else None,
         allowed=~banned if banned.any() else None,
         pinned=pinned if pinned.any() else None,
+        makespan=_makespan(problem) if objective == "additive-latency" and problem.balance else None,
         rows=_rows(problem, terms, callers) if terms.coupled else None,
     )
+
+
+def _makespan(problem: Problem) -> Makespan:
+    return Makespan(np.full(problem.layers, problem.balance), problem.service_s)
 
 
 def _rows(problem: Problem, terms: Terms, callers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> EvaluationRows:

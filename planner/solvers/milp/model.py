@@ -34,13 +34,40 @@ def build_model(problem: Problem, terms: Terms, objective: ObjectiveName) -> Mod
         for row, name in family(terms, variables):
             lp.addConstraint(row, name)
     shape = (problem.num_places, problem.layers, problem.experts)
+    heaviest = add_heaviest(lp, problem, terms, variables) if objective == "additive-latency" else []
     if objective == "latency":
         return Model(lp, variables, _add_waits(lp, terms, variables, event_patterns(problem)), shape)
     weights = terms.demand[:, None, :] * terms.unit[:, :, None]  # [N, P, K]
-    scale = _scale(weights.max(axis=1, initial=0.0))
+    served = terms.demand[:, None, :] * (problem.balance * terms.service_s)[None, :, None] if heaviest else 0.0
+    scale = _scale((weights + served).max(axis=1, initial=0.0))
     cost = [(a, scale * weights[n, p, k]) for (n, k), shares in variables.a.items() for p, a in shares.items()]
-    lp.setObjective(pulp.LpAffineExpression(cost))
+    lp.setObjective(pulp.LpAffineExpression([*cost, *((t, scale * weight) for t, weight in heaviest)]))
     return Model(lp, variables, scale, shape)
+
+
+def add_heaviest(
+    lp: pulp.LpProblem, problem: Problem, terms: Terms, v: Variables
+) -> list[tuple[pulp.LpVariable, float]]:
+    """Return t[l] >= sum_{n,k of l,p of m} d[n,k] u[p] a[n,k,p] for every node m, with its cost. Modifies `lp`."""
+    if not problem.balance:
+        return []
+    found = []
+    for layer in range(problem.layers):
+        t = pulp.LpVariable(f"t_{layer}", 0)
+        for m, places in enumerate(terms.node_places):
+            here = [
+                (shares[p], -float(terms.demand[n, k] * terms.service_s[p]))
+                for (n, k), shares in v.a.items()
+                if k // problem.experts == layer
+                for p in places.tolist()
+                if p in shares
+            ]
+            row = pulp.LpConstraint(
+                pulp.LpAffineExpression([(t, 1.0), *here]), pulp.LpConstraintGE, f"h_{layer}_{m}", 0
+            )
+            lp.addConstraint(row, f"heaviest_{layer}_{m}")
+        found.append((t, problem.balance))
+    return found
 
 
 def _add_waits(lp: pulp.LpProblem, terms: Terms, variables: Variables, patterns: Patterns) -> float:
