@@ -280,7 +280,8 @@ class Node:
     def _activate(self, assignment: msg.Assignment) -> None:
         log.info("epoch %d is active", assignment.epoch)
         self._set_fence()
-        self._routes = epoch_routes(assignment, layers=self._spec.layers, experts=self._spec.experts)
+        shape = {"layers": self._spec.layers, "experts": self._spec.experts}
+        self._routes = epoch_routes(assignment, self._settings.node, **shape)
         self._board.install(self._routes.routing)
         self._is_ingress = assignment.ingress
 

@@ -22,7 +22,7 @@ class EpochRoutes:
     holders
         All other nodes that hold (layer, expert), best first.
     local
-        Experts held here.
+        Experts held here: what to fall back on, even where another node is asked first.
     """
 
     routing: Routing
@@ -35,15 +35,16 @@ class EpochRoutes:
         return self.routing.epoch
 
 
-def epoch_routes(assignment: Assignment, *, layers: int, experts: int) -> EpochRoutes:
-    """Return the routes of an assignment."""
+def epoch_routes(assignment: Assignment, node: str, *, layers: int, experts: int) -> EpochRoutes:
+    """Return the routes of `node` under its assignment."""
     local = frozenset((r.record.layer, r.record.expert) for r in assignment.replicas)
     routes = []
     for hop in assignment.routing:
         shares = hop.shares or (1.0,)
         routes += [
-            Route(ingress="here", layer=hop.layer, expert=hop.expert, holder=holder, share=share)
+            Route(ingress=node, layer=hop.layer, expert=hop.expert, holder=holder, share=share)
             for holder, share in zip(hop.holders, shares, strict=False)
         ]
     routing = Routing.build(assignment.epoch, layers=layers, experts=experts, local=local, routes=routes)
-    return EpochRoutes(routing, {(h.layer, h.expert): h.holders for h in assignment.routing}, local)
+    others = {(hop.layer, hop.expert): tuple(h for h in hop.holders if h != node) for hop in assignment.routing}
+    return EpochRoutes(routing, others, local)

@@ -58,22 +58,27 @@ class Routing:
         local: Iterable[tuple[int, int]],
         routes: Iterable[Route] = (),
     ) -> "Routing":
-        """Make the snapshot of one node from the (layer, expert) keys it holds and its own routes."""
+        """Make the snapshot of one node from the (layer, expert) keys it holds and its own routes.
+
+        Routes win over what is held here: another node may be quicker than this one's disk. A route whose holder is
+        its own ingress means this node. What is held here and has no route needs no call.
+        """
         split: dict[tuple[int, int], list[Route]] = defaultdict(list)
         for route in routes:
             split[route.layer, route.expert].append(route)
-        holders = tuple(sorted({route.holder for each in split.values() for route in each}))
-        index = {holder: position for position, holder in enumerate(holders, start=1)}
+        own = {route.ingress for each in split.values() for route in each}
+        holders = tuple(sorted({route.holder for each in split.values() for route in each} - own))
+        index = {holder: position for position, holder in enumerate(holders, start=1)} | dict.fromkeys(own, LOCAL)
         variants = _VARIANTS if any(len(each) > 1 for each in split.values()) else 1
         tables = np.full((variants, layers, experts), NOBODY, dtype=np.int32)
+        for layer, expert in local:
+            tables[:, layer, expert] = LOCAL
         for (layer, expert), each in split.items():
             ranked = sorted(each, key=lambda route: route.holder)
             shares = np.cumsum([route.share for route in ranked])
             draws = (np.arange(variants) * _GOLDEN) % 1.0 * shares[-1]
             picks = np.minimum(np.searchsorted(shares, draws, side="right"), len(ranked) - 1)
             tables[:, layer, expert] = np.array([index[route.holder] for route in ranked])[picks]
-        for layer, expert in local:
-            tables[:, layer, expert] = LOCAL
         return cls(epoch, holders, tables)
 
     @classmethod

@@ -27,7 +27,12 @@ class Replica(FrozenModel):
 
 
 class Route(FrozenModel):
-    """Of the calls that `ingress` makes for an expert, `share` go to `holder`. Local replicas need no route."""
+    """Of the rows that `ingress` has for an expert, `share` are computed by `holder`.
+
+    Routes say it all for their expert: where there is one, a replica that the ingress holds itself is used only as
+    far as a route names the ingress as holder (its disk may be slower than a call), and when no other holder answers.
+    Without a route the ingress uses its own replica, or else the holder with the fastest tier.
+    """
 
     ingress: NodeId
     layer: Annotated[int, Field(ge=0)]

@@ -14,6 +14,7 @@ from typing import Final
 from planner.control import machine as m
 from planner.control.journal import Journal
 from planner.control.stages import plan_nodes
+from planner.control.state import Accept, Refuse, judge
 from planner.control.status import AWAY_S, AgentView, node_status, plan_status
 from planner.control.transport import CoordinatorSocket
 from schemas import messages as msg
@@ -159,9 +160,9 @@ class Coordinator:
                     log.info("epoch %d %s %s", state.epoch, state.phase, state.message)
                 case m.Send(node, message):
                     self._socket.send(node.encode(), message)
-                case m.Refuse(code, text):
+                case Refuse(code, text):
                     self._socket.send(client, msg.Refusal(code=code, message=text))
-                case m.Accept(nothing_to_do):
+                case Accept(nothing_to_do):
                     self._accept(client, nothing_to_do)
         if self._machine.state.phase != phase:
             self._preparing_since = self._clock() if self._machine.state.phase == "preparing" else None
@@ -177,8 +178,8 @@ class Coordinator:
         if not request.dry_run:
             self._perform(m.PlanProposed(request.plan), client)
             return
-        decision = m.judge(self._machine.state, request.plan)
-        if isinstance(decision, m.Refuse):
+        decision = judge(self._machine.state, request.plan)
+        if isinstance(decision, Refuse):
             self._socket.send(client, msg.Refusal(code=decision.code, message=decision.message))
             return
         absent = sorted(plan_nodes(request.plan) - self._machine.present)

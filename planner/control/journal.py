@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from planner.control.errors import JournalUnusable
-from planner.control.machine import ClusterState
+from planner.control.state import ClusterState
 
 _STORY_LENGTH = 1000
 

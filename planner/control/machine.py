@@ -11,44 +11,19 @@ from the durable state alone. So lost, late and repeated messages, and restarts 
 own: whatever is still missing is said again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
-from planner.control.stages import InconsistentPlan, Placement, assign, plan_nodes, stage_placements
-from schemas.base import FrozenModel
-from schemas.messages import Abort, Assignment, Catalogue, Commit, Message, Phase, Prepare, Retire, Standing
+from planner.control.stages import assign, plan_nodes
+from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge, placements_ahead
+from schemas.messages import Abort, Assignment, Catalogue, Commit, Message, Prepare, Retire, Standing
 from schemas.outcome import ExitCode
-from schemas.placement import Replica
 from schemas.plan import Plan
 
 RESEND_TICKS: Final = 10
 PATIENCE_TICKS: Final = 120  # without any progress, before a plan is given up
 HELLO_TICKS: Final = 60  # for the plan's nodes to appear
-
-
-class ClusterState(FrozenModel):
-    """What the coordinator must not forget.
-
-    Attributes
-    ----------
-    epoch, placement
-        The epoch last committed and its placement.
-    before
-        The placement of the epoch before, from which an agent that lost its data may still pull.
-    plan
-        The plan under way or last reached; its stage under way leads to `epoch` + 1.
-    """
-
-    cluster: str
-    epoch: int = 0
-    placement: tuple[Replica, ...] = ()
-    before: tuple[Replica, ...] = ()
-    plan: Plan | None = None
-    committed_plan: Plan | None = None
-    phase: Phase = "idle"
-    message: str = ""
-    code: ExitCode = ExitCode.DONE
 
 
 @dataclass(frozen=True)
@@ -110,21 +85,6 @@ class Send:
     message: Message
 
 
-@dataclass(frozen=True)
-class Refuse:
-    """Answer the proposal of this event with a refusal."""
-
-    code: ExitCode
-    message: str
-
-
-@dataclass(frozen=True)
-class Accept:
-    """Answer the proposal of this event: it is under way, or there is nothing to do."""
-
-    nothing_to_do: bool
-
-
 Instruction = Persist | Send | Refuse | Accept
 
 
@@ -146,7 +106,7 @@ class ClusterMachine:
     tick: int = 0
     _nodes: dict[str, _Node] = field(default_factory=dict)
     _progress_at: int = 0
-    _assigned: tuple[object, Mapping[str, Assignment]] | None = None
+    _assigned: dict[int, tuple[object, Mapping[str, Assignment]]] = field(default_factory=dict)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take one event in; return what to do, in order."""
@@ -160,6 +120,7 @@ class ClusterMachine:
                 self._nodes.pop(node, None)
             case CatalogueReceived(catalogue):
                 self.catalogue = catalogue
+                self._assigned.clear()
                 self._progress_at = self.tick
             case Ticked():
                 self.tick += 1
@@ -245,15 +206,17 @@ class ClusterMachine:
             self._become(out, phase="preparing")
             return True
         if self.tick - self._progress_at >= HELLO_TICKS:
-            if self.missing:
-                why = f"no agent runs for {', '.join(self.missing)}; start it with agent run and apply again"
-            else:
-                why = (
-                    "no agent has a store to take the weights from; run agent prepare and name the store in its config"
-                )
-            self._become(out, phase="aborted", message=why, code=ExitCode.FAILED)
+            self._become(out, phase="aborted", message=self._why_not_begun(), code=ExitCode.FAILED)
             return True
         return False
+
+    def _why_not_begun(self) -> str:
+        if self.missing:
+            return f"no agent runs for {', '.join(self.missing)}; start it with agent run and apply again"
+        if self.catalogue is None:
+            return "no agent has a store to take the weights from; run agent prepare and name the store in its config"
+        fault = self._fault()
+        return f"an earlier attempt is not forgotten yet ({fault[1] if fault else 'no reason given'}); apply again"
 
     def _leave_preparing(self, out: list[Instruction]) -> bool:
         if fault := self._fault():
@@ -274,12 +237,13 @@ class ClusterMachine:
         return False
 
     def _commit(self, out: list[Instruction]) -> None:
-        plan, placement = self._plan(), self._next_placement()
+        state, plan = self.state, self._plan()
+        placement = placements_ahead(plan, state.placement, state.epoch)[0]
         self._become(
             out,
             phase="committed",
-            epoch=self.state.epoch + 1,
-            before=self.state.placement,
+            epoch=state.epoch + 1,
+            before=state.placement,
             placement=placement,
             committed_plan=plan,
         )
@@ -289,27 +253,23 @@ class ClusterMachine:
             raise InvalidTransition(f"phase {self.state.phase} without a plan")
         return self.state.plan
 
-    def _next_placement(self) -> Placement:
-        plan = self._plan()
-        base = self.state.placement
-        return _placements(plan, base, self.state.epoch)[0]
-
     def _is_reached(self) -> bool:
         return self.state.plan is not None and self.state.epoch == self.state.plan.epoch
 
     def _needed(self) -> frozenset[str]:
         return plan_nodes(self.state.plan) if self.state.plan else frozenset()
 
-    def _members(self) -> frozenset[str]:
-        """Nodes that have an assignment in the committed epoch, if only to hold nothing any more."""
+    def _has_part(self, name: str, standing: Standing) -> bool:
+        """Whether an agent must come to the committed epoch: it has a part in it, or it had one in an older epoch."""
         plan = self.state.committed_plan
-        ingresses = {path.ingress for path in plan.trunk} if plan else set()
-        return frozenset({r.node for r in (*self.state.placement, *self.state.before)} | ingresses)
+        if plan is None:
+            return False
+        holds = name in plan_nodes(plan) or any(replica.node == name for replica in self.state.placement)
+        return holds or _had_part(standing)
 
     def _concerned(self) -> frozenset[str]:
-        """Nodes of the plan, and those leaving that are still there."""
-        leaving = {replica.node for replica in self.state.before} & self._nodes.keys()
-        return self._needed() | leaving
+        """Nodes of the plan, and those that are here and may still use an older epoch."""
+        return self._needed() | {name for name, node in self._nodes.items() if node.standing.active > 0}
 
     def _standing(self, node: str) -> Standing | None:
         known = self._nodes.get(node)
@@ -353,7 +313,7 @@ class ClusterMachine:
             return None  # it knows more than this journal; the coordinator refuses such a hello
         if abort := self._abort(standing):
             return abort
-        if name in self._members():  # others have nothing of the committed epoch to catch up with
+        if self._has_part(name, standing):
             if standing.active < epoch:
                 return self._catch_up(name, standing)
             if standing.retired < epoch and phase != "committed":
@@ -385,71 +345,40 @@ class ClusterMachine:
         return Prepare(assignment=assignment) if assignment else None
 
     def _assignments(self, epoch: int) -> Mapping[str, Assignment]:
-        """All assignments of the committed epoch or of the one under way, computed once each."""
+        """Return all assignments of the committed epoch, or of the one under way; both are kept as long as they hold.
+
+        Nodes that had a part before and have none any more are among them.
+        """
         if self.catalogue is None:
             return {}  # until a node with a store is back
+        state = self.state
+        plan = (state.committed_plan if epoch == state.epoch else None) or self._plan()
         stores = frozenset(name for name, node in self._nodes.items() if node.has_store)
-        plan = (self.state.committed_plan if epoch == self.state.epoch else None) or self._plan()
-        token = (epoch, plan.digest, self.state.epoch, stores, id(self.catalogue))
-        if self._assigned is None or self._assigned[0] != token:
-            if epoch == self.state.epoch:
-                after = self.state.placement
-                before = (*after, *self.state.before)  # all of them may be asked
+        others = frozenset(name for name, node in self._nodes.items() if _had_part(node.standing))
+        token = (plan.digest, state.epoch, stores, others)
+        if epoch not in self._assigned or self._assigned[epoch][0] != token:
+            if epoch == state.epoch:
+                after = state.placement
+                before = (*after, *state.before)  # all of them may be asked
             else:
-                before, after = self.state.placement, self._next_placement()
-            made = assign(plan, epoch=epoch, before=before, after=after, catalogue=self.catalogue, stores=stores)
-            self._assigned = (token, made)
-        return self._assigned[1]
+                before, after = state.placement, placements_ahead(plan, state.placement, state.epoch)[0]
+            made = assign(
+                plan,
+                epoch=epoch,
+                before=before,
+                after=after,
+                catalogue=self.catalogue,
+                stores=stores,
+                others=others,
+            )
+            kept = {number: each for number, each in self._assigned.items() if number >= state.epoch}
+            self._assigned = kept | {epoch: (token, made)}
+        return self._assigned[epoch][1]
 
 
-def is_busy(state: ClusterState) -> bool:
-    """Whether a plan is under way."""
-    return state.phase in {"proposed", "preparing", "prepared", "committed", "retiring"}
-
-
-def judge(state: ClusterState, plan: Plan) -> Refuse | Accept:
-    """Decide whether a plan may start now; does not modify anything."""
-    same = state.plan is not None and state.plan.digest == plan.digest
-    if refusal := next(_objections(state, plan, same=same), None):
-        return refusal
-    return Accept(nothing_to_do=same and state.epoch == plan.epoch and state.phase == "done")
-
-
-def _objections(state: ClusterState, plan: Plan, *, same: bool) -> Iterator[Refuse]:
-    """Yield what speaks against a plan, the first thing first."""
-    if plan.cluster != state.cluster:
-        yield Refuse(ExitCode.INVALID, f"the plan is for cluster {plan.cluster!r}, this is {state.cluster!r}")
-    if plan.digest != plan.computed_digest():
-        yield Refuse(ExitCode.INVALID, "the plan was altered after it was written; solve again")
-    if same and (is_busy(state) or (state.epoch == plan.epoch and state.phase == "done")):
-        return  # under way or reached: whoever asks again is told how far it is
-    if is_busy(state):
-        yield Refuse(ExitCode.REFUSED, f"another plan is under way ({state.phase}); wait until it is done")
-    if plan.epoch <= plan.base_epoch:
-        yield Refuse(ExitCode.INVALID, f"its epoch {plan.epoch} does not follow its base epoch {plan.base_epoch}")
-    is_resumed = same and plan.base_epoch <= state.epoch < plan.epoch
-    if plan.base_epoch != state.epoch and not is_resumed:
-        yield Refuse(
-            ExitCode.REFUSED,
-            f"the plan is stale: it starts from epoch {plan.base_epoch}, the cluster is at epoch {state.epoch}; "
-            "solve again with --current and the plan that is active",
-        )
-    try:
-        _placements(plan, state.placement, state.epoch)
-    except InconsistentPlan as error:
-        yield Refuse(ExitCode.INVALID, f"the plan contradicts itself: {error}")
-
-
-def _placements(plan: Plan, current: Placement, epoch: int) -> list[Placement]:
-    """Return the placements of the stages still to do, given the placement of `epoch`."""
-    done = epoch - plan.base_epoch
-    rest = plan.model_copy(
-        update={
-            "base_epoch": epoch,
-            "steps": tuple(s.model_copy(update={"stage": s.stage - done}) for s in plan.steps if s.stage > done),
-        }
-    )
-    return stage_placements(current, rest)
+def _had_part(standing: Standing) -> bool:
+    """Whether an agent uses an epoch, or failed to come back to one."""
+    return standing.active > 0 or standing.fault is not None
 
 
 def _token(message: Message) -> object:

@@ -28,8 +28,9 @@ def num_stages(plan: Plan) -> int:
 
 
 def plan_nodes(plan: Plan) -> frozenset[str]:
-    """Nodes that hold a replica or take tokens in under a plan."""
-    return frozenset({r.node for r in plan.placement} | {path.ingress for path in plan.trunk})
+    """Nodes that hold a replica at the end of a plan, or for a while on the way there, or take tokens in."""
+    on_the_way = {step.node for step in plan.steps if step.action == "replicate" and step.node is not None}
+    return frozenset({r.node for r in plan.placement} | {path.ingress for path in plan.trunk} | on_the_way)
 
 
 def stage_placements(current: Placement, plan: Plan) -> list[Placement]:
@@ -105,8 +106,11 @@ def assign(
     after: Placement,
     catalogue: Catalogue,
     stores: Iterable[str],
+    others: Iterable[str] = (),
 ) -> Mapping[str, Assignment]:
     """Return every node's assignment for one epoch of a plan, those included that leave.
+
+    Nodes without a part in the plan are told whom to call too: an ingress that leaves has answers to finish.
 
     Parameters
     ----------
@@ -114,6 +118,8 @@ def assign(
         Placements of the epoch before and of this one: whoever held an expert before can be pulled from.
     stores
         Nodes with a store, asked after the holders.
+    others
+        Further nodes, which may have had a part in an older epoch.
     """
     records = {(record.layer, record.expert): record for record in catalogue.records}
     missing = sorted({replica.key for replica in after} - records.keys())
@@ -121,9 +127,9 @@ def assign(
         raise InconsistentPlan(f"no store has layer {missing[0][0]} expert {missing[0][1]}; run agent prepare again")
     hints = {(s.layer, s.expert, s.node): s.source for s in plan.steps if s.action == "replicate" and s.source}
     holders_before, holders_after = _holders(before), _holders(after)
-    ingresses = {path.ingress for path in plan.trunk}
-    routes = _routes(plan.routes, final=epoch == plan.epoch)
-    nodes = {replica.node for replica in (*before, *after)} | ingresses
+    ingresses, planned = {path.ingress for path in plan.trunk}, plan_nodes(plan)
+    routes, final = _routes(plan.routes), epoch == plan.epoch
+    nodes = {replica.node for replica in (*before, *after)} | planned | set(others)
     held: dict[str, list[AssignedReplica]] = {node: [] for node in nodes}
     for replica in after:
         hint = hints.get((replica.layer, replica.expert, replica.node))
@@ -137,7 +143,9 @@ def assign(
             ingress=node in ingresses,
             layout=catalogue.layout,
             replicas=tuple(held[node]),
-            routing=_routing(node, holders_after, routes) if node in ingresses else (),
+            routing=_routing(node, holders_after, routes, final=final)
+            if node in ingresses or node not in planned
+            else (),
         )
         for node in sorted(nodes)
     }
@@ -156,26 +164,29 @@ def _holders(placement: Placement) -> dict[Key, list[str]]:
     return holders
 
 
-def _routes(routes: Iterable[Route], *, final: bool) -> Mapping[tuple[str, int, int], list[Route]]:
-    """Group routes by (ingress, layer, expert), the largest share first; shares hold in the final epoch alone."""
+def _routes(routes: Iterable[Route]) -> Mapping[tuple[str, int, int], list[Route]]:
+    """Group routes by (ingress, layer, expert), the largest share first."""
     grouped: dict[tuple[str, int, int], list[Route]] = defaultdict(list)
     for route in routes:
-        whole = route if final else route.model_copy(update={"share": 1.0})
-        grouped[route.ingress, route.layer, route.expert].append(whole)
+        grouped[route.ingress, route.layer, route.expert].append(route)
     for entries in grouped.values():
         entries.sort(key=lambda route: (-route.share, route.holder))
     return grouped
 
 
 def _routing(
-    node: str, holders: Mapping[Key, list[str]], routes: Mapping[tuple[str, int, int], list[Route]]
+    node: str, holders: Mapping[Key, list[str]], routes: Mapping[tuple[str, int, int], list[Route]], *, final: bool
 ) -> tuple[Hop, ...]:
-    """Whom `node` calls for each expert it does not hold: the plan's holders first, other holders to fall back on."""
+    """Who computes each expert for `node`, where that is not simply itself.
+
+    The plan's holders come first, then others to fall back on, `node` itself among them. Shares hold in the `final`
+    epoch alone: before that, whoever has most of them and is a holder already gets every call.
+    """
     hops = []
     for (layer, expert), holding in sorted(holders.items()):
-        if node in holding:
+        chosen = [r for r in routes.get((node, layer, expert), []) if r.holder in holding][: None if final else 1]
+        if all(r.holder == node for r in chosen) and node in holding:
             continue
-        chosen = [r for r in routes.get((node, layer, expert), []) if r.holder in holding]
         names = tuple(dict.fromkeys([*(r.holder for r in chosen), *holding]))
         split = tuple(r.share for r in chosen) if len(chosen) > 1 else ()
         hops.append(Hop(layer=layer, expert=expert, holders=names, shares=split))

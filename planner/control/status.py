@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from planner.control.machine import ClusterState
+from planner.control.state import ClusterState
 from schemas.messages import Heartbeat, Hello, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
 from schemas.topology import Memory
 

@@ -15,59 +15,29 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from agent import machine as am
 from planner.control import machine as cm
+from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge
 from schemas import messages as msg
-from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, sorted_replicas
-from schemas.plan import Plan, Segment, Step, Summary, TrunkPath
-from schemas.store import ExpertForm, Part, RecordLayout
+from schemas.plan import Plan
+from tests.small_plans import CATALOGUE, KEYS, plan_through
 
 NODES = ("a", "b", "c")
-MODEL = ModelSpec(id="m", layers=2, experts=3, top_k=1, hidden_size=1, itemsize=4, expert_bytes=16)
-LAYOUT = RecordLayout(
-    form=ExpertForm(kind="swiglu"),
-    dtype="float32",
-    bytes=16,
-    parts=(Part(name="gate_up_proj", shape=(2, 1), offset=0), Part(name="down_proj", shape=(2, 1), offset=8)),
-)
-KEYS = [(layer, expert) for layer in range(2) for expert in range(3)]
-CATALOGUE = msg.Catalogue(
-    node="a",
-    model=MODEL,
-    layout=LAYOUT,
-    records=tuple(
-        msg.Record(layer=layer, expert=expert, sha256=f"{layer}{expert}".rjust(64, "0"), bytes=16)
-        for layer, expert in KEYS
-    ),
-)
-BUDGET = am.Budget(msg.TierBytes(device=16 * 8, disk=0), "device", 16)
+BUDGET = am.Budget(msg.TierBytes(device=16 * 32, disk=0), "device", 16)
 
 
-def make_plan(state: cm.ClusterState, seed: int) -> Plan:
-    """A plan of one stage from the placement that is to a random one that covers every expert."""
+def make_plan(state: ClusterState, seed: int) -> Plan:
+    """A plan of one to three stages from the placement that is to random ones that cover every expert."""
     draw = random.Random(seed)
-    held = {(key, draw.choice(NODES)) for key in KEYS} | {(draw.choice(KEYS), draw.choice(NODES)) for _ in range(2)}
-    after = sorted_replicas(Replica(layer=k[0], expert=k[1], node=node) for k, node in held)
-    before = set(state.placement)
-    changes = [("replicate", r) for r in after if r not in before]
-    changes += [("drop", r) for r in sorted_replicas(before - set(after))]
-    steps = tuple(
-        Step(stage=1, action=action, layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=16)  # type: ignore[arg-type]
-        for action, r in changes
-    )
-    segment = Segment(node="a", first_layer=0, last_layer=1)
-    return Plan(
-        cluster="test",
-        coordinator="127.0.0.1:7400",
-        base_epoch=state.epoch,
-        epoch=state.epoch + 1,
-        model=MODEL,
-        dtype="float32",
-        placement=after,
-        trunk=(TrunkPath(ingress="a", segments=(segment,)),),
-        steps=steps,
-        summary=Summary(status="feasible", solver="hand", objective_name="none", objective=0.0, seconds=0.0),
-    ).sealed()
+    stages = [_some_placement(draw) for _ in range(draw.choice((1, 1, 2, 3)))]
+    ingresses = draw.choice((["a"], ["a", "b"]))
+    return plan_through(*stages, before=state.placement, base_epoch=state.epoch, ingresses=ingresses)
+
+
+def _some_placement(draw: random.Random) -> tuple[Replica, ...]:
+    nodes = draw.sample(NODES, draw.randint(1, len(NODES)))  # some have no part
+    held = {(key, draw.choice(nodes)) for key in KEYS} | {(draw.choice(KEYS), draw.choice(nodes)) for _ in range(2)}
+    return sorted_replicas(Replica(layer=key[0], expert=key[1], node=node) for key, node in held)
 
 
 class SimulatedAgent:
@@ -130,7 +100,7 @@ class Epochs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.agents = {node: SimulatedAgent(node) for node in NODES}
-        self.journal = cm.ClusterState(cluster="test")
+        self.journal = ClusterState(cluster="test")
         self.mail: dict[str, list[msg.Message]] = defaultdict(list)
         self.start_coordinator()
 
@@ -144,7 +114,7 @@ class Epochs(RuleBasedStateMachine):
         for instruction in out:
             match instruction:
                 case cm.Persist(state):
-                    self.journal = cm.ClusterState.model_validate_json(state.model_dump_json())
+                    self.journal = ClusterState.model_validate_json(state.model_dump_json())
                 case cm.Send(node, message):
                     assert self.coordinator.state == self.journal or isinstance(message, msg.Abort | msg.Prepare)
                     self.mail[node].append(message)
@@ -247,13 +217,13 @@ class Epochs(RuleBasedStateMachine):
         self.settle()
         assert self.coordinator.state.phase in {"idle", "done", "aborted"}
         (answer, *_) = self.tell(cm.PlanProposed(make_plan(self.coordinator.state, 1)))
-        assert answer == cm.Accept(nothing_to_do=False)
+        assert answer == Accept(nothing_to_do=False)
         self.settle()
         state = self.coordinator.state
         assert state.phase == "done", state.message
         for node, agent in self.agents.items():
             wanted = {(r.layer, r.expert, r.tier) for r in state.placement if r.node == node}
-            if wanted or node == "a":
+            if wanted or node == "a" or agent.machine.active_epoch:  # whoever had a part knows that it is over
                 assert agent.machine.active_epoch == agent.journal.retired == state.epoch
             assert agent.held == wanted
 
@@ -265,12 +235,13 @@ class Epochs(RuleBasedStateMachine):
                     agent.take(message)
                 agent.obtain(fails=False)
             self.tell(cm.Ticked())
-            if not cm.is_busy(self.coordinator.state) and not any(self.mail.values()) and self.is_quiet():
+            if not is_busy(self.coordinator.state) and not any(self.mail.values()) and self.is_quiet():
                 return
 
     def is_quiet(self) -> bool:
         state = self.coordinator.state
-        concerned = {r.node for r in state.placement} | ({"a"} if state.epoch else set())
+        had = {node for node, agent in self.agents.items() if agent.machine.active_epoch}
+        concerned = {r.node for r in state.placement} | ({"a"} if state.epoch else set()) | had
         levels = [(agent.standing, agent.order) for node, agent in self.agents.items() if node in concerned]
         return all(
             (s.active, s.prepared, s.retired, s.fault, order) == (state.epoch, state.epoch, state.epoch, None, None)
@@ -285,13 +256,7 @@ TestEpochs.settings = settings(max_examples=100, stateful_step_count=40, deadlin
 def test_plan_beyond_budget_is_given_up_with_the_reason() -> None:
     world = Epochs()
     everything = [Replica(layer=k[0], expert=k[1], node=n) for k in KEYS for n in NODES]
-    state = world.coordinator.state
-    plan = make_plan(state, 0)
-    steps = tuple(
-        Step(stage=1, action="replicate", layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=16)
-        for r in everything
-    )
-    plan = plan.model_copy(update={"placement": sorted_replicas(everything), "steps": steps}).sealed()
+    plan = plan_through(sorted_replicas(everything))
     for node in NODES:
         agent = world.agents[node]
         agent.machine.budget = am.Budget(msg.TierBytes(device=16 * 6), "device", 16)
@@ -308,7 +273,7 @@ def test_plan_beyond_budget_is_given_up_with_the_reason() -> None:
 
 @pytest.mark.parametrize("change", [{"cluster": "other"}, {"dtype": "float16"}])
 def test_foreign_and_altered_plans_are_refused(change: dict[str, str]) -> None:
-    plan = make_plan(cm.ClusterState(cluster="test"), 0).model_copy(update=change)
-    refusal = cm.judge(cm.ClusterState(cluster="test"), plan)
-    assert isinstance(refusal, cm.Refuse)
+    plan = make_plan(ClusterState(cluster="test"), 0).model_copy(update=change)
+    refusal = judge(ClusterState(cluster="test"), plan)
+    assert isinstance(refusal, Refuse)
     assert refusal.code == ExitCode.INVALID
