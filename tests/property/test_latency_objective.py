@@ -1,10 +1,12 @@
 """The latency objective through the Protocol: bound <= optimum <= incumbent, and exact solvers find the optimum."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from planner.errors import InfeasibleProblem
 from planner.feasibility import impossible, violations
@@ -122,3 +124,24 @@ def test_the_decomposition_brackets_the_additive_optimum(objective, problem):
         assert solved.result.objective >= best * (1 - 1e-9)
         assert violations(problem, solved.placed, solved.routing) == []
         assert placement_cost(problem, solved.routing, objective) == pytest.approx(solved.result.objective)
+
+
+@few
+@given(problem=problems(), seed=st.integers(0, 9))
+def test_names_of_experts_and_more_memory(problem, seed):
+    """Permuting experts changes nothing; more memory never worsens the optimum."""
+    first = outcome(problem, "milp")
+    order = np.random.default_rng(seed).permutation(problem.experts)
+    renamed = replace(
+        problem,
+        share=problem.share[:, :, np.argsort(order)],
+        pinned=problem.pinned[:, :, np.argsort(order)],
+        banned=problem.banned[:, :, np.argsort(order)],
+        events=tuple(order[events].astype(np.int16) for events in problem.events),
+    )
+    second = outcome(renamed, "milp")
+    larger = outcome(replace(problem, capacity_bytes=problem.capacity_bytes + problem.expert_bytes), "milp")
+    assert (first is None) == (second is None)
+    if first is not None:
+        assert second.result.objective == pytest.approx(first.result.objective, rel=1e-6, abs=1e-12)
+        assert larger.result.objective <= first.result.objective * (1 + 1e-6) + 1e-12
