@@ -51,7 +51,7 @@ def test_it_agrees_with_brute_force(problem, objective):
 @given(problem=problems(coupled=True))
 def test_it_agrees_with_the_exact_model_when_compute_and_links_are_short(problem):
     try:
-        exact = solve(problem, "milp", in_process=True)
+        exact = solve(problem, "milp", objective="additive-latency", in_process=True)
     except InfeasibleProblem:
         exact = None
     result, _ = run(problem, "additive-latency")
