@@ -1,13 +1,16 @@
-"""The agent's line to the coordinator. Decides when hello is said again; must not know what messages mean."""
+"""The agent's line to the coordinator: messages in, messages out. Must not know what they mean or when one is due."""
 
 import logging
 from collections.abc import Iterator
+from typing import Final
 
 import zmq
 
 from agent.transport import Context, connect, make_socket
 from schemas.address import parse_address
 from schemas.messages import Message, RemoteProtocolError, decode, encode
+
+GOODBYE_MS: Final = 300
 
 log = logging.getLogger(__name__)
 
@@ -41,5 +44,5 @@ class ControlLine:
                 log.warning("from the coordinator: %s", error)
 
     def close(self) -> None:
-        """Close at once."""
-        self._socket.close()
+        """Close, giving the last message a moment to leave."""
+        self._socket.close(linger=GOODBYE_MS)

@@ -15,12 +15,6 @@ class AgentError(Exception):
             self.exit_code = exit_code
 
 
-class InvalidSettings(AgentError):
-    """A setting that contradicts the machine or another setting."""
-
-    exit_code = ExitCode.INVALID
-
-
 class CannotBind(AgentError):
     """A port is taken, or an address may not be bound."""
 
@@ -41,6 +35,20 @@ class JournalUnusable(AgentError):
     """The data directory cannot be used, or is another node's."""
 
     exit_code = ExitCode.INVALID
+
+
+class JournalUnwritable(AgentError):
+    """The journal took nothing more; without it the agent decides nothing."""
+
+
+class DataUnusable(AgentError):
+    """The data directory's records cannot be read or removed."""
+
+    exit_code = ExitCode.INVALID
+
+
+class ThreadLost(AgentError):
+    """A thread of the agent ended by itself; the whole agent ends, and starts again from its journal."""
 
 
 class NoActivePlan(AgentError):

@@ -9,13 +9,14 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from agent.errors import CannotPrepare
+from agent.errors import CannotPrepare, DataUnusable
 from agent.machine import Held
 from runtime.errors import ExpertUnavailable, RuntimeFault
 from runtime.slots import Key, Record, Residency
@@ -26,6 +27,7 @@ from schemas.units import format_bytes
 
 log = logging.getLogger(__name__)
 
+_OURS: Final = re.compile(r"\.?[0-9a-f]{64}|\.record\..*")  # records, and what a killed agent was writing
 _BACKED: Final = ("device", "host")  # a replica of the disk tier is its own copy
 
 
@@ -53,14 +55,23 @@ class Holdings:
         self._reserved = 0  # bytes of the disk tier that are promised to replicas, here already or on their way
 
     def open(self, known: Mapping[Held, AssignedReplica]) -> None:
-        """Make the directories, and remove every file that is none of the `known` replicas' records. Modifies."""
+        """Make the directories, and remove records that are none of the `known` replicas'. Modifies.
+
+        Files that this class would not have made are left alone. Raises `DataUnusable`.
+        """
         names = {replica.record.sha256 for replica in known.values()}
-        for directory in (self._records, self._backing):
-            directory.mkdir(parents=True, exist_ok=True)
-            for file in directory.iterdir():
-                if file.name not in names:
-                    file.unlink()
-        self._backed = {file.name: file.stat().st_size for file in self._backing.iterdir()}
+        try:
+            for directory in (self._records, self._backing):
+                directory.mkdir(parents=True, exist_ok=True)
+                for file in directory.iterdir():
+                    if _OURS.fullmatch(file.name) and file.name not in names:
+                        file.unlink()
+            self._backed = {name: file.stat().st_size for name in names if (file := self._backing / name).is_file()}
+        except OSError as error:
+            raise DataUnusable(
+                f"{error.filename}: {error.strerror}; the agent keeps its records there: give it a data directory of "
+                "its own that it may write to"
+            ) from error
 
     def missing(self, wanted: Mapping[Held, AssignedReplica]) -> list[AssignedReplica]:
         """Return the wanted replicas that are not in their tier. Does not modify."""

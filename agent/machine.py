@@ -205,6 +205,16 @@ class AgentMachine:
         ready = (state.pending,) if state.pending and state.is_ready else ()
         return frozenset(a.epoch for a in (*state.kept, *ready, *((state.active,) if state.active else ())))
 
+    @property
+    def needs_trunk(self) -> bool:
+        """Whether tokens enter here under any assignment that is in use or under preparation."""
+        return any(assignment.ingress for assignment in self._all())
+
+    def take_back(self, state: AgentState, assignment: Assignment, reason: str) -> None:
+        """Go back to `state`, the last that could be made durable, and refuse what was to be prepared."""
+        self.state = state
+        self.fault = _fault(assignment, ExitCode.INFEASIBLE, reason)
+
     def standing(self, oldest: int | None) -> Standing:
         """Return how far this agent is; `oldest` is the oldest epoch of a step in flight here, if there is one."""
         active, state = self.active_epoch, self.state
@@ -234,6 +244,10 @@ class AgentMachine:
                 self.fault = None
                 yield self._obtain(assignment)
             return
+        if not self.is_restored and self.fault is not None and state.active and assignment.epoch > state.active.epoch:
+            # what was here cannot be had back, and the cluster has gone on without it
+            self.is_restored = True
+            yield self._become(active=None, kept=())
         if assignment.epoch <= max(self.active_epoch, state.retired) or not self.is_restored:
             return  # an old message, or too early: the coordinator says it again
         if state.pending is not None and _name(state.pending) == _name(assignment) and self.fault is None:

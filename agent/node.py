@@ -9,11 +9,12 @@ Flow: message or finished work ──► event ──► `AgentMachine.handle` �
 
 import logging
 import queue
-import sqlite3
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -23,12 +24,13 @@ import zmq
 from agent import machine as m
 from agent.clients import ClientServer
 from agent.control import ControlLine
-from agent.errors import CoordinatorAbsent, Refused
+from agent.errors import CoordinatorAbsent, JournalUnwritable, Refused, ThreadLost
 from agent.generation import Generator, Ingress
 from agent.holdings import Holdings
 from agent.journal import Journal
 from agent.peers import Patience, PeerCaller
 from agent.preparing import Preparation
+from agent.reporting import Identity, Reporter
 from agent.routes import EpochRoutes, epoch_routes
 from agent.serving import ExpertServer, Fence, Work
 from agent.settings import Settings
@@ -40,11 +42,9 @@ from runtime.routing import EpochBoard, Routing
 from runtime.slots import Residency
 from runtime.store import Store, layout_of
 from schemas import messages as msg
-from schemas.activation import NodeCounts
 from schemas.address import Address
 from schemas.checkpoint import read_checkpoint
 from schemas.model import ModelSpec
-from schemas.outcome import ExitCode
 from schemas.topology import TIERS, Tier
 from schemas.wire import Limits
 
@@ -53,8 +53,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S: Final = 0.5
 FIRST_CONTACT_S: Final = 10.0
 SWITCH_INTERVAL_S: Final = 0.0005  # how long a computing thread may keep another from answering
+HELLO_S: Final = 1.0
+CLOSE_S: Final = 1.0  # what a preparation may take to notice that it is stopped
 _POLL_MS: Final = 50
-_RATE_S: Final = 5.0
 
 
 class Node:
@@ -64,23 +65,22 @@ class Node:
         self._settings = settings
         self._is_over = False
         self._stopped: Callable[[], bool] = lambda: self._is_over or stopped()
-        self._context: Context = zmq.Context()
-        self._threads: list[ExpertServer | WeightsServer | ClientServer] = []
-        self._journal: Journal | None = None
-        try:
-            self._build()
-        except BaseException:
-            self.close()
-            raise
+        self._threads: list[threading.Thread] = []
+        self._preparation: Preparation | None = None
+        with ExitStack() as opened:
+            self._context: Context = zmq.Context()
+            opened.callback(self._context.destroy, linger=0)
+            self._build(opened)
+            self._opened = opened.pop_all()
 
-    def _build(self) -> None:
+    def _build(self, opened: ExitStack) -> None:
         settings = self._settings
         checkpoint = read_checkpoint(Path(settings.model))
         self._spec: ModelSpec = checkpoint.model_spec.held_as(settings.dtype)
         layout = layout_of(checkpoint, settings.dtype)
         store = _open_store(settings, self._spec)
         data = Path(settings.data)
-        self._journal = Journal(data / "agent.journal", settings.node)
+        self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
         memory = settings.memory
         self._memory = msg.TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
         kv_bytes = self._spec.kv_bytes(tokens=settings.context.tokens, sessions=settings.context.sessions)
@@ -89,7 +89,7 @@ class Node:
         self._kv_budget = kv_bytes
         self._machine = m.AgentMachine(self._journal.state, budget)
         budgets = {tier: getattr(self._memory, tier) for tier in TIERS}
-        self._residency = Residency(layout, budgets, data / "records")
+        self._residency = Residency(layout, budgets, data / "records", max_slots=self._spec.layers * self._spec.experts)
         self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk)
         self._counters = Counters(self._spec.layers, self._spec.experts)
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
@@ -99,21 +99,23 @@ class Node:
         self._is_ingress = False
         self._work = Work()
         self._peers: Mapping[str, msg.Endpoints] = {}
-        self._events: queue.SimpleQueue[m.Obtained | m.NotObtained] = queue.SimpleQueue()
-        self._preparation: Preparation | None = None
-        self._incarnation = uuid.uuid4().hex
+        self._peers_revision = 0
+        self._outcomes: queue.SimpleQueue[tuple[Preparation, m.Obtained | m.NotObtained]] = queue.SimpleQueue()
         self._generation = ""
         self._is_lonely = self._machine.state.active is None  # a node that serves waits for ever
-        self._said_hello_at = 0.0
-        self._beat_at = 0.0
+        self._said_hello_at = self._beat_at = -HELLO_S
         self._last_standing: msg.Standing | None = None
-        self._rate = _Rate()
-        self._bind(store is not None)
+        self._last_refusal = ""
+        endpoints = self._bind()
+        self._line = opened.enter_context(closing(ControlLine(self._context, settings.coordinator, settings.node)))
+        identity = Identity(settings, uuid.uuid4().hex, self._spec, endpoints, self._memory)
+        self._reporter = Reporter(
+            identity, holdings=self._holdings, counters=self._counters, work=self._work, board=self._board
+        )
 
-    def _bind(self, has_store: bool) -> None:
+    def _bind(self) -> msg.Endpoints:
         """Bind all planes before any thread starts, so that a port in use ends the program cleanly."""
         settings, spec = self._settings, self._spec
-        self._has_store = has_store
         self._limits = Limits(
             spec.layers, spec.experts, spec.top_k, spec.hidden_size, max(1024, settings.context.tokens)
         )
@@ -121,7 +123,7 @@ class Node:
         expert = make_socket(self._context, router, "expert", frame_bytes=self._limits.call_bytes)
         weights = make_socket(self._context, router, "weights")
         client = make_socket(self._context, router, "control")
-        self._endpoints = msg.Endpoints(
+        endpoints = msg.Endpoints(
             address=host,
             expert=bind(expert, Address(host, ports.expert), "expert calls"),
             weights=bind(weights, Address(host, ports.weights), "weights"),
@@ -138,7 +140,7 @@ class Node:
                 stopped=self._stopped,
             ),
         ]
-        self._line = ControlLine(self._context, settings.coordinator, settings.node)
+        return endpoints
 
     def _make_generator(self) -> Generator:
         caller = PeerCaller(
@@ -152,12 +154,12 @@ class Node:
         return Generator(caller, self._ready_ingress, self._why_not)
 
     def run(self) -> None:
-        """Serve until stopped."""
+        """Serve until stopped; then say goodbye."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         torch.set_num_threads(self._settings.threads)
         state = self._machine.state
-        known = (*state.kept, *(a for a in (state.active, state.pending) if a is not None))
-        self._holdings.open(m.wanted_replicas(known))
+        kept = (*state.kept, *((state.active,) if state.active else ()))
+        self._holdings.open(m.wanted_replicas(kept))
         for thread in self._threads:
             thread.start()
         self._handle(m.Started())
@@ -165,40 +167,58 @@ class Node:
         while not self._stopped():
             for message in self._line.receive(_POLL_MS):
                 self._take(message)
-            while not self._events.empty():
-                self._handle(self._events.get())
+            self._take_outcomes()
+            self._release_trunk()
             self._speak()
+            self._require_threads()
             if self._is_lonely and time.monotonic() - began > FIRST_CONTACT_S:
                 raise CoordinatorAbsent(
                     f"no coordinator answers at {self._settings.coordinator}; start it with planner serve TOPOLOGY, "
                     "or correct coordinator in the config"
                 )
+        self._line.send(self._reporter.goodbye())
+
+    def _require_threads(self) -> None:
+        """End where a thread has ended by itself: half an agent would look alive and answer nothing."""
+        for thread in self._threads:
+            if not thread.is_alive() and not self._stopped():
+                raise ThreadLost(
+                    f"the thread that serves {thread.name} ended by itself, see above; start the agent again"
+                )
 
     def close(self) -> None:
         """Stop every thread and close every socket."""
         self._is_over = True
-        preparation = getattr(self, "_preparation", None)
-        if preparation is not None:
-            preparation.stop()
-            preparation.join()
+        if self._preparation is not None:
+            self._preparation.stop()
+            self._preparation.join(CLOSE_S)  # it may be loading a trunk, and ends with the process
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        self._context.destroy(linger=0)
-        if self._journal is not None:
-            self._journal.close()
+        self._opened.close()
 
     def _take(self, message: msg.Message) -> None:
         match message:
             case msg.Welcome(cluster=cluster, generation=generation):
                 log.info("welcome in cluster %s", cluster)
-                self._generation = generation
+                self._generation, self._peers_revision = generation, 0
                 self._is_lonely = False
+                self._last_refusal = ""
             case msg.Unknown():
                 self._generation = ""
-                self._said_hello_at = 0.0
-            case msg.Peers(peers=peers):
+                self._said_hello_at = -HELLO_S
+            case msg.Refusal():
+                self._refused(message)
+            case _ if self._generation:
+                self._take_order(message)
+            case _:  # before a welcome: meant for another agent of this name, or too old
+                log.debug("%s is not taken", message.type)
+
+    def _take_order(self, message: msg.Message) -> None:
+        match message:
+            case msg.Peers(peers=peers, revision=revision):
                 self._peers = {peer.node: peer.endpoints for peer in peers}
+                self._peers_revision = revision
             case msg.Prepare(assignment=assignment):
                 self._handle(m.PrepareReceived(assignment))
             case msg.Commit(epoch=epoch, plan=plan):
@@ -208,47 +228,50 @@ class Node:
             case msg.Abort(epoch=epoch, plan=plan):
                 self._handle(m.AbortReceived(epoch, plan))
             case msg.CatalogueRequest():
-                self._send_catalogue()
+                if catalogue := self._reporter.catalogue():
+                    self._line.send(catalogue)
             case msg.CountsRequest():
-                self._send_counts()
-            case msg.Refusal(code=code, message=text):
-                self._refused(code, text)
+                self._line.send(self._reporter.counts())
             case _:
                 log.warning("the coordinator sent a %s, which an agent does not take", message.type)
 
-    def _refused(self, code: ExitCode, text: str) -> None:
-        """End where the coordinator will not have this node; one that serves tokens goes on and says so."""
-        if self._machine.state.active is None:
-            raise Refused(f"the coordinator refused {self._settings.node}: {text}", code)
-        log.error("the coordinator refused this node: %s", text)
+    def _refused(self, refusal: msg.Refusal) -> None:
+        """End where the coordinator will not have this node; one that serves tokens goes on and says so once."""
+        if refusal.taken or self._machine.state.active is None:
+            raise Refused(f"the coordinator refused {self._settings.node}: {refusal.message}", refusal.code)
+        if refusal.message != self._last_refusal:
+            self._last_refusal = refusal.message
+            log.error("the coordinator refused this node, which goes on with what it has: %s", refusal.message)
+
+    def _take_outcomes(self) -> None:
+        """Hand on how preparations ended, but for those that were stopped before anyone looked."""
+        while not self._outcomes.empty():
+            preparation, outcome = self._outcomes.get()
+            if not preparation.is_stopped:
+                self._handle(outcome)
 
     def _handle(self, event: m.Event) -> None:
         """Let the machine decide, and do what it says in its order."""
         for instruction in self._machine.handle(event):
             try:
                 self._perform(instruction)
-            except sqlite3.OperationalError as error:
+            except JournalUnwritable as error:
                 self._take_back(event, error)
                 return
         self._set_fence()
         self._speak()
 
-    def _take_back(self, event: m.Event, error: sqlite3.OperationalError) -> None:
+    def _take_back(self, event: m.Event, error: JournalUnwritable) -> None:
         """Refuse a preparation that cannot be journalled; anything else ends the process, which then starts over."""
-        if not isinstance(event, m.PrepareReceived) or self._journal is None:
+        if not isinstance(event, m.PrepareReceived):
             raise error
-        assignment, text = event.assignment, f"{self._journal.path}: cannot be written: {error}; free some space there"
-        self._machine.state = self._journal.state
-        self._machine.fault = msg.PrepareFault(
-            epoch=assignment.epoch, plan=assignment.plan, code=ExitCode.INFEASIBLE, message=text
-        )
+        self._machine.take_back(self._journal.state, event.assignment, str(error))
         self._speak()
 
     def _perform(self, instruction: m.Instruction) -> None:
         match instruction:
             case m.Persist(state):
-                if self._journal is not None:
-                    self._journal.write(state)
+                self._journal.write(state)
             case m.Obtain():
                 self._stop_preparation()
                 self._preparation = Preparation(
@@ -257,7 +280,7 @@ class Node:
                     self._context,
                     endpoints=self._endpoints_of,
                     load_trunk=self._load_trunk,
-                    report=self._events.put,
+                    report=self._outcomes.put,
                     after=self._preparation,
                 )
                 self._preparation.start()
@@ -301,6 +324,13 @@ class Node:
         segment = Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=self._kv_budget)
         self._ingress = Ingress(segment, load_tokenizer(path), self._settings.context.tokens)
 
+    def _release_trunk(self) -> None:
+        """Give trunk and KV cache back once no plan wants tokens to enter here and no answer is under way."""
+        ingress = self._ingress
+        if ingress is not None and not self._machine.needs_trunk and not ingress.segment.num_sessions:
+            log.info("the trunk is released")
+            self._ingress = None
+
     def _ready_ingress(self) -> Ingress | None:
         return self._ingress if self._is_ingress else None
 
@@ -314,56 +344,25 @@ class Node:
     def _speak(self) -> None:
         """Say hello or send a heartbeat: regularly, and at once when something has changed."""
         now = time.monotonic()
-        running = self._board.running_before(self._machine.active_epoch)
-        standing = self._machine.standing(self._machine.active_epoch - 1 if running else None)
+        standing = self._machine.standing(self._board.oldest_running())
         if not self._generation:
-            if now - self._said_hello_at > 1.0:
+            if now - self._said_hello_at >= HELLO_S:
                 self._said_hello_at = now
-                self._line.send(self._hello(standing))
+                self._line.send(self._reporter.hello(self._machine.state.cluster, standing))
             return
-        if standing != self._last_standing or now - self._beat_at >= HEARTBEAT_S:
-            self._last_standing, self._beat_at = standing, now
-            self._line.send(self._heartbeat(standing, now))
-
-    def _hello(self, standing: msg.Standing) -> msg.Hello:
-        return msg.Hello(
-            node=self._settings.node,
-            incarnation=self._incarnation,
-            cluster=self._machine.state.cluster,
-            model=self._spec,
-            dtype=self._settings.dtype,
-            endpoints=self._endpoints,
-            memory=self._memory,
-            has_store=self._has_store,
-            standing=standing,
-        )
-
-    def _heartbeat(self, standing: msg.Standing, now: float) -> msg.Heartbeat:
-        counts = self._counters.snapshot()
-        held = {tier: len(keys) for tier, keys in self._residency.held().items()}
-        begun, ended = self._work.begun, self._work.ended
-        preparation = self._preparation
-        return msg.Heartbeat(
-            node=self._settings.node,
-            incarnation=self._incarnation,
-            progress=counts.steps + ended,
-            in_flight=max(0, begun - ended) + self._board.running_before(sys.maxsize),
-            standing=standing,
-            held=msg.TierCounts(**held),
-            used=self._used(),
-            served=msg.Served(
-                tokens=counts.tokens,
-                device_rows=counts.tier_rows.get("device", 0),
-                host_rows=counts.tier_rows.get("host", 0),
-                disk_rows=counts.tier_rows.get("disk", 0),
-                remote_rows=counts.remote_rows,
-                calls=counts.remote_calls,
-                call_wait_s=counts.wait_s,
-                calls_served=ended,
-                tokens_per_s=self._rate.update(now, counts.tokens),
-            ),
-            moved=preparation.moved if preparation else 0,
-            to_move=preparation.to_move if preparation else 0,
+        if standing == self._last_standing and now - self._beat_at < HEARTBEAT_S:
+            return
+        self._last_standing, self._beat_at = standing, now
+        pending, preparation = self._machine.state.pending, self._preparation
+        is_pending = pending is not None and preparation is not None and preparation.order.epoch == pending.epoch
+        self._line.send(
+            self._reporter.heartbeat(
+                standing,
+                now,
+                used=self._used(),
+                preparation=preparation if is_pending else None,
+                peers=self._peers_revision,
+            )
         )
 
     def _used(self) -> msg.TierBytes:
@@ -373,38 +372,6 @@ class Node:
         if self._ingress is not None:
             used[self._machine.budget.trunk_tier] += self._machine.budget.trunk_bytes
         return msg.TierBytes(**used)
-
-    def _send_catalogue(self) -> None:
-        store = self._holdings.store
-        if store is None:
-            return
-        records = tuple(
-            msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in store.manifest.records
-        )
-        manifest = store.manifest
-        self._line.send(
-            msg.Catalogue(node=self._settings.node, model=manifest.model, layout=manifest.layout, records=records)
-        )
-
-    def _send_counts(self) -> None:
-        counts = self._counters.snapshot()
-        routed = tuple(tuple(int(count) for count in layer) for layer in counts.routed)
-        self._line.send(msg.Counts(counts=NodeCounts(node=self._settings.node, tokens=counts.tokens, counts=routed)))
-
-
-class _Rate:
-    """Tokens per second over the last seconds."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
-
-    def update(self, now: float, tokens: int) -> float:
-        """Take the count in and return the rate."""
-        self._seen.append((now, tokens))
-        while now - self._seen[0][0] > _RATE_S:
-            self._seen.pop(0)
-        (since, before), elapsed = self._seen[0], now - self._seen[0][0]
-        return (tokens - before) / elapsed if elapsed > 0 and since else 0.0
 
 
 def _open_store(settings: Settings, spec: ModelSpec) -> Store | None:

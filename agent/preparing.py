@@ -5,7 +5,6 @@ meanwhile; tells how it ended as an event of the machine. Must not know what com
 """
 
 import logging
-import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +34,8 @@ class Preparation(threading.Thread):
     ----------
     moved, to_move
         Bytes obtained and verified, and all that were missing at the start.
+    is_loading
+        The trunk is being loaded.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class Preparation(threading.Thread):
         *,
         endpoints: Callable[[str], Endpoints | None],
         load_trunk: Callable[[], None],
-        report: Callable[[Obtained | NotObtained], None],
+        report: Callable[[tuple["Preparation", Obtained | NotObtained]], None],
         after: "Preparation | None",
     ) -> None:
         super().__init__(name=f"prepare-{order.epoch}", daemon=True)
         self.order = order
         self.moved = 0
         self.to_move = 0
+        self.is_loading = False
         self._holdings = holdings
         self._context = context
         self._endpoints = endpoints
@@ -66,20 +68,31 @@ class Preparation(threading.Thread):
         with self._holding:
             self._ended.set()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was given up: what it reports is of no interest any more."""
+        return self._ended.is_set()
+
     def run(self) -> None:
         """Obtain everything and report."""
         order = self.order
         if self._after is not None:
             self._after.join()  # one at a time; it was told to stop, but may be loading a trunk
             self._after = None
+        if self.is_stopped:
+            return
         try:
             self._obtain()
             outcome: Obtained | NotObtained = Obtained(order.epoch, order.plan)
-        except (AgentError, RuntimeFault, InvalidCheckpoint, OSError, sqlite3.Error) as error:
-            log.warning("epoch %d cannot be prepared: %s", order.epoch, error)
+        except (AgentError, RuntimeFault, InvalidCheckpoint, OSError) as error:
+            if not self.is_stopped:
+                log.warning("epoch %d cannot be prepared: %s", order.epoch, error)
             outcome = NotObtained(order.epoch, order.plan, _exit_code(error), str(error))
-        if not self._ended.is_set():
-            self._report(outcome)
+        except Exception as error:
+            log.exception("epoch %d cannot be prepared", order.epoch)
+            text = f"{type(error).__name__}: {error}; the agent's log has more"
+            outcome = NotObtained(order.epoch, order.plan, ExitCode.FAILED, text)
+        self._report((self, outcome))
 
     def _obtain(self) -> None:
         wanted = wanted_replicas(self.order.assignments)
@@ -87,8 +100,12 @@ class Preparation(threading.Thread):
         missing = self._holdings.missing(wanted)
         self.to_move = sum(replica.record.bytes for replica in missing)
         self._holdings.require_room(wanted, missing)
-        if self.order.ingress:
-            self._load_trunk()
+        if self.order.ingress and not self.is_stopped:
+            self.is_loading = True
+            try:
+                self._load_trunk()
+            finally:
+                self.is_loading = False
         for attempt in range(ATTEMPTS):
             try:
                 self._pull(self._find(self._holdings.missing(wanted)))

@@ -122,6 +122,11 @@ class EpochBoard:
                 del self._running[routing.epoch]
                 self._changed.notify_all()
 
+    def oldest_running(self) -> int | None:
+        """Return the oldest epoch that a running step uses, or None."""
+        with self._changed:
+            return min(self._running, default=None)
+
     def running_before(self, epoch: int) -> int:
         """Return how many steps of epochs before `epoch` are running."""
         with self._changed:

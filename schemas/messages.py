@@ -22,6 +22,7 @@ PROTOCOL: Final = 1
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
+NodeState = Literal["up", "stalled", "away", "stopped", "never seen"]
 Phase = Literal["idle", "proposed", "preparing", "prepared", "committed", "retiring", "done", "aborted"]
 
 
@@ -141,6 +142,10 @@ class Heartbeat(FrozenModel):
         Steps and calls finished since the start, and those under way: a stalled node has some and finishes none.
     moved, to_move
         Bytes obtained and verified for the epoch under preparation, and all it needs.
+    is_loading
+        The trunk is being loaded for that epoch: bytes stand still meanwhile.
+    peers
+        The revision of `Peers` that the agent has.
     """
 
     type: Literal["heartbeat"] = "heartbeat"
@@ -154,6 +159,16 @@ class Heartbeat(FrozenModel):
     served: Served
     moved: Count = 0
     to_move: Count = 0
+    is_loading: bool = False
+    peers: Count = 0
+
+
+class Goodbye(FrozenModel):
+    """An agent stops in good order: it is not missed, and its node may be started again at once."""
+
+    type: Literal["goodbye"] = "goodbye"
+    node: NodeId
+    incarnation: str
 
 
 class Record(FrozenModel):
@@ -197,17 +212,19 @@ class Unknown(FrozenModel):
 
 
 class Refusal(FrozenModel):
-    """A request or a hello is refused, or failed."""
+    """A request or a hello is refused, or failed; an agent whose place is `taken` by another one ends."""
 
     type: Literal["refusal"] = "refusal"
     code: ExitCode
     message: str
+    taken: bool = False
 
 
 class Peers(FrozenModel):
-    """Where every node listens now."""
+    """Where every node listens now; `revision` grows with every change while a coordinator runs."""
 
     type: Literal["peers"] = "peers"
+    revision: Annotated[int, Field(ge=1)]
     peers: tuple[Peer, ...]
 
 
@@ -220,7 +237,7 @@ class AssignedReplica(FrozenModel):
 
 
 class Hop(FrozenModel):
-    """The holders that a node calls for an expert, best first; `shares` of the calls where they are split."""
+    """Who computes an expert for a node, best first, itself included; `shares` of the rows where they are split."""
 
     layer: Count
     expert: Count
@@ -238,7 +255,7 @@ class Assignment(FrozenModel):
     replicas
         Everything the node holds in this epoch, sorted.
     routing
-        Whom to call for what is not here; for an ingress.
+        Who computes what is not simply computed here; for an ingress.
     """
 
     cluster: str
@@ -322,10 +339,17 @@ class StatusRequest(FrozenModel):
 
 
 class NodeStatus(FrozenModel):
-    """One node, as `planner status` shows it. Shares are None where nothing was counted yet."""
+    """One node, as `planner status` shows it. Shares are None where nothing was counted yet.
+
+    Attributes
+    ----------
+    state
+        ``stalled``: heartbeats come, but nothing that is under way makes progress. ``away``: heartbeats stopped.
+        ``stopped``: its agent said goodbye.
+    """
 
     id: NodeId
-    state: Literal["up", "stalled", "away", "never seen"]
+    state: NodeState
     epoch: Count
     experts: TierCounts
     memory_used: TierBytes
@@ -452,9 +476,10 @@ class Failed(FrozenModel):
 
 
 Message = (
-    Hello | Heartbeat | Catalogue | Counts | Welcome | Unknown | Refusal | Peers | Prepare | Commit | Retire | Abort
-    | CatalogueRequest | CountsRequest | ApplyRequest | ApplyProgress | StatusRequest | StatusReport | CountersRequest
-    | CountersReport | LocateRequest | Located | GenerateRequest | Cancel | Alive | Generated | Finished | Failed
+    Hello | Heartbeat | Goodbye | Catalogue | Counts | Welcome | Unknown | Refusal | Peers
+    | Prepare | Commit | Retire | Abort | CatalogueRequest | CountsRequest
+    | ApplyRequest | ApplyProgress | StatusRequest | StatusReport | CountersRequest | CountersReport
+    | LocateRequest | Located | GenerateRequest | Cancel | Alive | Generated | Finished | Failed
 )  # fmt: skip
 
 _ADAPTER: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])

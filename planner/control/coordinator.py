@@ -4,6 +4,7 @@ Flow: frame ──► message ──► event ──► `ClusterMachine.handle` 
 Must not know solvers or weights.
 """
 
+import itertools
 import logging
 import time
 import uuid
@@ -13,21 +14,25 @@ from typing import Final
 
 from planner.control import machine as m
 from planner.control.journal import Journal
+from planner.control.rivals import Rivals
 from planner.control.stages import plan_nodes
 from planner.control.state import Accept, Refuse, judge
 from planner.control.status import AWAY_S, AgentView, node_status, plan_status
 from planner.control.transport import CoordinatorSocket
 from schemas import messages as msg
 from schemas.activation import NodeCounts
+from schemas.address import InvalidAddress, require_loopback
 from schemas.messages import Message
 from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
+from schemas.plan import Plan
 from schemas.topology import Topology
 
 log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25
 COUNTS_S: Final = 2.0
+CATALOGUE_S: Final = 2.0  # before a catalogue is asked for again
 
 
 @dataclass
@@ -63,6 +68,9 @@ class Coordinator:
         self._appliers: dict[bytes, msg.ApplyProgress | None] = {}
         self._collections: list[_Collection] = []
         self._preparing_since: float | None = None
+        self._rivals = Rivals()
+        self._peers_revision = 0
+        self._asked_at = -CATALOGUE_S
         self._ticked_at = clock()
 
     def run(self, stopped: Callable[[], bool]) -> None:
@@ -85,11 +93,13 @@ class Coordinator:
                 self._hello(identity, message)
             case msg.Heartbeat():
                 self._heartbeat(identity, message)
+            case msg.Goodbye():
+                self._goodbye(identity, message)
             case msg.Catalogue():
-                if message.node.encode() == identity and _is_same_model(message.model, self._model):
-                    self._perform(m.CatalogueReceived(message))
+                self._take_catalogue(identity, message)
             case msg.Counts():
-                self._collect(message.counts)
+                if message.counts.node.encode() == identity:
+                    self._collect(message.counts)
             case msg.ApplyRequest():
                 self._apply(identity, message)
             case msg.StatusRequest():
@@ -103,18 +113,53 @@ class Coordinator:
                 self._socket.send(identity, refusal)
 
     def _hello(self, identity: bytes, hello: msg.Hello) -> None:
+        now = self._clock()
         if refusal := next(self._objections(identity, hello), None):
             log.warning("hello of %s refused: %s", hello.node, refusal)
             self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=refusal))
             return
-        now = self._clock()
+        match self._rivals.judge(hello, self._views.get(hello.node), now):
+            case "wait":
+                return  # it says hello again
+            case "taken":
+                text = (
+                    f"another agent runs as node {hello.node!r} already; stop it first, or correct node in the config"
+                )
+                log.warning("a second agent for %s is refused", hello.node)
+                self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=text, taken=True))
+                return
         self._views[hello.node] = AgentView(hello, None, now, now)
         self._socket.send(identity, msg.Welcome(cluster=self._topology.cluster, generation=self._generation))
+        self._peers_revision += 1
         self._broadcast_peers()
-        if hello.has_store and self._machine.catalogue is None:
-            self._socket.send(identity, msg.CatalogueRequest())
         log.info("%s says hello (epoch %d)", hello.node, hello.standing.active)
         self._perform(m.NodeReported(hello.node, hello.standing, has_store=hello.has_store, fresh=True))
+        self._ask_for_catalogue(hello)
+
+    def _ask_for_catalogue(self, hello: msg.Hello) -> None:
+        """Ask a node with a store what is in it, until one has told."""
+        now = self._clock()
+        if hello.has_store and self._machine.catalogue is None and now - self._asked_at >= CATALOGUE_S:
+            self._asked_at = now
+            self._socket.send(hello.node.encode(), msg.CatalogueRequest())
+
+    def _take_catalogue(self, identity: bytes, catalogue: msg.Catalogue) -> None:
+        shape = range(self._model.layers), range(self._model.experts)
+        listed = {(record.layer, record.expert) for record in catalogue.records}
+        if catalogue.node.encode() != identity or not _is_same_model(catalogue.model, self._model):
+            log.warning("the catalogue of %s is of another model or under another name; it is not used", catalogue.node)
+        elif listed != set(itertools.product(*shape)):
+            log.warning("the catalogue of %s does not list every expert; it is not used", catalogue.node)
+        elif self._machine.catalogue is None:
+            self._perform(m.CatalogueReceived(catalogue))
+
+    def _goodbye(self, identity: bytes, goodbye: msg.Goodbye) -> None:
+        view = self._views.get(goodbye.node)
+        if goodbye.node.encode() != identity or view is None or view.hello.incarnation != goodbye.incarnation:
+            return
+        log.info("%s stops", goodbye.node)
+        self._views[goodbye.node] = replace(view, heard_at=self._clock(), has_stopped=True)
+        self._perform(m.NodeLost(goodbye.node))
 
     def _objections(self, identity: bytes, hello: msg.Hello) -> Iterator[str]:
         """Yield why an agent may not join, the first thing first."""
@@ -133,6 +178,10 @@ class Coordinator:
                 f"its model {hello.model.id!r} (dtype {hello.dtype}) is another than the topology's "
                 f"{self._model.id!r} (dtype {ours.dtype}); use the same checkpoint and dtype everywhere"
             )
+        try:
+            require_loopback(hello.endpoints.address)
+        except InvalidAddress as error:
+            yield f"address: {error}"
         if hello.standing.active > epoch:
             yield (
                 f"it is at epoch {hello.standing.active}, the journal {self._journal.path} at {epoch}; start planner "
@@ -148,7 +197,10 @@ class Coordinator:
         moved_on = view.heartbeat is None or view.heartbeat.progress != beat.progress or not beat.in_flight
         progressed_at = now if moved_on else view.progressed_at
         self._views[beat.node] = replace(view, heartbeat=beat, heard_at=now, progressed_at=progressed_at)
-        self._perform(m.NodeReported(beat.node, beat.standing, beat.moved, view.hello.has_store))
+        self._perform(m.NodeReported(beat.node, beat.standing, beat.moved, view.hello.has_store, beat.is_loading))
+        self._ask_for_catalogue(view.hello)
+        if beat.peers != self._peers_revision:
+            self._socket.send(identity, self._peers())  # the last one was lost on the way
 
     def _perform(self, event: m.Event, client: bytes = b"") -> None:
         """Let the machine decide and do what it says, in its order."""
@@ -175,6 +227,9 @@ class Coordinator:
             self._socket.send(client, progress)
 
     def _apply(self, client: bytes, request: msg.ApplyRequest) -> None:
+        if foreign := self._foreign(request.plan):
+            self._socket.send(client, msg.Refusal(code=ExitCode.INVALID, message=foreign))
+            return
         if not request.dry_run:
             self._perform(m.PlanProposed(request.plan), client)
             return
@@ -197,6 +252,17 @@ class Coordinator:
                 final=True,
             ),
         )
+
+    def _foreign(self, plan: Plan) -> str:
+        """Say what in a plan is not of this cluster's topology; empty if nothing is."""
+        if plan.cluster == self._topology.cluster and not _is_same_model(plan.model, self._model):
+            return (
+                f"the plan is for model {plan.model.id!r} (dtype {plan.dtype}), the cluster runs {self._model.id!r} "
+                f"(dtype {self._topology.dtype}); solve its topology again"
+            )
+        if unknown := sorted(plan_nodes(plan) - {node.id for node in self._topology.nodes}):
+            return f"the plan uses {', '.join(unknown)}, which the coordinator's topology does not have; solve it again"
+        return ""
 
     def _progress(self) -> msg.ApplyProgress:
         status = self._plan_status()
@@ -229,7 +295,7 @@ class Coordinator:
         self._ticked_at = now
         for node in self._machine.present:
             if now - self._views[node].heard_at > AWAY_S:
-                log.warning("%s is not heard any more", node)
+                log.warning("%s is not heard any more", node)  # one that stops in good order says goodbye
                 self._perform(m.NodeLost(node))
         self._perform(m.Ticked())
         for collection in list(self._collections):
@@ -237,9 +303,13 @@ class Coordinator:
                 self._finish(collection)
 
     def _broadcast_peers(self) -> None:
-        peers = tuple(msg.Peer(node=n, endpoints=v.hello.endpoints) for n, v in sorted(self._views.items()))
+        peers = self._peers()
         for node in self._views:
-            self._socket.send(node.encode(), msg.Peers(peers=peers))
+            self._socket.send(node.encode(), peers)
+
+    def _peers(self) -> msg.Peers:
+        peers = tuple(msg.Peer(node=n, endpoints=v.hello.endpoints) for n, v in sorted(self._views.items()))
+        return msg.Peers(peers=peers, revision=self._peers_revision)
 
     def _plan_status(self) -> msg.PlanStatus:
         since = self._preparing_since

@@ -35,18 +35,22 @@ class PlanProposed:
 
 @dataclass(frozen=True)
 class NodeReported:
-    """An agent said how far it is; `fresh` with the first report of a connection. `moved` counts pulled bytes."""
+    """An agent said how far it is; `fresh` with the first report of a connection.
+
+    `moved` counts pulled bytes; while `is_loading` a trunk they stand still, and that is no lack of progress.
+    """
 
     node: str
     standing: Standing
     moved: int = 0
     has_store: bool = False
+    is_loading: bool = False
     fresh: bool = False
 
 
 @dataclass(frozen=True)
 class NodeLost:
-    """An agent's heartbeats stopped."""
+    """An agent's heartbeats stopped, or it said goodbye."""
 
     node: str
 
@@ -162,7 +166,7 @@ class ClusterMachine:
             self._nodes[event.node] = _Node(event.standing, event.has_store, event.moved)
             self._progress_at = self.tick
             return
-        if (known.standing, known.moved) != (event.standing, event.moved):
+        if event.is_loading or (known.standing, known.moved) != (event.standing, event.moved):
             self._progress_at = self.tick
         known.standing, known.moved = event.standing, event.moved
 

@@ -8,7 +8,7 @@ from schemas.messages import NodeStatus, PlanStatus, StatusReport
 from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes, format_seconds, format_share
 
-_STYLES = {"up": "green", "stalled": "yellow", "away": "red", "never seen": "dim"}
+_STYLES = {"up": "green", "stalled": "yellow", "away": "red", "stopped": "dim", "never seen": "dim"}
 
 
 def status_view(report: StatusReport) -> RenderableType:

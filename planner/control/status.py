@@ -5,10 +5,10 @@ Decides when a node counts as away or stalled, and what the shares are shares of
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from planner.control.state import ClusterState
-from schemas.messages import Heartbeat, Hello, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
+from schemas.messages import Heartbeat, Hello, NodeState, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
 from schemas.topology import Memory
 
 AWAY_S: Final = 3.0
@@ -17,12 +17,16 @@ STALLED_S: Final = 5.0
 
 @dataclass(frozen=True)
 class AgentView:
-    """What is known of one agent: its hello, its last heartbeat, when it came and when its progress last changed."""
+    """What is known of one agent: its hello, its last heartbeat, when it came and when its progress last changed.
+
+    `has_stopped` after its goodbye.
+    """
 
     hello: Hello
     heartbeat: Heartbeat | None
     heard_at: float
     progressed_at: float
+    has_stopped: bool = False
 
 
 def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: float) -> NodeStatus:
@@ -48,14 +52,16 @@ def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: floa
         hit_rate=served.device_rows / rows if rows else None,
         substitution_share=served.substituted_rows / rows if rows else None,
         remote_share=served.remote_rows / rows if rows else None,
-        tokens_per_s=served.tokens_per_s if state != "away" else 0.0,
+        tokens_per_s=served.tokens_per_s if state in {"up", "stalled"} else 0.0,
         tokens=served.tokens,
         last_heartbeat_s=now - view.heard_at,
         progress=beat.progress if beat else 0,
     )
 
 
-def _state(view: AgentView, now: float) -> Literal["up", "stalled", "away"]:
+def _state(view: AgentView, now: float) -> NodeState:
+    if view.has_stopped:
+        return "stopped"
     if now - view.heard_at > AWAY_S:
         return "away"
     if view.heartbeat and view.heartbeat.in_flight and now - view.progressed_at > STALLED_S:

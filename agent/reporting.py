@@ -1,0 +1,129 @@
+"""What an agent tells the coordinator about itself: who it is, how far it is, what it served and what its store has.
+
+Decides how counters and holdings become messages. Changes nothing; must not know when a message is sent.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+from agent.holdings import Holdings
+from agent.preparing import Preparation
+from agent.serving import Work
+from agent.settings import Settings
+from runtime.counters import Counters
+from runtime.routing import EpochBoard
+from schemas import messages as msg
+from schemas.activation import NodeCounts
+from schemas.model import ModelSpec
+
+_RATE_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a hello says and what does not change while the process runs."""
+
+    settings: Settings
+    incarnation: str
+    model: ModelSpec
+    endpoints: msg.Endpoints
+    memory: msg.TierBytes
+
+
+class Reporter:
+    """Makes the agent's messages to the coordinator. Belongs to the thread that sends them."""
+
+    def __init__(
+        self, identity: Identity, *, holdings: Holdings, counters: Counters, work: Work, board: EpochBoard
+    ) -> None:
+        self._identity = identity
+        self._node = identity.settings.node
+        self._holdings = holdings
+        self._counters = counters
+        self._work = work
+        self._board = board
+        self._rate = _Rate()
+
+    def hello(self, cluster: str, standing: msg.Standing) -> msg.Hello:
+        """Return the introduction; `cluster` is the one that the journal belongs to."""
+        identity = self._identity
+        return msg.Hello(
+            node=self._node,
+            incarnation=identity.incarnation,
+            cluster=cluster,
+            model=identity.model,
+            dtype=identity.settings.dtype,
+            endpoints=identity.endpoints,
+            memory=identity.memory,
+            has_store=self._holdings.store is not None,
+            standing=standing,
+        )
+
+    def goodbye(self) -> msg.Goodbye:
+        """Return the last message."""
+        return msg.Goodbye(node=self._node, incarnation=self._identity.incarnation)
+
+    def heartbeat(
+        self, standing: msg.Standing, now: float, *, used: msg.TierBytes, preparation: Preparation | None, peers: int
+    ) -> msg.Heartbeat:
+        """Return a heartbeat; `preparation` is that of the pending epoch, if there is one."""
+        counts = self._counters.snapshot()
+        held = {tier: len(keys) for tier, keys in self._holdings.residency.held().items()}
+        begun, ended = self._work.begun, self._work.ended
+        return msg.Heartbeat(
+            node=self._node,
+            incarnation=self._identity.incarnation,
+            progress=counts.steps + ended,
+            in_flight=max(0, begun - ended) + self._board.running_before(sys.maxsize),
+            standing=standing,
+            held=msg.TierCounts(**held),
+            used=used,
+            served=msg.Served(
+                tokens=counts.tokens,
+                device_rows=counts.tier_rows.get("device", 0),
+                host_rows=counts.tier_rows.get("host", 0),
+                disk_rows=counts.tier_rows.get("disk", 0),
+                remote_rows=counts.remote_rows,
+                calls=counts.remote_calls,
+                call_wait_s=counts.wait_s,
+                calls_served=ended,
+                tokens_per_s=self._rate.update(now, counts.tokens),
+            ),
+            moved=preparation.moved if preparation else 0,
+            to_move=preparation.to_move if preparation else 0,
+            is_loading=preparation.is_loading if preparation else False,
+            peers=peers,
+        )
+
+    def catalogue(self) -> msg.Catalogue | None:
+        """Return what the store has; None without a store."""
+        store = self._holdings.store
+        if store is None:
+            return None
+        manifest = store.manifest
+        records = tuple(
+            msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in manifest.records
+        )
+        return msg.Catalogue(node=self._node, model=manifest.model, layout=manifest.layout, records=records)
+
+    def counts(self) -> msg.Counts:
+        """Return the routing counted since the start."""
+        counts = self._counters.snapshot()
+        routed = tuple(tuple(int(count) for count in layer) for layer in counts.routed)
+        return msg.Counts(counts=NodeCounts(node=self._node, tokens=counts.tokens, counts=routed))
+
+
+class _Rate:
+    """Tokens per second over the last seconds."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def update(self, now: float, tokens: int) -> float:
+        """Take the count in and return the rate."""
+        self._seen.append((now, tokens))
+        while now - self._seen[0][0] > _RATE_S:
+            self._seen.pop(0)
+        (since, before) = self._seen[0]
+        return (tokens - before) / (now - since) if now > since else 0.0
