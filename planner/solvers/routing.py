@@ -23,9 +23,11 @@ def route(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routing 
     Where calls must be split, `latency` splits them by what is cheapest added up: a valid routing, maybe not the best.
     """
     simple = nearest(problem, placed, objective)
-    terms = exact_terms(problem, objective)
     balanced = objective == "additive-latency" and problem.balance > 0
-    if not balanced and (not terms.coupled or _fits(problem, simple)):
+    if not balanced and _fits(problem, simple):
+        return simple
+    terms = exact_terms(problem, objective)
+    if not balanced and not terms.coupled:
         return simple
     return _split(problem, terms, placed, simple, balanced=balanced)
 

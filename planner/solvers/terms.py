@@ -78,8 +78,8 @@ def exact_terms(problem: Problem, objective: ObjectiveName) -> Terms:
     """Cut a problem to the terms of its exact model."""
     demand = problem.caller_demand.reshape(problem.num_nodes, -1)
     nodes, count = np.arange(problem.num_nodes), problem.layers * problem.experts
-    load_nodes = _nodes_that_may_bind(problem)
-    links, crossing = _links_that_may_bind(problem)
+    load_nodes = nodes_that_may_bind(problem)
+    links, crossing = _crossing(problem)
     pins = np.argwhere(problem.pinned.reshape(problem.num_nodes, count))
     return Terms(
         demand=demand,
@@ -106,16 +106,26 @@ def _domain_places(problem: Problem) -> tuple[Ints, ...]:
     return tuple(np.flatnonzero(domain == one) for one in np.unique(domain))
 
 
-def _nodes_that_may_bind(problem: Problem) -> Ints:
+def nodes_that_may_bind(problem: Problem) -> Ints:
+    """Return the nodes whose compute would exceed its limit if they served every call."""
     slowest = np.zeros(problem.num_nodes)
     np.maximum.at(slowest, problem.place_node, problem.service_s)
     return np.flatnonzero(problem.caller_demand.sum() * slowest > problem.compute_limit)
 
 
-def _links_that_may_bind(problem: Problem) -> tuple[Ints, Bools]:
-    crossing = np.zeros((len(problem.link_limit), problem.num_nodes, problem.num_nodes), dtype=bool)
-    crossing[problem.hop_link, problem.hop_caller, problem.hop_holder] = True
+def links_that_may_bind(problem: Problem) -> Ints:
+    """Return the links that would exceed their limit if every caller that can cross them always did."""
+    link, caller = np.unique(np.stack([problem.hop_link, problem.hop_caller]), axis=1)
     asked = problem.caller_demand.sum(axis=(1, 2))
-    most = (crossing.any(axis=2) * asked).sum(axis=1) * problem.call_bytes
-    links = np.flatnonzero(most > problem.link_limit)
-    return links, crossing[links][:, :, problem.place_node]
+    most = np.bincount(link, weights=asked[caller], minlength=len(problem.link_limit)) * problem.call_bytes
+    return np.flatnonzero(most > problem.link_limit)
+
+
+def _crossing(problem: Problem) -> tuple[Ints, Bools]:
+    links = links_that_may_bind(problem)
+    row_of_link = np.full(len(problem.link_limit), -1)
+    row_of_link[links] = np.arange(len(links))
+    row = row_of_link[problem.hop_link]
+    crossing = np.zeros((len(links), problem.num_nodes, problem.num_nodes), dtype=bool)
+    crossing[row[row >= 0], problem.hop_caller[row >= 0], problem.hop_holder[row >= 0]] = True
+    return links, crossing[:, :, problem.place_node]

@@ -5,26 +5,17 @@ Flow: current placement → prices and bound (`dual`) → repair, fill, swap (`s
 (`columns`, `core`) → where the gap is small enough, a model of every column that could still matter, which proves it.
 """
 
-import os
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from planner.solvers.decomposition.answers import NearTies, Oracle
 from planner.solvers.decomposition.arrays import (
     Bools,
-    Floats,
-    Incumbent,
     Outcome,
     PlacementArrays,
-    Progress,
     Settings,
     Stop,
-    gap_of,
 )
 from planner.solvers.decomposition.ascent import AscentOracle
 from planner.solvers.decomposition.columns import Columns, collect, most_undecided
@@ -40,6 +31,7 @@ from planner.solvers.decomposition.evaluate import (
 from planner.solvers.decomposition.holder_sets import ENUMERABLE_SETS, count_sets, enumerate_sets, num_domains
 from planner.solvers.decomposition.oracle import EnumeratingOracle
 from planner.solvers.decomposition.prices import Coupling
+from planner.solvers.decomposition.run import Run, workers
 from planner.solvers.decomposition.search import Scorer, fill, repair, swap
 from planner.solvers.decomposition.shares import SetOptions, choose_sets_and_shares, count_shares
 
@@ -54,63 +46,6 @@ DUAL_SHARE = 0.6  # of the time limit
 SWAP_ROUNDS = 40
 
 
-class Run:
-    """Best placement and bound so far, and the clock. `offer` and `prove` modify it."""
-
-    def __init__(self, arrays: PlacementArrays, settings: Settings) -> None:
-        self.arrays, self.settings = arrays, settings
-        self.incumbent: Incumbent | None = None
-        self.bound = 0.0  # every cost is non-negative
-        self.history: list[Progress] = []
-        self.is_interrupted = False
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._started
-
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the time limit; 0 once interrupted."""
-        return 0.0 if self.is_interrupted else max(0.0, self.settings.time_limit_s - self.seconds)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether there is nothing left to do or no time to do it."""
-        return self.is_closed or self.seconds_left == 0 or self.bound == np.inf
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the gap that was asked for is reached."""
-        return self.incumbent is not None and gap_of(self.incumbent.objective, self.bound) <= self.settings.gap
-
-    def offer(self, incumbent: Incumbent | None, phase: str) -> None:
-        """Take a placement where it is the best so far."""
-        if incumbent is not None and (self.incumbent is None or incumbent.objective < self.incumbent.objective):
-            self.incumbent = incumbent
-        self.note(phase)
-
-    def prove(self, bound: float, phase: str) -> None:
-        """Take a bound where it is the best so far; a bound cannot pass the best placement but by rounding."""
-        if self.incumbent is not None:
-            bound = min(bound, self.incumbent.objective)
-        self.bound = max(self.bound, bound)
-        self.note(phase)
-
-    def note(self, phase: str) -> None:
-        """Record and report the state."""
-        objective = None if self.incumbent is None else self.incumbent.objective
-        self.history.append(Progress(self.seconds, phase, objective, self.bound))
-        report = self.settings.on_progress
-        if report is not None and not report(self.history[-1], self.incumbent):
-            self.is_interrupted = True
-
-    def outcome(self, stop: Stop, memory_price: Floats) -> Outcome:
-        """Freeze the state."""
-        return Outcome(self.incumbent, self.bound, stop, tuple(self.history), memory_price)
-
-
 def solve_arrays(arrays: PlacementArrays, settings: Settings | None = None, start: Bools | None = None) -> Outcome:
     """Place experts; `start` `[K, P]` is a placement to begin from, ignored where it keeps not every constraint.
 
@@ -120,7 +55,7 @@ def solve_arrays(arrays: PlacementArrays, settings: Settings | None = None, star
     run = Run(arrays, settings)
     if start is not None:
         run.offer(served_by_nearest(arrays, start, arrays.cost[None]), "current placement")
-    with _workers(settings.threads) as pool:
+    with workers(settings.threads) as pool:
         return _solve(arrays, run, pool)
 
 
@@ -136,7 +71,7 @@ def _solve(arrays: PlacementArrays, run: Run, pool: ThreadPoolExecutor | None) -
     else:
         _find_placement(run, dual)
     price = dual.best_theta[coupling.memory] / arrays.expert_bytes
-    return run.outcome(_stop_reason(run), price)
+    return run.outcome(run.stop, price)
 
 
 def _oracle(arrays: PlacementArrays, pool: ThreadPoolExecutor | None) -> Oracle:
@@ -154,16 +89,6 @@ def _find_placement(run: Run, dual: Dual) -> None:
         _restricted(run, dual, holders if run.incumbent is None else run.incumbent.holders, size)
         _prove(run, dual)
     _prove(run, dual, most_shares=PROOF_SHARES)
-
-
-def _stop_reason(run: Run) -> Stop:
-    if np.isinf(run.bound):
-        return Stop.INFEASIBLE
-    if run.is_closed:
-        return Stop.GAP
-    if run.is_interrupted:
-        return Stop.INTERRUPTED
-    return Stop.TIME if run.seconds_left == 0 else Stop.EXHAUSTED
 
 
 def _find_prices(run: Run, dual: Dual) -> None:
@@ -279,15 +204,3 @@ def _prove(run: Run, dual: Dual, most_shares: int = QUICK_SHARES) -> None:
             return
         result = _offer_shares(run, dual, options, phase)
     run.prove(result.bound, "proof")
-
-
-@contextmanager
-def _workers(threads: int) -> Iterator[ThreadPoolExecutor | None]:
-    """Yield a pool of `threads` (0: one per processor); BLAS keeps to one thread, as tiles are shared out already."""
-    count = threads or os.cpu_count() or 1
-    with threadpool_limits(limits=1, user_api="blas"):
-        if count == 1:
-            yield None
-            return
-        with ThreadPoolExecutor(count) as pool:
-            yield pool

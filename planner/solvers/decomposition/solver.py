@@ -4,31 +4,37 @@ Decides how a `Problem` becomes arrays and an outcome a `Result`. Must not know 
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from planner.objective import ObjectiveName
-from planner.problem import Bools, Problem
+from planner.objective import ObjectiveName, unit_cost
+from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import Bound, Report, Result, SolveLimits, SolveStatus, StopReason, with_status
 from planner.solvers.base import Incumbent as Placed
 from planner.solvers.decomposition.arrays import (
     EvaluationRows,
     Incumbent,
     Makespan,
+    Outcome,
     PlacementArrays,
     Progress,
     Settings,
     Stop,
 )
+from planner.solvers.decomposition.holder_sets import ENUMERABLE_SETS, count_sets
 from planner.solvers.decomposition.solve import solve_arrays
+from planner.solvers.regions.problem_rows import callers_of, problem_rows
+from planner.solvers.regions.solve import solve_regions
 from planner.solvers.terms import Terms, exact_terms
+
+MOST_NODES = 24  # beyond, always by regions
 
 
 def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
     """Solve with prices on memory, load and links; the bound holds for every placement."""
     begun = time.monotonic()
-    arrays = placement_arrays(problem, objective)
     settings = Settings(
         gap=limits.gap,
         time_limit_s=limits.time_s,
@@ -37,7 +43,7 @@ def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: S
         on_progress=partial(_pass_on, _Told(), problem, report),
     )
     start = None if limits.start is None else limits.start.reshape(problem.num_places, -1).T
-    outcome = solve_arrays(arrays, settings, start)
+    outcome = _outcome(problem, objective, settings, start)
     incumbent = outcome.incumbent
     result = Result(
         solver="decomposition",
@@ -52,17 +58,39 @@ def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: S
     return with_status(result, limits.gap)
 
 
+def _outcome(problem: Problem, objective: ObjectiveName, settings: Settings, start: Bools | None) -> Outcome:
+    """Solve exactly where every expert's holder sets can be listed, by regions where they are too many."""
+    if problem.num_nodes > MOST_NODES and not _is_balanced(problem, objective):
+        arrays = _without_rows(problem, objective)
+        return solve_regions(arrays, settings, rows=problem_rows(problem), start=start)
+    arrays = placement_arrays(problem, objective)
+    if arrays.is_separable and count_sets(arrays) > ENUMERABLE_SETS:
+        return solve_regions(arrays, settings, start=start)
+    return solve_arrays(arrays, settings, start)
+
+
 def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArrays:
-    """Flatten a problem: callers with demand, places, experts in order of layer."""
-    terms = exact_terms(problem, objective)
-    callers = np.flatnonzero(terms.demand.any(axis=1))
-    callers = callers if len(callers) else np.arange(1)
+    """Flatten a problem: callers with demand, places, experts in order of layer, rows that may bind."""
+    arrays, terms = _without_rows(problem, objective), exact_terms(problem, objective)
+    return replace(
+        arrays,
+        makespan=_makespan(problem) if _is_balanced(problem, objective) else None,
+        rows=_rows(problem, terms, callers_of(problem)) if terms.coupled else None,
+    )
+
+
+def _is_balanced(problem: Problem, objective: ObjectiveName) -> bool:
+    return objective == "additive-latency" and problem.balance > 0
+
+
+def _without_rows(problem: Problem, objective: ObjectiveName) -> PlacementArrays:
+    callers = callers_of(problem)
     nodes, node_of_place = np.unique(problem.place_node, return_inverse=True)
     banned = problem.banned.reshape(problem.num_nodes, -1)[problem.place_node].T
     pinned = problem.pinned.reshape(problem.num_nodes, -1)[nodes].T
     return PlacementArrays(
-        demand=terms.demand[callers],
-        cost=terms.unit[callers],
+        demand=problem.caller_demand.reshape(problem.num_nodes, -1)[callers],
+        cost=unit_cost(problem, objective)[callers],
         capacity=problem.capacity_bytes.astype(np.float64),
         expert_bytes=float(problem.expert_bytes),
         node_of_place=node_of_place,
@@ -71,8 +99,6 @@ def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArr
         domain_of_node=problem.domain[nodes] if problem.has_shared_domains else None,
         allowed=~banned if banned.any() else None,
         pinned=pinned if pinned.any() else None,
-        makespan=_makespan(problem) if objective == "additive-latency" and problem.balance else None,
-        rows=_rows(problem, terms, callers) if terms.coupled else None,
     )
 
 
@@ -80,7 +106,7 @@ def _makespan(problem: Problem) -> Makespan:
     return Makespan(np.full(problem.layers, problem.balance), problem.service_s)
 
 
-def _rows(problem: Problem, terms: Terms, callers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> EvaluationRows:
+def _rows(problem: Problem, terms: Terms, callers: Ints) -> EvaluationRows:
     """Rows that may bind: compute of nodes, then calls over links."""
     on_node = problem.place_node[None, :] == terms.load_nodes[:, None]
     load = np.repeat((on_node * terms.service_s)[:, None, :], len(callers), axis=1)
