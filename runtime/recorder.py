@@ -150,7 +150,7 @@ def record_trace(
     pieces = _pieces(tokenizer, texts, window=window, max_tokens=max_tokens)
     if not pieces:
         raise InvalidInput("the texts hold no token to record; give at least one text that is not empty")
-    recorded = _run(model, pieces, width=width, progress=progress)
+    recorded = record_pieces(model, pieces, width=width, progress=progress)
     sequence = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
     return Trace(
         model=spec.id,
@@ -181,12 +181,14 @@ def _pieces(tokenizer: Any, texts: Iterable[str], *, window: int, max_tokens: in
     return pieces
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
+    """What the routers chose for T tokens: ids and scores as in `Trace`."""
+
     expert_ids: NDArray[np.int16]  # [T, L, C]
     scores: NDArray[np.float16]  # [T, L, C]
 
 
-def _run(model: Any, pieces: list[list[int]], *, width: int, progress: Progress | None) -> list[_Choice]:
+def record_pieces(model: Any, pieces: list[list[int]], *, width: int, progress: Progress | None = None) -> list[Choice]:
     """Run every piece through the model and collect what its routers chose, layer by layer."""
     layers: list[tuple[NDArray[np.int16], NDArray[np.float16]]] = []
 
@@ -201,7 +203,7 @@ def _run(model: Any, pieces: list[list[int]], *, width: int, progress: Progress 
                 layers.clear()
                 model.model(input_ids=torch.tensor([piece]), use_cache=False)
                 ids, scores = zip(*layers, strict=True)
-                recorded.append(_Choice(np.stack(ids, axis=1), np.stack(scores, axis=1)))
+                recorded.append(Choice(np.stack(ids, axis=1), np.stack(scores, axis=1)))
                 done += len(piece)
                 if progress:
                     progress(done, total)
