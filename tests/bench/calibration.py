@@ -1,0 +1,123 @@
+"""What this machine's compute block is: trunk, experts by tier and the software of a call, from runs on loopback.
+
+Decides how the simulator's node times follow from measurements: an agent that holds everything decodes a token in
+layers × (trunk + K experts); with all experts at another agent each layer takes one call more; one expert alone is
+timed in this process. Nothing here has seen an emulated link.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.experts import ExpertCall, execute_call
+from runtime.slots import Residency
+from runtime.store import Store
+from schemas.topology import TIERS, Tier
+from tests.cluster import Cluster, make_plan, running, save, spec, spread
+
+
+def decode_s(answer: dict[str, Any]) -> float:
+    """Seconds of an answer's tokens after the first."""
+    return float(answer["seconds"] - answer["prefill_s"])
+
+
+def steps(answer: dict[str, Any]) -> int:
+    """Forwards of one token that an answer took: its first token comes from the prompt."""
+    return len(answer["tokens"]) - 1
+
+
+@dataclass
+class Loopback:
+    """Agents on plain loopback: one that holds everything, and one that holds nothing but the trunk."""
+
+    whole: Cluster
+    calling: Cluster
+    whole_s: list[float] = field(default_factory=list)
+    calling_s: list[float] = field(default_factory=list)
+
+    def measure(self, prompt: str, tokens: int) -> None:
+        """Decode a prompt on both; modifies."""
+        for cluster, seen in ((self.whole, self.whole_s), (self.calling, self.calling_s)):
+            answer = cluster.generate("n0", prompt, "--max-tokens", str(tokens))
+            seen.append(decode_s(answer) / steps(answer))
+
+    def compute(self, tiers: dict[Tier, float]) -> dict[str, Any]:
+        """Return a topology's `compute` block, given seconds of one expert by tier."""
+        model = spec()
+        whole, calling = statistics.median(self.whole_s), statistics.median(self.calling_s)
+        return {
+            "expert_us": tiers["device"] * 1e6,
+            "host_expert_us": tiers["host"] * 1e6,
+            "disk_bandwidth": f"{model.expert_bytes / max(tiers['disk'] - tiers['host'], 1e-6) / 1e6:.3f} MB/s",
+            "trunk_layer_us": max(whole / model.layers - model.top_k * tiers["device"], 0.0) * 1e6,
+            "call_overhead_us": max(calling - whole, 0.0) / model.layers * 1e6,
+        }
+
+
+@contextmanager
+def loopback(path: Path, store: Path) -> Iterator[Loopback]:
+    """Run both clusters on loopback."""
+    with ExitStack() as stack:
+        whole = stack.enter_context(running(path / "whole", 1, store=store))
+        calling = stack.enter_context(running(path / "calling", 2, store=store))
+        for cluster in (whole, calling):
+            plan = make_plan(cluster, spread(cluster.nodes[-1:]))
+            done = cluster.apply(save(cluster, plan))
+            if done.returncode:
+                raise SystemExit(done.stderr)
+        yield Loopback(whole, calling)
+
+
+@dataclass
+class Experts:
+    """Every expert in every tier, in this process, to be timed one call at a time."""
+
+    store_dir: Path
+    seconds: dict[tuple[Tier, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        store = Store.open(self.store_dir)
+        self._held = {}
+        for tier in TIERS:
+            budget, records = {tier: 1 << 30}, self.store_dir.parent / "records"
+            self._held[tier] = Residency(store.manifest.layout, budget, records, max_slots=len(store.manifest.records))
+            for record in store.manifest.records:
+                self._held[tier].put(record.key, tier, store.read(record.sha256))
+
+    def measure(self) -> None:
+        """Time calls for one token at one and at two experts, tiers in turn; modifies."""
+        model = spec()
+        hidden = torch.randn(1, model.hidden_size)
+        for layer in range(model.layers):
+            for first in range(0, model.experts, 2):
+                for tier, residency in self._held.items():
+                    for count in (1, 2):
+                        call = _call(layer, range(first, first + count), hidden)
+                        began = time.perf_counter()
+                        execute_call(residency, call)
+                        self.seconds[tier, count].append(time.perf_counter() - began)
+
+    def by_tier(self) -> dict[Tier, float]:
+        """Seconds that one more expert of a tier adds to a call.
+
+        What a call costs whatever it holds is no expert's time: it is in the trunk, or in the software of a call.
+        """
+        took = {key: statistics.median(each) for key, each in self.seconds.items()}
+        device = max(took["device", 2] - took["device", 1], 1e-6)
+        return {tier: device + max(took[tier, 1] - took["device", 1], 0.0) for tier in TIERS}
+
+
+def _call(layer: int, experts: Sequence[int], hidden: torch.Tensor) -> ExpertCall:
+    count = len(experts)
+    return ExpertCall(
+        holder="", epoch=1, layer=layer, combine="partial", hidden=hidden, token=np.zeros(count, np.int32),
+        expert=np.array(experts, np.int32), weight=torch.full((count,), 1 / count),
+    )  # fmt: skip
