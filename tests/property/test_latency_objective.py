@@ -120,7 +120,7 @@ def test_the_decomposition_brackets_the_additive_optimum(objective, problem):
     solved = outcome(problem, "decomposition", objective)
     assert (solved is None) == (best is None)
     if solved is not None:
-        assert solved.result.bound <= best * (1 + 1e-9) + 1e-12
+        assert solved.result.bound <= best * (1 + 1e-7) + 1e-12  # tolerance of its linear programmes
         assert solved.result.objective >= best * (1 - 1e-9)
         assert violations(problem, solved.placed, solved.routing) == []
         assert placement_cost(problem, solved.routing, objective) == pytest.approx(solved.result.objective)
