@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,22 +38,28 @@ def run(config: Path, verbose: bool) -> None:
     from agent.settings import load_settings
 
     settings = load_settings(config)
+    stop = threading.Event()
+    _on_signal(lambda *_: sys.exit(ExitCode.DONE))  # nothing runs yet, and to import torch takes a while
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # read once, when torch is imported
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format=f"%(asctime)s {settings.node} %(message)s",
         stream=sys.stderr,
     )
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     from agent.node import Node
 
     node = Node(settings, stop.is_set)
+    _on_signal(lambda *_: stop.set())
     try:
         node.run()
     finally:
         node.close()
+    click.echo(f"agent of {settings.node} stopped", err=True)
+
+
+def _on_signal(handle: Callable[..., object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
 
 
 @cli.command()

@@ -12,7 +12,7 @@ from typing import Any, Final
 import zmq
 
 from agent.errors import AgentError, CoordinatorAbsent, Refused
-from agent.transport import Context, Socket, connect, is_connected, make_socket
+from agent.transport import Context, Socket, connect, make_socket
 from schemas.address import InvalidAddress, parse_address, require_loopback
 from schemas.messages import (
     Alive,
@@ -75,8 +75,7 @@ def stream(node: str, coordinator: str, answer: Answer, **wanted: Any) -> Iterat
         try:
             yield from _pieces(socket, node, request.request, answer)
         except BaseException:
-            if is_connected(socket):
-                socket.send(encode(Cancel(request=request.request)), zmq.NOBLOCK)
+            _send_if_there(socket, Cancel(request=request.request))
             raise
     finally:
         context.destroy(linger=SHUTDOWN_LINGER_MS)
@@ -112,12 +111,12 @@ def locate(context: Context, node: str, coordinator: str) -> Endpoints:
 
 def _pieces(socket: Socket, node: str, request: str, answer: Answer) -> Iterator[str]:
     heard = connected = time.monotonic()
+    said = 0.0
     while True:
         message = _receive(socket, _ALIVE_S)
         now = time.monotonic()
-        if is_connected(socket):
-            connected = now
-            socket.send(encode(Alive(request=request)), zmq.NOBLOCK)
+        if now - said >= _ALIVE_S and _send_if_there(socket, Alive(request=request)):
+            said = connected = now
         match message:
             case Generated(token=token, text=text):
                 heard = now
@@ -137,6 +136,15 @@ def _pieces(socket: Socket, node: str, request: str, answer: Answer) -> Iterator
             raise AgentError(f"the agent of {node} is gone; the answer is not complete, ask again")
         if now - heard > SILENCE_S:
             raise AgentError(f"the agent of {node} has sent nothing for {SILENCE_S:.0f} s; see planner status")
+
+
+def _send_if_there(socket: Socket, message: Message) -> bool:
+    """Send if the agent is connected; nothing waits for one that is away."""
+    try:
+        socket.send(encode(message), zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True
 
 
 def _receive(socket: Socket, timeout_s: float) -> Message | None:

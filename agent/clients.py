@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 LOST_CLIENT_S: Final = 5.0
 MAX_WAITING: Final = 64
+FAREWELL_MS: Final = 300
 _POLL_MS: Final = 100
 
 
@@ -108,8 +109,9 @@ class ClientServer(threading.Thread):
                 self._drop_lost()
         finally:
             self._stop_workers()
+            self._forward()  # clients are told why their answer ends
             self._inbox.close()
-            self._socket.close()
+            self._socket.close(linger=FAREWELL_MS)
 
     def _stop_workers(self) -> None:
         for request in self._requests.values():
@@ -161,9 +163,9 @@ class ClientServer(threading.Thread):
             try:
                 self._socket.send_multipart([client, frame], zmq.NOBLOCK)
             except zmq.ZMQError:
-                self._cancel_all(client)
+                self._cancel_all_of(client)
 
-    def _cancel_all(self, client: bytes) -> None:
+    def _cancel_all_of(self, client: bytes) -> None:
         for request in self._requests.values():
             if request.client == client and not request.cancelled.is_set():
                 log.info("request %s: its client is lost", request.wanted.request)
@@ -173,7 +175,7 @@ class ClientServer(threading.Thread):
         now = time.monotonic()
         for request in self._requests.values():
             if now - request.alive_at > LOST_CLIENT_S:
-                self._cancel_all(request.client)
+                self._cancel_all_of(request.client)
 
     def _send(self, client: bytes, message: Message) -> None:
         try:
@@ -195,6 +197,8 @@ class ClientServer(threading.Thread):
     def _answer(self, request: Request, source: TokenSource, push: Socket) -> None:
         wanted = request.wanted
         try:
+            if request.cancelled.is_set():
+                raise RequestCancelled("the request was cancelled while it waited in line")
             for message in source.generate(wanted, request.cancelled.is_set):
                 last = wanted.request if isinstance(message, Finished) else ""
                 push.send_multipart([request.client, encode(message), last.encode()])
@@ -205,5 +209,7 @@ class ClientServer(threading.Thread):
             if not hasattr(error, "exit_code"):
                 log.exception("request %s failed", wanted.request)
             text = str(error) or type(error).__name__
+            if self._stopped() and isinstance(error, RequestCancelled):
+                text = "the agent was stopped; the answer is not complete, ask again"
             failed = Failed(request=wanted.request, code=code, message=text)
             push.send_multipart([request.client, encode(failed), wanted.request.encode()])

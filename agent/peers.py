@@ -39,13 +39,18 @@ class Patience:
     Attributes
     ----------
     answer_s
-        For the whole call, however often it is repeated.
+        For the whole call to one holder, however often it is repeated.
     absence_s
-        Without a connection to a holder that alone has the expert: long enough for an agent to restart.
+        Without a connection to a holder that alone has the expert, or until a newer epoch says who has it: long
+        enough for an agent to restart.
+    repeat_s
+        Until a call is sent again to a holder that is connected but silent, since a connection that breaks loses what
+        is under way; each time twice as long.
     """
 
     answer_s: float = 30.0
     absence_s: float = 10.0
+    repeat_s: float = 2.0
 
 
 class _Holder:
@@ -58,8 +63,8 @@ class _Holder:
 
     @property
     def is_connected(self) -> bool:
-        """Whether a peer is there: with IMMEDIATE set, a DEALER without one takes nothing."""
-        return is_connected(self.socket)
+        """Whether a peer is there; not over a socket that was replaced because the holder has moved."""
+        return not self.socket.closed and is_connected(self.socket)
 
 
 class PeerCaller:
@@ -151,7 +156,7 @@ class PeerCaller:
         if frames and isinstance(header, AnswerHeader):
             self._awaited.discard(pending.request)
             return _tensor(header, frames[1])
-        return self._insist(pending, header if isinstance(header, FaultHeader) else None)
+        return self._insist(pending, header.fault if isinstance(header, FaultHeader) else None)
 
     def _receive(self, pending: "Pending") -> list[zmq.Frame] | None:
         """Return the frames of the answer, setting aside those of other calls under way; None after a slice."""
@@ -176,60 +181,76 @@ class PeerCaller:
             fault = CallFault(code="failed", message=str(error))
             return FaultHeader(pending.call.epoch, pending.request, fault)
 
-    def _insist(self, pending: "Pending", header: FaultHeader | None) -> torch.Tensor:
+    def _insist(self, pending: "Pending", fault: CallFault | None) -> torch.Tensor:
         """Get the answer although the first try brought a fault, or nothing yet."""
-        began = seen = time.monotonic()
-        patience = self._patience
+        began = seen = repeated = time.monotonic()
+        pause_s = self._patience.repeat_s
         while True:
             if self.is_cancelled():
                 raise RequestCancelled("the request was cancelled")
             now = time.monotonic()
-            if header is not None and header.fault.code not in {"unknown_epoch"}:
-                return self._elsewhere(pending, header.fault)
             connected = pending.sent_over is not None and pending.sent_over.is_connected
-            if header is None and not connected:
-                if self._others(pending):
-                    return self._elsewhere(pending, CallFault(code="failed", message="the connection is lost"))
-                pending.sent_over = None
-            if connected and header is None:
+            if connected and fault is None:
                 seen = now
-            if now - began > patience.answer_s:
-                self._fail(pending, f"silent for {patience.answer_s:.0f} s")
-            if now - seen > patience.absence_s:
-                self._fail(pending, header.fault.message if header else f"not there for {patience.absence_s:.0f} s")
-            if pending.sent_over is None or header is not None:
+            if (reason := self._reason_to_leave(pending, fault, now - began, now - seen)) is not None:
+                return self._elsewhere(pending, reason)
+            if fault is not None or not connected:
                 time.sleep(_PAUSE_S)
                 self._send(pending)
-            frames = self._receive(pending)
-            header_now = self._parsed(frames, pending) if frames else None
-            if frames and isinstance(header_now, AnswerHeader):
+            elif now - repeated > pause_s:
+                self._send(pending)
+                repeated, pause_s = now, 2 * pause_s
+            frames = self._answers.pop(pending.request, None) or self._receive(pending)
+            header = self._parsed(frames, pending) if frames else None
+            if frames and isinstance(header, AnswerHeader):
                 self._awaited.discard(pending.request)
-                return _tensor(header_now, frames[1])
-            header = header_now if isinstance(header_now, FaultHeader) else None
+                return _tensor(header, frames[1])
+            fault = header.fault if isinstance(header, FaultHeader) else None
+
+    def _reason_to_leave(
+        self, pending: "Pending", fault: CallFault | None, waited_s: float, absent_s: float
+    ) -> CallFault | None:
+        """Return why the rows of a call go elsewhere now, or None to go on with its holder; raises to give up."""
+        patience = self._patience
+        if fault is not None and fault.code == "stale_epoch" and self._routes().epoch > pending.call.epoch:
+            return fault
+        has_others = self._others(pending)
+        if fault is not None:
+            if has_others:
+                return fault
+            if fault.code not in {"stale_epoch", "unknown_epoch"}:
+                self._fail(pending, fault.message)  # to ask again would bring the same
+        elif has_others and (pending.sent_over is None or not pending.sent_over.is_connected):
+            return CallFault(code="failed", message="the connection is lost")
+        if waited_s > patience.answer_s:
+            if has_others:
+                return CallFault(code="failed", message=f"silent for {patience.answer_s:.0f} s")
+            self._fail(pending, f"silent for {patience.answer_s:.0f} s")
+        if absent_s > patience.absence_s:
+            self._fail(pending, fault.message if fault else f"not there for {patience.absence_s:.0f} s")
+        return None
 
     def _others(self, pending: "Pending") -> bool:
         """Whether every row of a call has another node to go to."""
-        return all(self._next(pending, key) is not None for key in pending.keys)
+        return all(self._next(key, pending.tried) is not None for key in pending.keys)
 
-    def _next(self, pending: "Pending", key: tuple[int, int]) -> str | None:
+    def _next(self, key: tuple[int, int], tried: frozenset[str]) -> str | None:
         """Return the node to try next for an expert: "" for this one, None if there is none."""
         routes = self._routes()
         if key in routes.local:
             return ""
-        return next((n for n in routes.holders.get(key, ()) if n not in pending.tried and self.holder(n)), None)
+        return next((n for n in routes.holders.get(key, ()) if n not in tried and self.holder(n)), None)
 
     def _elsewhere(self, pending: "Pending", fault: CallFault) -> torch.Tensor:
         """Send every row to the next node that holds its expert in the newest epoch, and add up what comes back."""
         self._awaited.discard(pending.request)
         call, routes = pending.call, self._routes()
-        tried = pending.tried
-        if fault.code == "stale_epoch" and routes.epoch > call.epoch:
-            tried = frozenset()  # the same holder may be right under the newer epoch
+        is_newer = routes.epoch > call.epoch
+        tried = frozenset() if is_newer else pending.tried  # the same holder may be right under a newer epoch
         log.warning("layer %d: %s: %s", call.layer, call.holder, fault.message)
         groups: dict[str, list[int]] = {}
         for row, expert in enumerate(call.expert.tolist()):
-            probe = Pending(self, call, 0, tried=tried)
-            target = self._next(probe, (call.layer, expert))
+            target = self._next((call.layer, expert), tried)
             if target is None:
                 self._fail(pending, fault.message)
             groups.setdefault(target, []).append(row)
@@ -271,14 +292,12 @@ class PeerCaller:
 class Pending:
     """A call under way."""
 
-    def __init__(
-        self, caller: PeerCaller, call: ExpertCall, request: int, *, tried: frozenset[str] | None = None
-    ) -> None:
+    def __init__(self, caller: PeerCaller, call: ExpertCall, request: int) -> None:
         self.call = call
         self.request = request
-        self.tried = frozenset({call.holder}) if tried is None else tried
+        self.tried = frozenset({call.holder})
         self.sent_over: _Holder | None = None
-        self.frames: list[Buffer] = _frames(call, request) if request else []
+        self.frames: list[Buffer] = _frames(call, request)
         self._caller = caller
 
     @property

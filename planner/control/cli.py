@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -53,6 +54,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.option("--verbose", "-v", is_flag=True, help="Log every change.")
 def serve(topology: Path, journal: Path | None, verbose: bool) -> None:
     """Run the coordinator of TOPOLOGY's cluster until it is stopped."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(message)s",
@@ -61,9 +65,6 @@ def serve(topology: Path, journal: Path | None, verbose: bool) -> None:
     )
     wanted = load_topology(topology)
     model = _model_spec(topology, wanted)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     address = Address(wanted.coordinator.address, wanted.coordinator.port)
     socket = CoordinatorSocket(address)
     try:
@@ -72,6 +73,7 @@ def serve(topology: Path, journal: Path | None, verbose: bool) -> None:
             Coordinator(wanted, model, memory, socket).run(stop.is_set)
     finally:
         socket.close()
+    click.echo(f"coordinator of {wanted.cluster} stopped", err=True)
 
 
 def _model_spec(path: Path, topology: Topology) -> ModelSpec:
@@ -90,15 +92,25 @@ def apply(plan: Path, dry_run: bool, coordinator: str | None, as_json: bool) -> 
     wanted = load_plan(plan)
     request = msg.ApplyRequest(plan=wanted, dry_run=dry_run)
     with ControlClient(coordinator or wanted.coordinator) as client:
-        progress = _follow(client, request, quiet=as_json)
+        try:
+            progress = _follow(client, request, quiet=as_json)
+        except KeyboardInterrupt:
+            raise ControlError("interrupted; the cluster goes on with the plan, see planner status") from None
     if as_json:
         click.echo(progress.model_dump_json(indent=1))
     if progress.phase == "aborted" and not dry_run:
-        raise Refused(f"plan not applied: {progress.message}", progress.code)
+        raise Refused(_failure(wanted.base_epoch, progress), progress.code)
     if not as_json:
         click.echo(_outcome(progress, dry_run))
         if dry_run and wanted.summary.movement is not None:
             click.echo(movement_text(wanted.summary.movement))
+
+
+def _failure(base_epoch: int, progress: msg.ApplyProgress) -> str:
+    if progress.epoch > base_epoch:
+        done = f"epoch {progress.epoch} of {progress.target}"
+        return f"plan stopped half-way, at {done}: {progress.message}; apply it again to go on from there"
+    return f"plan not applied: {progress.message}"
 
 
 def _outcome(progress: msg.ApplyProgress, dry_run: bool) -> str:
@@ -148,8 +160,12 @@ def _progresses(client: ControlClient, request: msg.ApplyRequest) -> Iterator[ms
         answer = client.receive(_REPEAT_S)
         if answer is None:  # nothing new, or a coordinator that was restarted and does not know us: ask again
             if time.monotonic() - quiet_since > SILENCE_S:
-                raise ControlError("the coordinator stopped answering; see planner status and apply again")
-            client.send(request)
+                raise ControlError(
+                    "the coordinator stopped answering; what was begun goes on once planner serve runs again, and "
+                    "planner apply shows how far it is"
+                )
+            with suppress(CoordinatorAbsent):
+                client.send(request)
 
 
 @click.command()

@@ -31,5 +31,9 @@ class JournalUnusable(ControlError):
     exit_code = ExitCode.INVALID
 
 
+class JournalUnwritable(ControlError):
+    """The journal took nothing more; without it the coordinator decides nothing."""
+
+
 class Refused(ControlError):
     """The coordinator refused a request; carries its exit code."""
