@@ -112,7 +112,7 @@ def test_limits_never_make_a_bound_wrong(problem):
         assert result.objective >= exact.result.bound * (1 - 1e-6)
 
 
-@settings(few, max_examples=60)
+@few
 @given(problem=problems())
 @pytest.mark.parametrize("objective", ["additive-latency", "remote-calls"])
 def test_the_decomposition_brackets_the_additive_optimum(objective, problem):

@@ -4,6 +4,7 @@ Decides nothing but how columns become rows of a HiGHS model. Must not know wher
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import highspy
 import numpy as np
@@ -12,6 +13,9 @@ from planner.solvers.decomposition.arrays import Floats, Ints
 from planner.solvers.decomposition.columns import Columns
 from planner.solvers.decomposition.highs import INF, add_columns, add_rows, join, new_model, set_binary
 from planner.solvers.decomposition.prices import Coupling
+
+_GIVEN_UP: Final = 1e-6  # HiGHS's tolerance of an objective, in the model's unit
+_LARGEST_COST: Final = 1e4  # of a variable, in the model's unit
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,16 @@ def choose_columns(
 
 
 def run_model(model: highspy.Highs, limits: ModelLimits, *, unit: float) -> ModelResult:
-    """Solve a model whose costs are in units of `unit` seconds. Modifies the model."""
+    """Solve a model whose costs are in units of `unit` seconds. Modifies the model.
+
+    HiGHS gives up on improvements below 1e-6 in the unit of its objective, so that unit is made small, and what it may
+    have given up is taken off the bound.
+    """
+    unit = _magnified(model, unit)
     for name, value in (
         ("time_limit", max(limits.seconds, 0.05)),
         ("mip_rel_gap", limits.gap),
+        ("mip_abs_gap", 0.0),
         ("objective_target", limits.good_enough / unit),
         ("random_seed", limits.seed % (1 << 31)),
     ):
@@ -78,11 +88,24 @@ def run_model(model: highspy.Highs, limits: ModelLimits, *, unit: float) -> Mode
     status, info = model.getModelStatus(), model.getInfo()
     if status == highspy.HighsModelStatus.kInfeasible:
         return ModelResult(None, np.inf, is_solved=True)
-    bound = _proved(model) * unit
+    bound = (_proved(model) - _GIVEN_UP) * unit
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return ModelResult(None, bound, is_solved=False)
     solved = status == highspy.HighsModelStatus.kOptimal
     return ModelResult(np.asarray(model.getSolution().col_value), bound, is_solved=solved)
+
+
+def _magnified(model: highspy.Highs, unit: float) -> float:
+    """Multiply all costs so that the largest is `_LARGEST_COST`; returns the unit that they are in then."""
+    lp = model.getLp()
+    cost = np.array(lp.col_cost_)
+    largest = float(np.abs(cost).max(initial=0.0))
+    if largest == 0.0:
+        return unit
+    factor = _LARGEST_COST / largest
+    model.changeColsCost(len(cost), np.arange(len(cost), dtype=np.int32), cost * factor)
+    model.changeObjectiveOffset(lp.offset_ * factor)
+    return unit / factor
 
 
 def _proved(model: highspy.Highs) -> float:
