@@ -31,7 +31,7 @@ def main() -> int:
     command("agent", "prepare", MODEL, "-o", RUN / "store", "--dtype", "float32")
     say("Decide which expert lives where")
     command("planner", "solve", HERE / "topology.yaml", "-o", RUN / "plan.json")
-    command("planner", "show", RUN / "plan.json")
+    command("planner", "show", "-v", RUN / "plan.json")
     with ExitStack() as stack:
         say("Start a coordinator and three agents, each too small for the model")
         stack.enter_context(

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from schemas.messages import NodeStatus, PlanStatus, StatusReport
 from schemas.topology import TIERS, Tier
-from schemas.units import format_bytes, format_seconds, format_share
+from schemas.units import format_bytes, format_seconds
 
 _STYLES = {"up": "green", "stalled": "yellow", "away": "red", "stopped": "dim", "never seen": "dim"}
 
@@ -17,7 +17,7 @@ def status_view(report: StatusReport) -> RenderableType:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("node", "state"):
         table.add_column(title, no_wrap=True)
-    for title in ("epoch", *tiers, "hits", "remote", "subst.", "tokens", "tokens/s", "seen"):
+    for title in ("epoch", *tiers, "hits", "remote", "subst.", "tokens", "tokens/s", "heartbeat"):
         table.add_column(title, justify="right", no_wrap=True)
     for node in report.nodes:
         held = (_held(node, tier) for tier in tiers)
@@ -37,25 +37,25 @@ def plan_line(plan: PlanStatus) -> str:
 
 
 def _figures(node: NodeStatus) -> tuple[str, ...]:
-    seen = "–" if node.last_heartbeat_s is None else f"{format_seconds(round(node.last_heartbeat_s, 1))} ago"
+    heard = "–" if node.last_heartbeat_s is None else f"{node.last_heartbeat_s:.1f} s #{node.progress}"
     return (
         _share(node.hit_rate),
         _share(node.remote_share),
         _share(node.substitution_share),
         str(node.tokens),
         f"{node.tokens_per_s:.1f}",
-        f"{seen} #{node.progress}",
+        heard,
     )
 
 
 def _held(node: NodeStatus, tier: Tier) -> str:
-    """Write the experts of a tier, and its bytes used of those allowed."""
+    """Write the experts of a tier, and how much of what it may use is used."""
     allowed = getattr(node.memory_allowed, tier)
     if not allowed:
         return "–"
-    used = format_bytes(getattr(node.memory_used, tier))
-    return f"{getattr(node.experts, tier)}: {used} of {format_bytes(allowed)}"
+    used = getattr(node.memory_used, tier)
+    return f"{getattr(node.experts, tier)}: {used / allowed:.0%} of {format_bytes(allowed)}"
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else format_share(value)
+    return "–" if value is None else f"{value:.1%}"
