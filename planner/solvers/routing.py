@@ -14,7 +14,11 @@ from planner.problem import Bools, Problem
 from planner.solvers.milp.constraints import assignment, link, load
 from planner.solvers.milp.model import add_heaviest
 from planner.solvers.milp.variables import Variables
+from planner.solvers.regions.of_problem import arrays_without_rows, callers_of, problem_rows
+from planner.solvers.regions.serve import serve
 from planner.solvers.terms import Terms, exact_terms
+
+MOST_SHARES = 60_000  # shares up to which calls are split exactly
 
 
 def route(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routing | None:
@@ -29,6 +33,8 @@ def route(problem: Problem, placed: Bools, objective: ObjectiveName) -> Routing 
     terms = exact_terms(problem, objective)
     if not balanced and not terms.coupled:
         return simple
+    if not balanced and _num_shares(terms, placed) > MOST_SHARES:
+        return _whole(problem, placed, objective, simple)
     return _split(problem, terms, placed, simple, balanced=balanced)
 
 
@@ -43,6 +49,23 @@ def _fits(problem: Problem, routing: Routing) -> bool:
         (node_load(problem, routing) <= problem.compute_limit).all()
         and (link_load(problem, routing) <= problem.link_limit).all()
     )
+
+
+def _num_shares(terms: Terms, placed: Bools) -> int:
+    """Count the shares of a routing that may split every call."""
+    holders = placed.reshape(len(placed), -1).sum(axis=0)
+    return int(((terms.demand > 0) * holders).sum())
+
+
+def _whole(problem: Problem, placed: Bools, objective: ObjectiveName, simple: Routing) -> Routing | None:
+    """Route every call whole, steered by prices of compute and links: for what is too large to split exactly."""
+    holders = placed.reshape(problem.num_places, -1).T
+    place = serve(arrays_without_rows(problem, objective), problem_rows(problem), holders).place
+    if place is None:
+        return None
+    holder = simple.holder.copy()
+    holder[callers_of(problem)] = place.reshape(-1, problem.layers, problem.experts)
+    return Routing(holder)
 
 
 def _split(problem: Problem, terms: Terms, placed: Bools, simple: Routing, *, balanced: bool) -> Routing | None:

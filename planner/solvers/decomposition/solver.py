@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from planner.objective import ObjectiveName, unit_cost
+from planner.objective import ObjectiveName
 from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import Bound, Report, Result, SolveLimits, SolveStatus, StopReason, with_status
 from planner.solvers.base import Incumbent as Placed
@@ -25,11 +25,12 @@ from planner.solvers.decomposition.arrays import (
 )
 from planner.solvers.decomposition.holder_sets import ENUMERABLE_SETS, count_sets
 from planner.solvers.decomposition.solve import solve_arrays
-from planner.solvers.regions.problem_rows import callers_of, problem_rows
+from planner.solvers.regions.of_problem import arrays_without_rows, callers_of, problem_rows
 from planner.solvers.regions.solve import solve_regions
 from planner.solvers.terms import Terms, exact_terms
 
-MOST_NODES = 24  # beyond, always by regions
+MOST_NODES = 24  # beyond, by regions
+MOST_EXACT_NODES = 64  # up to which splitting calls between holders is tried at all
 
 
 def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
@@ -61,17 +62,29 @@ def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: S
 def _outcome(problem: Problem, objective: ObjectiveName, settings: Settings, start: Bools | None) -> Outcome:
     """Solve exactly where every expert's holder sets can be listed, by regions where they are too many."""
     if problem.num_nodes > MOST_NODES and not _is_balanced(problem, objective):
-        arrays = _without_rows(problem, objective)
-        return solve_regions(arrays, settings, rows=problem_rows(problem), start=start)
+        arrays = arrays_without_rows(problem, objective)
+        outcome = solve_regions(arrays, settings, rows=problem_rows(problem), start=start)
+        if outcome.incumbent is not None or problem.num_nodes > MOST_EXACT_NODES:
+            return outcome
+        return _tried_again(problem, objective, settings, outcome)
     arrays = placement_arrays(problem, objective)
     if arrays.is_separable and count_sets(arrays) > ENUMERABLE_SETS:
         return solve_regions(arrays, settings, start=start)
     return solve_arrays(arrays, settings, start)
 
 
+def _tried_again(problem: Problem, objective: ObjectiveName, settings: Settings, first: Outcome) -> Outcome:
+    """Use the time left where load and links bind so tightly that calls must be split; keep the better bound."""
+    left = settings.time_limit_s - (first.history[-1].seconds if first.history else 0.0)
+    if first.stop is not Stop.EXHAUSTED or left <= 0:
+        return first
+    again = solve_arrays(placement_arrays(problem, objective), replace(settings, time_limit_s=left))
+    return replace(again, bound=max(first.bound, again.bound))
+
+
 def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArrays:
     """Flatten a problem: callers with demand, places, experts in order of layer, rows that may bind."""
-    arrays, terms = _without_rows(problem, objective), exact_terms(problem, objective)
+    arrays, terms = arrays_without_rows(problem, objective), exact_terms(problem, objective)
     return replace(
         arrays,
         makespan=_makespan(problem) if _is_balanced(problem, objective) else None,
@@ -81,25 +94,6 @@ def placement_arrays(problem: Problem, objective: ObjectiveName) -> PlacementArr
 
 def _is_balanced(problem: Problem, objective: ObjectiveName) -> bool:
     return objective == "additive-latency" and problem.balance > 0
-
-
-def _without_rows(problem: Problem, objective: ObjectiveName) -> PlacementArrays:
-    callers = callers_of(problem)
-    nodes, node_of_place = np.unique(problem.place_node, return_inverse=True)
-    banned = problem.banned.reshape(problem.num_nodes, -1)[problem.place_node].T
-    pinned = problem.pinned.reshape(problem.num_nodes, -1)[nodes].T
-    return PlacementArrays(
-        demand=problem.caller_demand.reshape(problem.num_nodes, -1)[callers],
-        cost=unit_cost(problem, objective)[callers],
-        capacity=problem.capacity_bytes.astype(np.float64),
-        expert_bytes=float(problem.expert_bytes),
-        node_of_place=node_of_place,
-        layer_of_expert=np.repeat(np.arange(problem.layers), problem.experts),
-        required=problem.required,
-        domain_of_node=problem.domain[nodes] if problem.has_shared_domains else None,
-        allowed=~banned if banned.any() else None,
-        pinned=pinned if pinned.any() else None,
-    )
 
 
 def _makespan(problem: Problem) -> Makespan:

@@ -14,7 +14,7 @@ from planner.solvers.decomposition.arrays import Bools, Floats, Ints
 from planner.solvers.regions.savings import savings
 from planner.solvers.regions.standing import Standing
 
-BLOCK = 512  # replicas assigned at once
+BLOCK = 256  # replicas assigned at once
 PER_PLACE = 8  # exchanges of a place in a round
 MOST_ROUNDS = 400
 TINY = 1e-9  # of the cost of a mean expert: no gain

@@ -25,8 +25,9 @@ from planner.solvers.decomposition.run import Run, workers
 from planner.solvers.regions.ascent import Ascent, Prices, spread
 from planner.solvers.regions.partition import Regions, between_regions, find_regions
 from planner.solvers.regions.polish import exchange, polish
-from planner.solvers.regions.rows import SparseRows, flow_of, sparse_rows
+from planner.solvers.regions.rows import SparseRows, sparse_rows
 from planner.solvers.regions.savings import Mapper
+from planner.solvers.regions.serve import serve
 from planner.solvers.regions.standing import Standing
 from planner.solvers.regions.within import place_within
 
@@ -35,8 +36,7 @@ NEXT_STEP = 0.3  # of the ascent over the whole, which starts from the regions' 
 COARSE_SHARE = 0.1  # of the time left, between regions
 FIRST_SHARE = 0.35  # of the time left, for the first placement
 PRICE_SHARE = 0.7  # of the time left then, for prices
-ROW_ROUNDS = 12
-ROW_STEP = 0.5  # of the mean cost of a call, per relative excess of a row
+ROW_ROUNDS = 6  # of placing and pricing rows
 
 
 class Search:
@@ -58,21 +58,16 @@ class Search:
         return Deadline(self.run, self.run.seconds + share * self.run.seconds_left)
 
     def offer(self, holders: Bools, phase: str) -> None:
-        """Offer holders with each call at the cheapest; with a row broken, raise its price instead."""
+        """Offer holders with each call at the cheapest that keeps rows, and price rows as these calls make them."""
         if not holders_are_feasible(self.arrays, holders):
             self.run.note(phase)
             return
-        place = Standing(self.arrays, self.arrays.cost, holders, self.map).place.T
-        if self.rows is not None:
-            use = self.rows.use(flow_of(self.arrays, place.astype(np.int64)))
-            broken = self.rows.broken(use)
-            if broken.any():
-                unit = float(self.arrays.cost.mean()) / np.maximum(self.rows.mean_use, 1e-300)
-                excess = np.clip(use / np.maximum(self.rows.limit, 1e-300) - 1, -0.2, 1.0)
-                self.row_price = np.maximum(self.row_price + ROW_STEP * unit * excess, 0.0)
-                self.run.note(f"{phase}: {int(broken.sum())} rows broken")
-                return
-        serving = serve_whole(place)
+        service = serve(self.arrays, self.rows, holders)
+        self.row_price = 0.5 * (self.row_price + service.price) if service.place is None else service.price
+        if service.place is None:
+            self.run.note(f"{phase}, rows broken")
+            return
+        serving = serve_whole(service.place)
         self.run.offer(Incumbent(holders, serving, objective_of(self.arrays, holders, serving)), phase)
 
 
@@ -104,7 +99,7 @@ def solve_regions(
         Load and link rows, in place of those of `arrays`.
 
     Does not modify its arguments. The outcome is deterministic for a seed unless the time limit cuts in. With rows,
-    the incumbent is one whose cheapest holders keep them; the bound holds for shared calls too.
+    every call of the incumbent is whole; the bound holds for calls that are split, too.
     """
     if arrays.makespan is not None or (arrays.new_copies is not None and arrays.new_copies.limit is not None):
         raise ValueError("the solver by regions knows neither heaviest nodes nor a limit of new copies")
@@ -127,14 +122,14 @@ def _solve(search: Search, start: Bools | None) -> Outcome:
     standing = _polished(search, begin, FIRST_SHARE, "first placement")
     if kept is not None:
         _polished(search, kept, FIRST_SHARE, "current placement, polished")
-    prices = _prove(search, spread(prices, search.regions.of_ingress), standing.value)
-    _polished(search, _taken(search, prices), 0.5, "placement at prices")
     for _ in range(ROW_ROUNDS):
-        if search.run.incumbent is not None or not search.row_price.any() or run.seconds_left == 0:
+        if not search.row_price.any() or run.is_over:
             break
-        standing = _polished(search, standing.holders, 0.3, "with prices of rows")
+        standing = _polished(search, standing.holders, 0.1, "placement at prices of rows")
+    prices = _prove(search, spread(prices, search.regions.of_ingress), standing.value)
     if search.row_price.any():
-        prices = _prove(search, prices, standing.value)
+        prices = _prove(search, prices, standing.value, with_rows=True)
+    _polished(search, _taken(search, prices), 0.5, "placement at prices")
     if not run.is_over and run.incumbent is not None:
         _polished(search, run.incumbent.holders, 1.0, "last polish")
     price = Ascent(arrays, search.cost, search.map).memory_price(prices) / arrays.expert_bytes
@@ -170,10 +165,11 @@ def _taken(search: Search, prices: Prices) -> Bools:
     return holders
 
 
-def _prove(search: Search, prices: Prices, value: float) -> Prices:
-    """Raise prices, and with them the bound; return the best."""
+def _prove(search: Search, prices: Prices, value: float, *, with_rows: bool = False) -> Prices:
+    """Raise prices, and with them the bound; return the best. Without prices of rows, rows are left out."""
     run, deadline = search.run, search.until(PRICE_SHARE)
-    paid_rows = 0.0 if search.rows is None else float(search.rows.limit @ search.row_price)
+    paid_rows = float(search.rows.limit @ search.row_price) if with_rows and search.rows is not None else 0.0
+    cost = search.cost if with_rows else search.arrays.cost
     target = value if run.incumbent is None else run.incumbent.objective + paid_rows
 
     def keep_going(_: Prices, proved: float | None) -> bool:
@@ -181,4 +177,4 @@ def _prove(search: Search, prices: Prices, value: float) -> Prices:
             run.prove(proved - paid_rows, "prices")
         return deadline()
 
-    return Ascent(search.arrays, search.cost, search.map).climb(prices, target, step=NEXT_STEP, keep_going=keep_going)
+    return Ascent(search.arrays, cost, search.map).climb(prices, target, step=NEXT_STEP, keep_going=keep_going)

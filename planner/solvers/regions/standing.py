@@ -14,7 +14,7 @@ from planner.solvers.decomposition.holder_sets import num_domains
 from planner.solvers.regions.savings import Mapper, savings
 
 FAR = 4.0  # in the greatest cost: what a caller pays that no holder serves
-MISSING = 1e6  # in the worst cost of the mean expert: what a missing replica weighs against others
+MISSING = 1e6  # in the worst cost of a mean expert and the dearest copy: what a missing replica weighs
 
 
 class Standing:
@@ -34,7 +34,8 @@ class Standing:
         self.arrays, self.cost, self.holders, self._map = arrays, cost, holders.copy(), mapper
         self.demand = np.ascontiguousarray(arrays.demand.T)
         self.far = FAR * float(cost.max(initial=0.0)) + 1e-30
-        self.missing = MISSING * (self.far * float(self.demand.sum()) / len(holders) + 1e-30)
+        dearest = 0.0 if arrays.new_copies is None else float(arrays.new_copies.price.max())
+        self.missing = MISSING * (self.far * float(self.demand.sum()) / len(holders) + dearest + 1e-30)
         self._domain = arrays.domains[arrays.node_of_place]
         self._is_single = len(np.unique(self._domain)) == len(self._domain)
         self._usable = arrays.slots > 0

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from planner.solvers.decomposition.arrays import Bools, Ints, PlacementArrays
 from planner.solvers.regions.partition import Regions
 
-BLOCK = 512
+BLOCK = 256
 
 
 def place_within(arrays: PlacementArrays, regions: Regions, held: Bools, rng: np.random.Generator) -> Bools:

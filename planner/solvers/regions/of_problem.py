@@ -1,4 +1,4 @@
-"""Load and link rows of a problem, written from its hops without a table of links × nodes × nodes.
+"""A problem as plain arrays, with its load and link rows apart, written without a table of links × nodes × nodes.
 
 Decides which rows may bind. Must not know how rows are priced.
 """
@@ -6,7 +6,9 @@ Decides which rows may bind. Must not know how rows are priced.
 import numpy as np
 from scipy import sparse
 
+from planner.objective import ObjectiveName, unit_cost
 from planner.problem import Floats, Ints, Problem
+from planner.solvers.decomposition.arrays import PlacementArrays
 from planner.solvers.regions.rows import SparseRows
 from planner.solvers.terms import links_that_may_bind, nodes_that_may_bind
 
@@ -17,6 +19,26 @@ def callers_of(problem: Problem) -> Ints:
     """Nodes that call at all, `[I]`; the first node where none does."""
     callers = np.flatnonzero(problem.caller_demand.any(axis=(1, 2)))
     return callers if len(callers) else np.arange(1)
+
+
+def arrays_without_rows(problem: Problem, objective: ObjectiveName) -> PlacementArrays:
+    """Flatten a problem, and leave out what calls share: load, links and heaviest nodes."""
+    callers = callers_of(problem)
+    nodes, node_of_place = np.unique(problem.place_node, return_inverse=True)
+    banned = problem.banned.reshape(problem.num_nodes, -1)[problem.place_node].T
+    pinned = problem.pinned.reshape(problem.num_nodes, -1)[nodes].T
+    return PlacementArrays(
+        demand=problem.caller_demand.reshape(problem.num_nodes, -1)[callers],
+        cost=unit_cost(problem, objective)[callers],
+        capacity=problem.capacity_bytes.astype(np.float64),
+        expert_bytes=float(problem.expert_bytes),
+        node_of_place=node_of_place,
+        layer_of_expert=np.repeat(np.arange(problem.layers), problem.experts),
+        required=problem.required,
+        domain_of_node=problem.domain[nodes] if problem.has_shared_domains else None,
+        allowed=~banned if banned.any() else None,
+        pinned=pinned if pinned.any() else None,
+    )
 
 
 def problem_rows(problem: Problem) -> SparseRows | None:
