@@ -3,6 +3,7 @@
 Imports torch and transformers only in the commands that need them, so that `--help` and `generate` start fast.
 """
 
+import gc
 import json
 import logging
 import os
@@ -55,6 +56,7 @@ def run(config: Path, verbose: bool) -> None:
     finally:
         node.close()
     click.echo(f"agent of {settings.node} stopped", err=True)
+    gc.freeze()  # all is closed; to collect what torch and transformers made takes a second or more at exit
 
 
 def _on_signal(handle: Callable[..., object]) -> None:
@@ -117,7 +119,7 @@ def main() -> NoReturn:
         code = _exit_code(error)
         if code is None:
             raise
-        click.echo(f"agent: {error}", err=True)
+        click.echo(f"error: {error}", err=True)
         sys.exit(code)
     sys.exit(result if isinstance(result, int) else ExitCode.DONE)
 

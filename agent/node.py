@@ -289,6 +289,7 @@ class Node:
             case m.Activate(assignment):
                 self._activate(assignment)
             case m.Keep(assignments):
+                self._set_fence()  # first: a call that is let in must find its expert
                 self._holdings.keep(m.wanted_replicas(assignments))
             case _:
                 assert_never(instruction)

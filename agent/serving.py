@@ -113,7 +113,9 @@ class ExpertServer(threading.Thread):
                 call.check()
             answer = execute_call(self._residency, call)
         except ExpertUnavailable as error:
-            return [*pack_fault(header.epoch, header.request, CallFault(code="not_held", message=str(error)))]
+            # an epoch retired since the call was let in is the better reason: the caller follows the newer one
+            fault = self._work.fence.objection(header.epoch) or CallFault(code="not_held", message=str(error))
+            return [*pack_fault(header.epoch, header.request, fault)]
         except (RuntimeFault, RuntimeError, ValueError, MemoryError) as error:
             log.exception("a call of epoch %d layer %d failed", header.epoch, header.layer)
             fault = CallFault(code="failed", message=f"{type(error).__name__}: {error}"[:500])

@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
+from planner.control.errors import CoordinatorAbsent
+from planner.control.transport import ControlClient
 from schemas.checkpoint import read_checkpoint
+from schemas.messages import StatusRequest
 from schemas.model import ModelSpec
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, write_plan
@@ -50,7 +53,10 @@ def wait_for(condition: Callable[[], Any], *, timeout_s: float, what: Callable[[
 
 
 class Cluster:
-    """Processes of one cluster below one directory."""
+    """Processes of one cluster below one directory.
+
+    Nodes are alike and made up, or those of `topology`, with its own memories.
+    """
 
     def __init__(
         self,
@@ -61,11 +67,15 @@ class Cluster:
         dtype: str = "float32",
         memory: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
+        topology: Path | None = None,
+        verbose: bool = True,
     ) -> None:
         self.path = path
         self.port = free_port()
         self.dtype = dtype
-        self.nodes = [f"n{index}" for index in range(nodes)]
+        self._given = load_given(topology) if topology else None
+        self.nodes = [n["id"] for n in self._given["nodes"]] if self._given else [f"n{i}" for i in range(nodes)]
+        self._flags = ("-v",) if verbose else ()
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.ports: set[int] = {self.port}
         self.memory = memory or {"device": "64 MiB", "host": "0 MiB", "disk": "64 MiB"}
@@ -82,6 +92,8 @@ class Cluster:
         return f"127.0.0.1:{self.port}"
 
     def _topology_document(self) -> dict[str, Any]:
+        if self._given:
+            return {**self._given, "coordinator": {"address": "127.0.0.1", "port": self.port}}
         first, *others = self.nodes
         nodes = [{"id": n, "memory": self.memory, "ingress": {"workload": "w", "tokens_per_s": 1}} for n in self.nodes]
         return {
@@ -100,9 +112,9 @@ class Cluster:
             "coordinator": self.coordinator,
             "model": str(MODEL),
             "data": f"data-{node}",
-            "memory": self.memory,
+            "memory": self.memory_of(node),
             "dtype": self.dtype,
-            "context": {"tokens": 1024, "sessions": 3},
+            "context": self._given["context"] if self._given else {"tokens": 1024, "sessions": 3},
             **({"store": str(self._store)} if node == self.nodes[0] else {}),
             **self._settings,
             **changes,
@@ -110,6 +122,13 @@ class Cluster:
         path = self.path / f"{node}.yaml"
         path.write_text(yaml.safe_dump(document))
         return path
+
+    def memory_of(self, node: str) -> dict[str, str]:
+        given = {n["id"]: n["memory"] for n in self._given["nodes"]} if self._given else {}
+        return given.get(node, self.memory)
+
+    def data(self, node: str) -> Path:
+        return self.path / f"data-{node}"
 
     def start(self) -> "Cluster":
         self.start_coordinator()
@@ -119,10 +138,10 @@ class Cluster:
         return self
 
     def start_coordinator(self) -> None:
-        self._start("coordinator", *PLANNER, "serve", str(self.topology), "-v")
+        self._start("coordinator", *PLANNER, "serve", str(self.topology), *self._flags)
 
     def start_agent(self, node: str) -> None:
-        self._start(node, *AGENT, "run", "--config", str(self.path / f"{node}.yaml"), "-v")
+        self._start(node, *AGENT, "run", "--config", str(self.path / f"{node}.yaml"), *self._flags)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.path / f"{name}.log").open("a") as log:
@@ -135,15 +154,16 @@ class Cluster:
         wait_for(lambda: wanted <= self.up(), timeout_s=60, what=lambda: f"{wanted} up; {self.logs()}")
 
     def up(self) -> set[str]:
-        done = self.planner("status", "--json", "--coordinator", self.coordinator)
-        if done.returncode:
+        try:
+            return {node["id"] for node in self.status()["nodes"] if node["state"] == "up"}
+        except CoordinatorAbsent:
             return set()
-        return {node["id"] for node in json.loads(done.stdout)["nodes"] if node["state"] == "up"}
 
     def status(self) -> dict[str, Any]:
-        done = self.planner("status", "--json", "--coordinator", self.coordinator)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
+        """What `planner status --json` prints, without a process of its own."""
+        with ControlClient(self.coordinator) as client:
+            report = client.ask(StatusRequest())
+        return json.loads(report.model_dump_json())  # type: ignore[no-any-return]
 
     def node_status(self, node: str) -> dict[str, Any]:
         return next(each for each in self.status()["nodes"] if each["id"] == node)
@@ -153,6 +173,13 @@ class Cluster:
 
     def planner(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return call(*PLANNER, *arguments)
+
+    def planner_command(self, *arguments: str) -> list[str]:
+        return [sys.executable, *PLANNER, *arguments]
+
+    def try_generate(self, node: str, prompt: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = self.generate_command(node, prompt, "--max-tokens", "8", *options)
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
 
     def generate_command(self, node: str, prompt: str, *options: str) -> list[str]:
         return [
@@ -173,6 +200,19 @@ class Cluster:
 
     def logs(self) -> str:
         return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(self.path.glob("*.log")))
+
+    def interrupt(self, name: str) -> int:
+        """Stop one process as Ctrl-C does; return its exit code, or fail after two seconds."""
+        process = self.processes.pop(name)
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.wait(2)
+        finally:
+            process.kill()
+            process.wait()
+
+    def log(self, name: str) -> str:
+        return (self.path / f"{name}.log").read_text()
 
     def stop(self) -> None:
         """Ask every process to end; fail if one must be killed or leaves something behind."""
@@ -196,8 +236,8 @@ class Cluster:
 
 
 @contextmanager
-def running(path: Path, nodes: int, **options: Any) -> Iterator[Cluster]:
-    cluster = Cluster(path, nodes, **options)
+def running(path: Path, nodes: int, *, cluster: Cluster | None = None, **options: Any) -> Iterator[Cluster]:
+    cluster = cluster or Cluster(path, nodes, **options)
     try:
         yield cluster.start()
     except BaseException:
@@ -208,6 +248,14 @@ def running(path: Path, nodes: int, **options: Any) -> Iterator[Cluster]:
         raise
     else:
         cluster.stop()
+
+
+def load_given(topology: Path) -> dict[str, Any]:
+    """Read a topology file, its paths made absolute."""
+    document = yaml.safe_load(topology.read_text())
+    base = topology.parent
+    traces = {name: str(base / trace) for name, trace in document["workloads"].items()}
+    return {**document, "model": str(base / document["model"]), "workloads": traces}
 
 
 def environment() -> dict[str, str]:
@@ -229,13 +277,13 @@ def make_plan(
     ingresses: Iterable[str] | None = None,
     **changes: Any,
 ) -> Plan:
-    """Make a plan by hand in one stage: `holders(layer, expert)` names the nodes of each expert."""
+    """Make a plan by hand in one stage: `holders(layer, expert)` names the nodes of each expert, as node or node/tier."""
     model = spec(cluster.dtype)
     keys = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
     placement = sorted_replicas(
-        Replica(layer=layer, expert=expert, node=node, tier=tier)  # type: ignore[arg-type]
+        Replica(layer=layer, expert=expert, node=name.partition("/")[0], tier=name.partition("/")[2] or tier)  # type: ignore[arg-type]
         for layer, expert in keys
-        for node in holders(layer, expert)
+        for name in holders(layer, expert)
     )
     before = set(current.placement) if current else set()
     size = model.expert_bytes

@@ -320,7 +320,7 @@ class ClusterMachine:
         if self._has_part(name, standing):
             if standing.active < epoch:
                 return self._catch_up(name, standing)
-            if standing.retired < epoch and phase != "committed":
+            if standing.retired < epoch <= standing.oldest and phase != "committed":
                 return Retire(epoch=epoch)
         is_wanted = phase in {"preparing", "prepared"} and standing.prepared != epoch + 1
         return self._prepare(name, epoch + 1) if is_wanted and standing.fault is None else None

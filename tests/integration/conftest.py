@@ -1,3 +1,5 @@
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference() -> dict[str, list[int]]:
-    """Greedy tokens of one-node transformers in float32, eager experts, per prompt."""
+def one_node() -> Callable[[str, int], list[int]]:
+    """Greedy tokens of one-node transformers in float32, eager experts, for a prompt."""
     import torch
 
     from runtime.loading import load_tokenizer, load_whole
 
     torch.set_num_threads(1)  # the agents need the cores too
     tokenizer, model = load_tokenizer(MODEL), load_whole(MODEL, dtype="float32")
-    answers = {}
-    with torch.inference_mode():
-        for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-            out = model.generate(ids, do_sample=False, max_new_tokens=NUM_TOKENS, attention_mask=torch.ones_like(ids))
-            answers[prompt] = out[0, ids.shape[1] :].tolist()
-    return answers
+
+    @functools.cache
+    def tokens(prompt: str, count: int) -> list[int]:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.inference_mode():
+            out = model.generate(ids, do_sample=False, max_new_tokens=count, attention_mask=torch.ones_like(ids))
+        return out[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def reference(one_node: Callable[[str, int], list[int]]) -> dict[str, list[int]]:
+    """The first tokens that follow every prompt."""
+    return {prompt: one_node(prompt, NUM_TOKENS) for prompt in PROMPTS}
