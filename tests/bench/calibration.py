@@ -24,14 +24,26 @@ from schemas.topology import TIERS, Tier
 from tests.cluster import Cluster, make_plan, running, save, spec, spread
 
 
-def decode_s(answer: dict[str, Any]) -> float:
-    """Seconds of an answer's tokens after the first."""
-    return float(answer["seconds"] - answer["prefill_s"])
+@dataclass
+class Measured:
+    """Decode seconds of every prompt by round, and the tokens that came.
 
+    The same statistic judges real agents and calibrates the simulator: load is skewed, so that a median over rounds and
+    a mean over prompts are not interchangeable.
+    """
 
-def steps(answer: dict[str, Any]) -> int:
-    """Forwards of one token that an answer took: its first token comes from the prompt."""
-    return len(answer["tokens"]) - 1
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, prompt: str, answer: dict[str, Any]) -> None:
+        self.seconds[prompt].append(float(answer["seconds"] - answer["prefill_s"]))
+        self.answers[prompt] = answer
+
+    @property
+    def token_s(self) -> float:
+        """Seconds per forward of one token over all prompts; an answer's first token comes from its prompt."""
+        total = sum(statistics.median(each) for each in self.seconds.values())
+        return total / sum(len(answer["tokens"]) - 1 for answer in self.answers.values())
 
 
 @dataclass
@@ -40,19 +52,18 @@ class Loopback:
 
     whole: Cluster
     calling: Cluster
-    whole_s: list[float] = field(default_factory=list)
-    calling_s: list[float] = field(default_factory=list)
+    whole_seen: Measured = field(default_factory=Measured)
+    calling_seen: Measured = field(default_factory=Measured)
 
     def measure(self, prompt: str, tokens: int) -> None:
         """Decode a prompt on both; modifies."""
-        for cluster, seen in ((self.whole, self.whole_s), (self.calling, self.calling_s)):
-            answer = cluster.generate("n0", prompt, "--max-tokens", str(tokens))
-            seen.append(decode_s(answer) / steps(answer))
+        for cluster, seen in ((self.whole, self.whole_seen), (self.calling, self.calling_seen)):
+            seen.add(prompt, cluster.generate("n0", prompt, "--max-tokens", str(tokens)))
 
     def compute(self, tiers: dict[Tier, float]) -> dict[str, Any]:
         """Return a topology's `compute` block, given seconds of one expert by tier."""
         model = spec()
-        whole, calling = statistics.median(self.whole_s), statistics.median(self.calling_s)
+        whole, calling = self.whole_seen.token_s, self.calling_seen.token_s
         return {
             "expert_us": tiers["device"] * 1e6,
             "host_expert_us": tiers["host"] * 1e6,

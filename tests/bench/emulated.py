@@ -10,11 +10,8 @@ over rounds.
 """
 
 import os
-import statistics
 import tempfile
-from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,31 +23,13 @@ import torch
 from runtime.loading import load_tokenizer, load_whole
 from runtime.recorder import Trace, record_pieces
 from runtime.store import prepare_store
-from tests.bench.calibration import Experts, Loopback, decode_s, loopback, steps
+from tests.bench.calibration import Experts, Loopback, Measured, loopback
 from tests.bench.lab import Lab, NoLab
 from tests.bench.quickstart import PROMPTS, Site, lines_of, load, running_site
 from tests.cluster import MODEL, spec
 
 ASKED = 0.15
 ARMS = {"default": (), "dancemoe": ("--solver", "dancemoe")}
-
-
-@dataclass
-class Measured:
-    """Decode seconds of every prompt by round, and the tokens that came."""
-
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, prompt: str, answer: dict[str, Any]) -> None:
-        self.seconds[prompt].append(decode_s(answer))
-        self.answers[prompt] = answer
-
-    @property
-    def token_s(self) -> float:
-        """Seconds per decoded token over all prompts."""
-        total = sum(statistics.median(each) for each in self.seconds.values())
-        return total / sum(steps(answer) for answer in self.answers.values())
 
 
 @click.command()
@@ -139,7 +118,7 @@ def print_links(lab: Lab, when: str) -> None:
 
 
 def print_compute(plain: Loopback, compute: dict[str, Any]) -> None:
-    whole, calling = statistics.median(plain.whole_s), statistics.median(plain.calling_s)
+    whole, calling = plain.whole_seen.token_s, plain.calling_seen.token_s
     click.echo(f"\non loopback: {whole * 1e3:.3f} ms per token with all experts here, {calling * 1e3:.3f} ms with none")
     click.echo("node times for the simulator: " + ", ".join(f"{name} {show(value)}" for name, value in compute.items()))
 
