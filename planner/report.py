@@ -17,7 +17,7 @@ from schemas.plan import Movement, Plan
 from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes, format_seconds, format_share
 
-_PIPED_WIDTH = 120
+_PIPED_WIDTH = 160
 
 
 def console(file: TextIO) -> Console:
