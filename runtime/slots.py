@@ -119,6 +119,9 @@ class Residency:
                 self._free_up(replica)
             raise
         with self._lock:
+            if (key, tier) in self._replicas:  # another thread put it meanwhile
+                self._free_up(replica)
+                return
             self._replicas[key, tier] = replica
             self._choose_fastest(key)
 

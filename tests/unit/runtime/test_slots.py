@@ -125,6 +125,23 @@ def test_threads_never_exceed_the_budget_nor_mix_up_slots(opened, tmp_path):
     assert held.used()["device"] == 0
 
 
+def test_a_key_put_twice_at_once_takes_one_slot(opened, tmp_path, monkeypatch):
+    """Both puts pass the first check before either is done: the later one gives its slot back."""
+    held, key = residency(opened, tmp_path, device=2), (0, 0)
+    fill = held._fill
+
+    def fill_while_another_puts(replica, data):
+        monkeypatch.setattr(held, "_fill", fill)
+        held.put(key, "device", record(opened, key))
+        fill(replica, data)
+
+    monkeypatch.setattr(held, "_fill", fill_while_another_puts)
+    held.put(key, "device", record(opened, key))
+    assert held.used()["device"] == opened.manifest.layout.bytes
+    held.drop(key)
+    assert held.used()["device"] == 0
+
+
 def test_a_pool_that_cannot_be_reserved_is_told(opened, tmp_path):
     layout = opened.manifest.layout
     with pytest.raises(RuntimeFault, match=r"1024 TiB cannot be reserved on cpu; lower memory\.device"):
