@@ -5,13 +5,15 @@ Must not know what is sent.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import zmq
 
 from agent.errors import CannotBind
 from schemas.address import Address, InvalidAddress, require_loopback
 from schemas.wire import DEALER_OPTIONS, ROUTER_OPTIONS, Plane, plane_options
+
+INPROC_LINGER_MS: Final = 300
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
@@ -62,7 +64,7 @@ def inproc_pair(context: Context, name: str) -> tuple[Socket, Callable[[], Socke
 
     def make_push() -> Socket:
         push = context.socket(zmq.PUSH)
-        push.setsockopt(zmq.LINGER, 0)
+        push.setsockopt(zmq.LINGER, INPROC_LINGER_MS)  # with 0 its last words are lost when it closes
         push.connect(f"inproc://{name}")
         return push
 

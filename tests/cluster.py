@@ -23,7 +23,9 @@ from schemas.checkpoint import read_checkpoint
 from schemas.messages import StatusRequest
 from schemas.model import ModelSpec
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
-from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, write_plan
+from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, load_plan, write_plan
+from schemas.topology import TIERS
+from schemas.units import parse_bytes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "examples" / "models" / "tinymoe-demo"
@@ -77,7 +79,7 @@ class Cluster:
         self.nodes = [n["id"] for n in self._given["nodes"]] if self._given else [f"n{i}" for i in range(nodes)]
         self._flags = ("-v",) if verbose else ()
         self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.ports: set[int] = {self.port}
+        self.active: Plan | None = None  # the plan that was reached last
         self.memory = memory or {"device": "64 MiB", "host": "0 MiB", "disk": "64 MiB"}
         self._settings = settings or {}
         self._store = store
@@ -169,13 +171,46 @@ class Cluster:
         return next(each for each in self.status()["nodes"] if each["id"] == node)
 
     def apply(self, plan: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.planner("apply", str(plan), *options)
+        done = self.planner("apply", str(plan), *options)
+        if done.returncode == 0 and "--dry-run" not in options:
+            self.active = load_plan(plan)
+        return done
+
+    def reach(self, plan: Plan) -> None:
+        """Apply a plan that must succeed."""
+        done = self.apply(save(self, plan))
+        assert done.returncode == 0, (done.stderr, self.logs())
+
+    def begin(self, node: str, prompt: str, tokens: int) -> "subprocess.Popen[str]":
+        """Start a generation and wait until its tokens flow."""
+        before = self.node_status(node)["tokens"]
+        command = self.generate_command(node, prompt, "--max-tokens", str(tokens))
+        stream = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        wait_for(lambda: self.node_status(node)["tokens"] > before, timeout_s=60, what="the first tokens")
+        return stream
+
+    def tokens_of(self, stream: "subprocess.Popen[str]") -> list[int]:
+        """Wait for the end of a generation."""
+        output, errors = stream.communicate(timeout=120)
+        assert stream.returncode == 0, (errors, self.logs())
+        return json.loads(output)["tokens"]  # type: ignore[no-any-return]
+
+    def require_budgets(self) -> None:
+        """What agents report and what lies on their disks is within what their configs allow."""
+        for node in self.status()["nodes"]:
+            for tier in TIERS:
+                assert node["memory_used"][tier] <= node["memory_allowed"][tier], (node["id"], tier)
+            allowed = parse_bytes(self.memory_of(node["id"])["disk"])
+            assert record_bytes(self.data(node["id"])) <= allowed, node["id"]
 
     def planner(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return call(*PLANNER, *arguments)
 
     def planner_command(self, *arguments: str) -> list[str]:
         return [sys.executable, *PLANNER, *arguments]
+
+    def agent_command(self, *arguments: str) -> list[str]:
+        return [sys.executable, *AGENT, *arguments]
 
     def try_generate(self, node: str, prompt: str, *options: str) -> subprocess.CompletedProcess[str]:
         command = self.generate_command(node, prompt, "--max-tokens", "8", *options)
@@ -236,8 +271,13 @@ class Cluster:
 
 
 @contextmanager
-def running(path: Path, nodes: int, *, cluster: Cluster | None = None, **options: Any) -> Iterator[Cluster]:
-    cluster = cluster or Cluster(path, nodes, **options)
+def running(path: Path, nodes: int, **options: Any) -> Iterator[Cluster]:
+    with started(Cluster(path, nodes, **options)) as cluster:
+        yield cluster
+
+
+@contextmanager
+def started(cluster: Cluster) -> Iterator[Cluster]:
     try:
         yield cluster.start()
     except BaseException:
@@ -248,6 +288,17 @@ def running(path: Path, nodes: int, *, cluster: Cluster | None = None, **options
         raise
     else:
         cluster.stop()
+
+
+def record_bytes(data: Path) -> int:
+    """Bytes of all files of an agent but its journal."""
+    sizes = [0]
+    for file in data.rglob("*"):
+        try:
+            sizes.append(file.stat().st_size if file.is_file() and "journal" not in file.name else 0)
+        except FileNotFoundError:
+            continue  # renamed or dropped meanwhile
+    return sum(sizes)
 
 
 def load_given(topology: Path) -> dict[str, Any]:

@@ -30,8 +30,10 @@ class Proxy:
         """Let connections through again."""
         self._is_cut = False
 
-    def close(self) -> None:
-        """End every thread."""
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._is_over = True
         self.cut()
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -1,10 +1,10 @@
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import AGENT, MODEL, PROMPTS, call
+from tests.cluster import AGENT, MODEL, PROMPTS, Cluster, call, running
 
 NUM_TOKENS = 64
 
@@ -41,3 +41,11 @@ def one_node() -> Callable[[str, int], list[int]]:
 def reference(one_node: Callable[[str, int], list[int]]) -> dict[str, list[int]]:
     """The first tokens that follow every prompt."""
     return {prompt: one_node(prompt, NUM_TOKENS) for prompt in PROMPTS}
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cluster]:
+    """Two nodes without a plan at first; what a module leaves, the next one finds."""
+    settings = {"absence_timeout_s": 2}
+    with running(tmp_path_factory.mktemp("pair"), 2, store=store, settings=settings, verbose=False) as cluster:
+        yield cluster

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,8 @@ from tests.cluster import (
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cluster]:
-    settings = {"absence_timeout_s": 2}
-    with running(tmp_path_factory.mktemp("bad"), 2, store=store, settings=settings) as cluster:
-        yield cluster
+def cluster(pair: Cluster) -> Cluster:
+    return pair
 
 
 def fails(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
@@ -148,7 +145,8 @@ def test_holder_dies_in_mid_answer(cluster: Cluster) -> None:
     cluster.start_agent("n1")
     cluster.wait_up(cluster.nodes)
     wait_for(lambda: cluster.node_status("n1")["epoch"] == 1, timeout_s=30, what="n1 serves again")
-    assert generate(cluster, "n0").returncode == 0
+    # the other node may need a moment more than its patience to find it again on a busy machine
+    wait_for(lambda: generate(cluster, "n0").returncode == 0, timeout_s=30, what="tokens flow again")
     too_long = generate(cluster, "n0", "--max-tokens", "5000")
     fails(too_long, 2, "context.tokens of 1024")
 

@@ -2,23 +2,36 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import PROMPTS, Cluster, environment, make_plan, running, save, spread, wait_for
+from schemas.placement import sorted_routes
+from schemas.topology import TIERS
+from tests.cluster import PROMPTS, Cluster, environment, make_plan, running, save, spread, started, wait_for
 from tests.integration.conftest import NUM_TOKENS
+from tests.small_plans import route
+from tests.tcp_proxy import Proxy
 
 Reference = dict[str, list[int]]
+OneNode = Callable[[str, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("three"), 3, store=store) as cluster:
-        done = cluster.apply(save(cluster, make_plan(cluster, spread(cluster.nodes))))
-        assert done.returncode == 0, done.stderr
-        yield cluster
+def line(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[tuple[Cluster, Proxy]]:
+    """Three nodes, the first of which has its coordinator behind a proxy."""
+    cluster = Cluster(tmp_path_factory.mktemp("three"), 3, store=store)
+    with Proxy(cluster.port) as proxy:
+        cluster.write_config("n0", coordinator=f"127.0.0.1:{proxy.port}")
+        with started(cluster):
+            cluster.reach(make_plan(cluster, spread(cluster.nodes)))
+            yield cluster, proxy
+
+
+@pytest.fixture
+def cluster(line: tuple[Cluster, Proxy]) -> Cluster:
+    return line[0]
 
 
 def ask(cluster: Cluster, prompt: str, *options: str, node: str = "n0") -> list[int]:
@@ -36,8 +49,7 @@ def test_other_numbers_of_nodes_give_one_node_tokens(
     tmp_path: Path, store: Path, reference: Reference, nodes: int
 ) -> None:
     with running(tmp_path, nodes, store=store) as cluster:
-        done = cluster.apply(save(cluster, make_plan(cluster, spread(cluster.nodes))))
-        assert done.returncode == 0, (done.stderr, cluster.logs())
+        cluster.reach(make_plan(cluster, spread(cluster.nodes)))
         for prompt in PROMPTS:
             assert ask(cluster, prompt) == reference[prompt]
 
@@ -89,19 +101,11 @@ def test_counters_become_activation_statistics(cluster: Cluster, tmp_path: Path)
 def test_new_plan_in_the_middle_of_a_generation(cluster: Cluster, reference: Reference) -> None:
     current = make_plan(cluster, spread(cluster.nodes))
     after = make_plan(cluster, spread(cluster.nodes, shift=1), current=current)
-    stream = subprocess.Popen(
-        cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "1000"),
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    before = cluster.node_status("n0")["tokens"]
-    wait_for(lambda: cluster.node_status("n0")["tokens"] > before, timeout_s=60, what="the first tokens")
+    stream = cluster.begin("n0", PROMPTS[0], 1000)
     done = cluster.apply(save(cluster, after, "second.json"))
     assert done.returncode == 0, (done.stderr, cluster.logs())
     assert stream.poll() is None, "the generation ended before the plan was active"
-    output, _ = stream.communicate(timeout=120)
-    assert json.loads(output)["tokens"][:NUM_TOKENS] == reference[PROMPTS[0]]
+    assert cluster.tokens_of(stream)[:NUM_TOKENS] == reference[PROMPTS[0]]
     assert {node["epoch"] for node in cluster.status()["nodes"]} == {2}
     given = [sum(replica.node == node for replica in after.placement) for node in cluster.nodes]
     assert [sum(node["experts"].values()) for node in cluster.status()["nodes"]] == given
@@ -130,26 +134,53 @@ def test_agents_killed_while_idle_come_back(cluster: Cluster, reference: Referen
 
 def test_next_replica_takes_over_in_mid_answer(cluster: Cluster, reference: Reference) -> None:
     """Every expert that n0 lacks is on n1 and n2; whichever of them dies, the answer goes on and is the same."""
-    epoch = cluster.status()["epoch"]
-    current = make_plan(cluster, spread(cluster.nodes, shift=1)).model_copy(update={"epoch": epoch})
-    twice = make_plan(
-        cluster, lambda _, expert: ["n0"] if expert % 3 == 0 else ["n1", "n2"], current=current, ingresses=["n0"]
+    plan = make_plan(
+        cluster,
+        lambda _, expert: ["n0"] if expert % 3 == 0 else ["n1", "n2"],
+        current=cluster.active,
+        ingresses=["n0"],
     )
-    done = cluster.apply(save(cluster, twice, "twice.json"))
-    assert done.returncode == 0, (done.stderr, cluster.logs())
-    stream = subprocess.Popen(
-        cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "1000"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    before = cluster.node_status("n0")["tokens"]
-    wait_for(lambda: cluster.node_status("n0")["tokens"] > before, timeout_s=60, what="the first tokens")
+    cluster.reach(plan)
+    stream = cluster.begin("n0", PROMPTS[0], 1000)
     cluster.kill("n1")
     assert stream.poll() is None, "the generation ended before the holder died"
-    output, errors = stream.communicate(timeout=120)
-    assert stream.returncode == 0, errors
-    assert json.loads(output)["tokens"][:NUM_TOKENS] == reference[PROMPTS[0]]
+    assert cluster.tokens_of(stream)[:NUM_TOKENS] == reference[PROMPTS[0]]
     cluster.start_agent("n1")
     cluster.wait_up(cluster.nodes)
+
+
+def test_a_call_under_a_stale_epoch_follows_the_newer_one(line: tuple[Cluster, Proxy], one_node: OneNode) -> None:
+    """n0 is cut off from the coordinator alone, misses an epoch that leaves it out, and is told in mid-answer."""
+    cluster, proxy = line
+    before = make_plan(cluster, spread(cluster.nodes), current=cluster.active, ingresses=["n0", "n1"])
+    cluster.reach(before)
+    stream = cluster.begin("n0", PROMPTS[0], 900)
+    proxy.cut()
+    wait_for(lambda: cluster.node_status("n0")["state"] == "away", timeout_s=20, what="n0 away")
+    without = make_plan(cluster, spread(["n2", "n1"]), current=before, ingresses=["n1"])
+    cluster.reach(without)
+    proxy.mend()
+    assert cluster.tokens_of(stream) == one_node(PROMPTS[0], 900)
+    assert "is retired" in cluster.log("n0"), "no call was stale: the answer ended before the epoch"
+    wait_for(lambda: cluster.node_status("n0")["epoch"] == without.epoch, timeout_s=20, what="n0 in the new epoch")
+    wait_for(
+        lambda: (
+            (n := cluster.node_status("n0"))["experts"] == dict.fromkeys(TIERS, 0) and not n["memory_used"]["device"]
+        ),
+        timeout_s=20,
+        what="n0 without experts and trunk",
+    )
+    assert "takes no tokens in" in cluster.try_generate("n0", PROMPTS[0]).stderr
+
+
+def test_an_explicit_route_is_taken_and_the_own_disk_takes_over(line: tuple[Cluster, Proxy], one_node: OneNode) -> None:
+    cluster, _ = line
+    plan = make_plan(cluster, lambda *_: ["n0/disk", "n1"], current=cluster.active, ingresses=["n0"])
+    keys = sorted({replica.key for replica in plan.placement})
+    cluster.reach(plan.model_copy(update={"routes": sorted_routes(route("n0", key, "n1") for key in keys)}).sealed())
+    stream = cluster.begin("n0", PROMPTS[1], 600)
+    cluster.kill("n1")
+    assert stream.poll() is None, "the answer ended before the holder died"
+    assert cluster.tokens_of(stream) == one_node(PROMPTS[1], 600)
+    cluster.require_budgets()
+    assert "the connection is lost" in cluster.log("n0")
