@@ -43,9 +43,8 @@ def test_an_agent_started_twice_is_refused(cluster: Cluster, one_node: OneNode) 
     same = call(*AGENT, "run", "--config", str(cluster.path / "n1.yaml"))
     refused(same, "data-n1", "another agent runs on this data directory")
     said = cluster.log("coordinator")
-    other = cluster.write_config("n1", data="data-copy")
+    other = cluster.write_config("spare", node="n1", data="data-copy")
     refused(call(*AGENT, "run", "--config", str(other)), "another agent runs as node 'n1' already")
-    cluster.write_config("n1")
     assert cluster.up() == {"n0", "n1"}
     assert "not heard" not in cluster.log("coordinator").removeprefix(said)
     assert cluster.generate("n0", PROMPTS[0], "--max-tokens", "16")["tokens"] == one_node(PROMPTS[0], 64)[:16]
