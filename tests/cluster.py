@@ -108,7 +108,7 @@ class Cluster:
             "coordinator": {"address": "127.0.0.1", "port": self.port},
         }
 
-    def write_config(self, node: str, **changes: Any) -> Path:
+    def write_config(self, node: str, /, **changes: Any) -> Path:
         document = {
             "node": node,
             "coordinator": self.coordinator,
