@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from tests.cluster import (
     environment,
     free_port,
     make_plan,
-    running,
     save,
     spread,
+    started,
     wait_for,
 )
 
@@ -62,40 +63,44 @@ def test_plans_that_are_refused(cluster: Cluster) -> None:
     assert "may be applied" in dry.stdout
 
 
-def test_more_than_the_memory_allows_is_given_up(tmp_path: Path, store: Path) -> None:
-    memory = {"device": "20 MiB", "host": "0 MiB", "disk": "0 MiB"}
-    with running(tmp_path, 2, store=store, memory=memory) as cluster:
-        everything = make_plan(cluster, lambda *_: cluster.nodes)
-        fails(cluster.apply(save(cluster, everything)), 3, "device memory", "more than the", "raise memory.device")
-        assert cluster.status()["epoch"] == 0
-        # one node may have had its share ready: it drops it when it hears of the abort, and says so by heartbeat
-        wait_for(
-            lambda: all(node["experts"]["device"] == 0 for node in cluster.status()["nodes"]),
-            timeout_s=10,
-            what="nothing is held",
-        )
-        fits = make_plan(cluster, lambda layer, _: ["n0"] if layer == 0 else ["n1"])
-        assert cluster.apply(save(cluster, fits)).returncode == 0
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_full_disk_is_given_up_with_nothing_left_behind(tmp_path: Path, store: Path) -> None:
-    data = tmp_path / "small"
-    data.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(data)], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[tuple[Cluster, Path | None]]:
+    """Two nodes with little memory, and where mounting is allowed with 3 MiB of disk for n1."""
+    path = tmp_path_factory.mktemp("small")
+    memory = {"device": "20 MiB", "host": "0 MiB", "disk": "64 MiB"}
+    cluster = Cluster(path, 2, store=store, memory=memory)
+    disk = path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    if mounted:
+        cluster.write_config("n1", data=str(disk))
     try:
-        with running(tmp_path / "cluster", 2, store=store) as cluster:
-            cluster.kill("n1")
-            cluster.write_config("n1", data=str(data))
-            cluster.start_agent("n1")
-            cluster.wait_up(cluster.nodes)
-            plan = make_plan(cluster, spread(cluster.nodes), tier="disk")
-            fails(cluster.apply(save(cluster, plan)), 3, "n1", str(data), "free")
-            wait_for(lambda: not list((data / "records").iterdir()), timeout_s=5, what="no records left")
-            assert cluster.status()["epoch"] == 0
+        with started(cluster):
+            yield cluster, disk if mounted else None
     finally:
-        subprocess.run(["umount", str(data)], check=True)
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_is_given_up_with_nothing_left_behind(small: tuple[Cluster, Path | None]) -> None:
+    cluster, disk = small
+    if disk is None:
+        pytest.skip("mounting a small file system is not allowed here")
+    plan = make_plan(cluster, spread(cluster.nodes), tier="disk")
+    fails(cluster.apply(save(cluster, plan)), 3, "n1", str(disk), "free")
+    wait_for(lambda: not list((disk / "records").iterdir()), timeout_s=5, what="no records left")
+    assert cluster.status()["epoch"] == 0
+
+
+def test_more_than_the_memory_allows_is_given_up(small: tuple[Cluster, Path | None]) -> None:
+    cluster, _ = small
+    everything = make_plan(cluster, lambda *_: cluster.nodes)
+    fails(cluster.apply(save(cluster, everything)), 3, "device memory", "more than the", "raise memory.device")
+    assert cluster.status()["epoch"] == 0
+    assert all(node["experts"]["device"] == 0 for node in cluster.status()["nodes"])
+    fits = make_plan(cluster, lambda layer, _: ["n0"] if layer == 0 else ["n1"])
+    assert cluster.apply(save(cluster, fits)).returncode == 0
 
 
 def test_ports_and_addresses(cluster: Cluster) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import zmq
@@ -35,7 +35,10 @@ class Peer(threading.Thread):
                 message = msg.decode(frame)
                 self.heard.append(message)
                 for answer in self.answers(message):
-                    self.socket.send_multipart([identity, answer if isinstance(answer, bytes) else msg.encode(answer)])
+                    with suppress(zmq.ZMQError):  # the client has left
+                        self.socket.send_multipart(
+                            [identity, answer if isinstance(answer, bytes) else msg.encode(answer)]
+                        )
         self.socket.close()
 
     def answers(self, message: msg.Message) -> list[msg.Message]:

@@ -21,6 +21,7 @@ from tests.cluster import (
     spread,
     wait_for,
 )
+from tests.integration.conftest import NUM_TOKENS
 
 OneNode = Callable[[str, int], list[int]]
 
@@ -37,6 +38,12 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     for part in parts:
         assert part in done.stderr
+
+
+def test_two_nodes_give_one_node_tokens(cluster: Cluster, one_node: OneNode) -> None:
+    for prompt in PROMPTS:
+        answer = cluster.generate("n0", prompt, "--max-tokens", str(NUM_TOKENS))
+        assert answer["tokens"] == one_node(prompt, NUM_TOKENS)
 
 
 def test_an_agent_started_twice_is_refused(cluster: Cluster, one_node: OneNode) -> None:
