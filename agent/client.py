@@ -61,11 +61,16 @@ class Answer:
         }
 
 
-def stream(node: str, coordinator: str, answer: Answer, **wanted: Any) -> Iterator[str]:
-    """Yield pieces of text, filling `answer` meanwhile. Closing it, or an exception in between, cancels the request."""
+def stream(
+    node: str, coordinator: str, answer: Answer, *, where: Endpoints | None = None, **wanted: Any
+) -> Iterator[str]:
+    """Yield pieces of text, filling `answer` meanwhile. Closing it, or an exception in between, cancels the request.
+
+    The coordinator is asked where the agent of `node` listens, unless `where` says it.
+    """
     context: Context = zmq.Context()
     try:
-        where = locate(context, node, coordinator)
+        where = where or locate(context, node, coordinator)
         socket = make_socket(context, zmq.DEALER, "control")
         connect(socket, where.address, where.client)
         request = GenerateRequest(request=uuid.uuid4().hex, **wanted)

@@ -3,12 +3,14 @@
 `Cluster` starts and stops them and, at the end, makes sure that no process and no listening socket is left.
 """
 
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+import zmq
 
+from agent.client import Answer, locate, stream
+from agent.errors import AgentError
+from agent.transport import Context
 from planner.control.errors import CoordinatorAbsent
 from planner.control.transport import ControlClient
 from schemas.checkpoint import read_checkpoint
-from schemas.messages import StatusRequest
+from schemas.messages import Endpoints, StatusRequest
 from schemas.model import ModelSpec
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, load_plan, write_plan
@@ -181,19 +187,18 @@ class Cluster:
         done = self.apply(save(self, plan))
         assert done.returncode == 0, (done.stderr, self.logs())
 
-    def begin(self, node: str, prompt: str, tokens: int) -> "subprocess.Popen[str]":
-        """Start a generation and wait until its tokens flow."""
-        before = self.node_status(node)["tokens"]
-        command = self.generate_command(node, prompt, "--max-tokens", str(tokens))
-        stream = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-        wait_for(lambda: self.node_status(node)["tokens"] > before, timeout_s=60, what="the first tokens")
-        return stream
+    def locate(self, node: str) -> Endpoints:
+        context: Context = zmq.Context()
+        try:
+            return locate(context, node, self.coordinator)
+        finally:
+            context.destroy(linger=0)
 
-    def tokens_of(self, stream: "subprocess.Popen[str]") -> list[int]:
-        """Wait for the end of a generation."""
-        output, errors = stream.communicate(timeout=120)
-        assert stream.returncode == 0, (errors, self.logs())
-        return json.loads(output)["tokens"]  # type: ignore[no-any-return]
+    def begin(self, node: str, prompt: str, tokens: int, where: Endpoints | None = None) -> "Stream":
+        """Start a generation in a thread and wait until its tokens flow; `where` saves asking the coordinator."""
+        began = Stream(node, self.coordinator, prompt, tokens, where)
+        wait_for(lambda: began.answer.tokens or began.error, timeout_s=60, what="the first tokens")
+        return began
 
     def require_budgets(self) -> None:
         """What agents report and what lies on their disks is within what their configs allow."""
@@ -268,6 +273,43 @@ class Cluster:
         with socket.socket() as probe:  # the coordinator's port can be bound again at once
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", self.port))
+
+
+class Stream(threading.Thread):
+    """What `agent generate` does, in a thread: quicker to start than a process."""
+
+    def __init__(self, node: str, coordinator: str, prompt: str, tokens: int, where: Endpoints | None = None) -> None:
+        super().__init__(daemon=True)
+        self.answer = Answer()
+        self.error: Exception | None = None
+        self._enough = threading.Event()
+        self._ask = functools.partial(stream, node, coordinator, self.answer, where=where, prompt=prompt)
+        self._count = tokens
+        self.start()
+
+    def run(self) -> None:
+        try:
+            pieces = self._ask(max_tokens=self._count)
+            for _ in pieces:
+                if self._enough.is_set():
+                    pieces.close()
+        except AgentError as error:
+            self.error = error
+
+    def some_more(self, count: int = 40) -> list[int]:
+        """Wait for some more tokens, cancel the rest, and return all that came."""
+        wanted = len(self.answer.tokens) + count
+        wait_for(lambda: len(self.answer.tokens) >= wanted or not self.is_alive(), timeout_s=60, what="more tokens")
+        self._enough.set()
+        return self.tokens()
+
+    def tokens(self) -> list[int]:
+        """Wait for the end and return all tokens, or raise what went wrong."""
+        self.join(120)
+        assert not self.is_alive(), "no end within 120 s"
+        if self.error is not None:
+            raise self.error
+        return self.answer.tokens
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster import AGENT, MODEL, PROMPTS, Cluster, call, running
 
 NUM_TOKENS = 64
-LONGEST = {PROMPTS[0]: 900, PROMPTS[1]: 600}  # what some test compares
+LONGEST = {PROMPTS[0]: 900, PROMPTS[1]: 400}  # what some test compares
 
 
 @pytest.fixture(scope="session")

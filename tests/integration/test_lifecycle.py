@@ -68,21 +68,18 @@ def test_a_coordinator_started_twice_is_refused(cluster: Cluster) -> None:
 
 
 def test_answers_go_on_without_a_coordinator_and_questions_to_it_end_soon(cluster: Cluster, one_node: OneNode) -> None:
-    command = cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "900")
-    before = cluster.node_status("n0")["tokens"]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as stream,
-        subprocess.Popen(
-            cluster.planner_command("status", "--watch", "--coordinator", cluster.coordinator),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
-        ) as watch,
-    ):  # fmt: skip
-        wait_for(lambda: cluster.node_status("n0")["tokens"] > before, timeout_s=60, what="the first tokens")
-        time.sleep(1.0)  # the watch has begun
-        cluster.kill("coordinator")
-        assert stream.poll() is None, "the answer ended before the coordinator"
-        output, _ = stream.communicate(timeout=60)
-        assert json.loads(output)["tokens"] == one_node(PROMPTS[0], 900)
+    with subprocess.Popen(
+        cluster.planner_command("status", "--watch", "--coordinator", cluster.coordinator),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    ) as watch:  # fmt: skip
+        command = cluster.generate_command("n0", PROMPTS[0], "--max-tokens", "600")
+        before = cluster.node_status("n0")["tokens"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as stream:
+            wait_for(lambda: cluster.node_status("n0")["tokens"] > before, timeout_s=60, what="the first tokens")
+            cluster.kill("coordinator")
+            assert stream.poll() is None, "the answer ended before the coordinator"
+            output, _ = stream.communicate(timeout=60)
+        assert json.loads(output)["tokens"] == one_node(PROMPTS[0], 600)
         _, said = watch.communicate(timeout=20)
         assert watch.returncode == 2
         assert f"no coordinator answers at {cluster.coordinator}" in said
