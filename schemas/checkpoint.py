@@ -31,6 +31,7 @@ _FUSED_EXPERT: Final = re.compile(
     r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj|gate_up_proj_bias|down_proj_bias)"
 )
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+EMBEDDING: Final = "model.embed_tokens.weight"
 _ROLE: Final = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -224,7 +225,8 @@ def _model_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise InvalidCheckpoint(f"{checkpoint.path}: layers differ in experts or experts in size: tensors are missing")
     decoder_layers = _setting(checkpoint, "num_hidden_layers")
     itemsize = next(SAFETENSORS_ITEMSIZE[part.dtype] for part in experts[layers[0], 0].values())
-    layer_bytes, other_bytes = _trunk_bytes(checkpoint)
+    layer_bytes, input_bytes, other_bytes = _trunk_bytes(checkpoint)
+    is_tied = "lm_head.weight" not in checkpoint.tensors  # the head is the embedding again
     num_experts = per_layer[layers[0]]
     return ModelSpec(
         id=checkpoint.path.resolve().name,
@@ -236,15 +238,17 @@ def _model_spec(checkpoint: Checkpoint) -> ModelSpec:
         expert_bytes=sizes.pop(),
         trunk_layer_bytes=-(-layer_bytes // decoder_layers),  # the mean, rounded up: dense layers differ from the rest
         embedding_bytes=other_bytes,
+        input_bytes=input_bytes,
+        head_bytes=other_bytes if is_tied else other_bytes - input_bytes,
         kv_bytes_per_token_layer=_kv_elements(checkpoint) * itemsize,
         decoder_layers=None if decoder_layers == len(layers) else decoder_layers,
         moe_layers=None if layers == list(range(len(layers))) else tuple(layers),
     )
 
 
-def _trunk_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes of all decoder layers without routed experts, and of what lies outside of the layers."""
-    inside = outside = 0
+def _trunk_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Bytes of all decoder layers without routed experts, of the embedding, and of all that lies outside of layers."""
+    inside = embedding = outside = 0
     for name, entry in checkpoint.tensors.items():
         if _SPLIT_EXPERT.fullmatch(name) or _FUSED_EXPERT.fullmatch(name):
             continue
@@ -252,7 +256,8 @@ def _trunk_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
             inside += entry.num_bytes
         else:
             outside += entry.num_bytes
-    return inside, outside
+            embedding += entry.num_bytes if name == EMBEDDING else 0
+    return inside, embedding, outside
 
 
 def _kv_elements(checkpoint: Checkpoint) -> int:

@@ -13,11 +13,11 @@ from schemas.activation import NodeCounts
 from schemas.base import FrozenModel
 from schemas.model import HeldDtype, ModelSpec
 from schemas.outcome import ExitCode
-from schemas.plan import Plan
-from schemas.store import RecordLayout, Sha256
+from schemas.plan import Plan, TrunkPath
+from schemas.store import RecordLayout, Sha256, TrunkPart
 from schemas.topology import NodeId, Tier
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
@@ -53,6 +53,7 @@ class Endpoints(FrozenModel):
     expert: Port
     weights: Port
     client: Port
+    session: Port
 
 
 class Peer(FrozenModel):
@@ -103,6 +104,12 @@ class Served(FrozenModel):
         Rows computed here from each tier, and by other nodes.
     calls, call_wait_s
         Expert calls made and the seconds their layers waited for them beyond local work.
+    tokens
+        That entered here, prompts included.
+    steps, step_tokens
+        Runs of a segment here, and the tokens in them; a run may serve several sessions.
+    hops
+        Hidden states and tokens sent to the next node of a path.
     """
 
     tokens: Count = 0
@@ -114,6 +121,9 @@ class Served(FrozenModel):
     calls: Count = 0
     call_wait_s: Annotated[float, Field(ge=0)] = 0.0
     calls_served: Count = 0
+    steps: Count = 0
+    step_tokens: Count = 0
+    hops: Count = 0
     tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -188,6 +198,7 @@ class Catalogue(FrozenModel):
     model: ModelSpec
     layout: RecordLayout
     records: tuple[Record, ...]
+    trunk: tuple[TrunkPart, ...] = ()
 
 
 class Counts(FrozenModel):
@@ -245,17 +256,28 @@ class Hop(FrozenModel):
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
 
 
+class AssignedTrunkPart(FrozenModel):
+    """A part of the trunk that a node must load, and the nodes to pull it from where its own checkpoint lacks it."""
+
+    record: TrunkPart
+    sources: tuple[NodeId, ...] = ()
+
+
 class Assignment(FrozenModel):
     """All that an epoch of a plan means for one node.
 
     Attributes
     ----------
     ingress
-        Tokens enter here, so trunk and KV cache are loaded here.
+        Tokens enter here.
     replicas
         Everything the node holds in this epoch, sorted.
     routing
-        Who computes what is not simply computed here; for an ingress.
+        Who computes what is not simply computed here; for a node that runs layers of a path.
+    paths
+        The paths that lead through this node or begin at it. An ingress without one runs every layer itself.
+    trunk
+        The parts of the trunk that its segments of `paths` need, as far as a store has them.
     """
 
     cluster: str
@@ -265,6 +287,8 @@ class Assignment(FrozenModel):
     layout: RecordLayout | None = None
     replicas: tuple[AssignedReplica, ...] = ()
     routing: tuple[Hop, ...] = ()
+    paths: tuple[TrunkPath, ...] = ()
+    trunk: tuple[AssignedTrunkPart, ...] = ()
 
 
 class Prepare(FrozenModel):
@@ -346,6 +370,8 @@ class NodeStatus(FrozenModel):
     state
         ``stalled``: heartbeats come, but nothing that is under way makes progress. ``away``: heartbeats stopped.
         ``stopped``: its agent said goodbye.
+    hops_per_token, calls_per_token, call_wait_per_token_s
+        Of the tokens that ran through this node's layers: what left for the next node, expert calls, waits for them.
     """
 
     id: NodeId
@@ -361,6 +387,9 @@ class NodeStatus(FrozenModel):
     tokens: Count
     last_heartbeat_s: float | None
     progress: Count
+    hops_per_token: float | None = None
+    calls_per_token: float | None = None
+    call_wait_per_token_s: float | None = None
 
 
 class PlanStatus(FrozenModel):

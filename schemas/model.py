@@ -3,6 +3,7 @@
 Must not know how a checkpoint is laid out (see `checkpoint`) nor what runs it.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -28,6 +29,9 @@ class ModelSpec(FrozenModel):
         Bytes of one expert's weights.
     trunk_layer_bytes, embedding_bytes
         Bytes of one decoder layer without its routed experts, and of embedding, final norm and head together.
+    input_bytes, head_bytes
+        What of the latter the first and the last decoder layer's node need: the embedding; final norm and head. Tied
+        weights count in both. None: not known, all of it.
     kv_bytes_per_token_layer
         KV cache bytes of one token in one decoder layer.
     moe_layers
@@ -46,6 +50,8 @@ class ModelSpec(FrozenModel):
     kv_bytes_per_token_layer: Bytes = 0
     decoder_layers: Annotated[int, Field(ge=1, le=8192)] | None = None
     moe_layers: tuple[int, ...] | None = None
+    input_bytes: Bytes | None = None
+    head_bytes: Bytes | None = None
 
     @model_validator(mode="after")
     def _counts_agree(self) -> Self:
@@ -75,6 +81,15 @@ class ModelSpec(FrozenModel):
         """Bytes of everything that is not a routed expert."""
         return self.trunk_layer_bytes * self.num_decoder_layers + self.embedding_bytes
 
+    def range_bytes(self, decoder_layers: Collection[int]) -> int:
+        """Bytes of the trunk of some decoder layers, with the embedding beside the first and the head beside the last."""
+        starts, ends = 0 in decoder_layers, self.num_decoder_layers - 1 in decoder_layers
+        outside = self.embedding_bytes if starts and ends else 0
+        if starts != ends:
+            known = self.input_bytes if starts else self.head_bytes
+            outside = self.embedding_bytes if known is None else known
+        return self.trunk_layer_bytes * len(decoder_layers) + outside
+
     @property
     def total_expert_bytes(self) -> int:
         """Bytes of one replica of every expert."""
@@ -90,5 +105,6 @@ class ModelSpec(FrozenModel):
             return self
         want, have = DTYPE_ITEMSIZE[dtype], self.itemsize
         sizes = ("expert_bytes", "trunk_layer_bytes", "embedding_bytes", "kv_bytes_per_token_layer")
-        scaled = {name: -(-getattr(self, name) * want // have) for name in sizes}
+        known = [name for name in ("input_bytes", "head_bytes") if getattr(self, name) is not None]
+        scaled = {name: -(-getattr(self, name) * want // have) for name in (*sizes, *known)}
         return self.model_copy(update={**scaled, "itemsize": want})

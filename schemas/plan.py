@@ -18,8 +18,9 @@ from schemas.placement import Replica, Route
 from schemas.topology import NodeId, Tier
 
 _ADDED = frozenset(
-    {"links", "movement", "survival", "utilisation", "queued_latency_s"}
-)  # optional, not in the first plans
+    {"links", "movement", "survival", "utilisation", "queued_latency_s", "paths", "input_bytes", "head_bytes",
+     "trunk_stage"}
+)  # fmt: skip  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
 
 
@@ -36,6 +37,27 @@ class TrunkPath(FrozenModel):
 
     ingress: NodeId
     segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
+
+
+class LayerCost(FrozenModel):
+    """What one decoder layer adds to a token of an ingress, in expectation.
+
+    `wait_s` is for experts elsewhere, `hop_s` for the way to the next layer's node (after the last: to the first's).
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    node: NodeId
+    compute_s: float
+    wait_s: float
+    hop_s: float
+
+
+class PathSummary(FrozenModel):
+    """A token's way: what it costs by layer, and why it was chosen over running the trunk at the ingress."""
+
+    ingress: NodeId
+    layers: tuple[LayerCost, ...]
+    why: str = ""
 
 
 class Step(FrozenModel):
@@ -130,10 +152,18 @@ class Summary(FrozenModel):
     queued_latency_s: float | None = None
     movement: Movement | None = None
     survival: Survival | None = None
+    paths: tuple[PathSummary, ...] | None = None
 
 
 class Plan(FrozenModel):
-    """Placement, routes and trunk path of `epoch`, and the steps that lead there from `base_epoch`."""
+    """Placement, routes and trunk path of `epoch`, and the steps that lead there from `base_epoch`.
+
+    Attributes
+    ----------
+    trunk_stage
+        The stage whose epoch is the first with this `trunk`; until then tokens keep the path of the plan before. None
+        means the first.
+    """
 
     format: Literal["expertmesh-plan-1"] = FORMAT
     cluster: str
@@ -145,6 +175,7 @@ class Plan(FrozenModel):
     placement: tuple[Replica, ...]
     routes: tuple[Route, ...] = ()
     trunk: tuple[TrunkPath, ...]
+    trunk_stage: Annotated[int, Field(ge=1)] | None = None
     steps: tuple[Step, ...]
     summary: Summary
     digest: str = ""
@@ -156,7 +187,7 @@ class Plan(FrozenModel):
     def computed_digest(self) -> str:
         """Digest of the plan's canonical JSON without the digest itself, nor fields that older plans do not have."""
         document = self.model_dump(mode="json", exclude={"digest"})
-        for record in (document["summary"], *document["summary"]["nodes"]):
+        for record in (document, document["model"], document["summary"], *document["summary"]["nodes"]):
             for name in _ADDED & record.keys():
                 if record[name] is None:
                     del record[name]

@@ -92,14 +92,37 @@ class StoreRecord(FrozenModel):
         return self.layer, self.expert
 
 
+class TrunkPart(FrozenModel):
+    """A part of the trunk at rest: one decoder layer without its routed experts, the embedding, or norm and head.
+
+    The record is a safetensors file of the part's tensors, under the names that the whole model's parameters have.
+    `layer` is the decoder layer; 0 for the embedding, the last one for the head.
+    """
+
+    part: Literal["embedding", "layer", "head"]
+    layer: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class StoredTrunkPart(TrunkPart):
+    """A part of the trunk, and where its record lies in the records file."""
+
+    offset: Annotated[int, Field(ge=0, multiple_of=RECORD_ALIGNMENT)]
+
+
 class StoreManifest(FrozenModel):
-    """What a store holds: every expert of `model` at `dtype`, sorted by layer and expert."""
+    """What a store holds: every expert of `model` at `dtype`, sorted by layer and expert, and the trunk.
+
+    `trunk` is empty in stores that were made before it travelled: nodes then need the checkpoint itself.
+    """
 
     format: Literal["expertmesh-store-1"] = STORE_FORMAT
     model: ModelSpec
     dtype: Literal["float32", "float16", "bfloat16"]
     layout: RecordLayout
     records: Annotated[tuple[StoreRecord, ...], Field(min_length=1)]
+    trunk: tuple[StoredTrunkPart, ...] = ()
 
 
 def manifest_faults(manifest: StoreManifest) -> Iterator[Fault]:

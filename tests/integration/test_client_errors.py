@@ -43,7 +43,7 @@ class Peer(threading.Thread):
 
     def answers(self, message: msg.Message) -> list[msg.Message]:
         if isinstance(message, msg.LocateRequest):
-            here = msg.Endpoints(address="127.0.0.1", expert=1, weights=1, client=self.port)
+            here = msg.Endpoints(address="127.0.0.1", expert=1, weights=1, client=self.port, session=1)
             return [msg.Located(peer=msg.Peer(node=message.node, endpoints=here))]
         return self.reply(message) if not isinstance(message, msg.Alive) else []
 

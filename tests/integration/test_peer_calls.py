@@ -31,7 +31,7 @@ class Holder(threading.Thread):
         super().__init__(daemon=True)
         self.socket = make_socket(context, zmq.ROUTER, "expert", frame_bytes=LIMITS.call_bytes)
         port = bind(self.socket, Address("127.0.0.1", port), "holder")
-        self.endpoints = Endpoints(address="127.0.0.1", expert=port, weights=1, client=1)
+        self.endpoints = Endpoints(address="127.0.0.1", expert=port, weights=1, client=1, session=1)
         self.script, self.is_over, self.epochs = script, threading.Event(), []
         self.start()
 

@@ -44,7 +44,7 @@ def peers(**shelves: Shelf) -> Iterator[Puller]:
     for name, shelf in shelves.items():
         socket = make_socket(context, zmq.ROUTER, "weights")
         port = bind(socket, Address("127.0.0.1", 0), "weights")
-        places[name] = Endpoints(address="127.0.0.1", expert=1, weights=port, client=1)
+        places[name] = Endpoints(address="127.0.0.1", expert=1, weights=port, client=1, session=1)
         servers.append(WeightsServer(socket, shelf, over.is_set))
         servers[-1].start()
     try:
