@@ -6,7 +6,7 @@ from schemas import messages as msg
 from schemas.model import ModelSpec
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import Plan, Segment, Step, Summary, TrunkPath
-from schemas.store import ExpertForm, Part, RecordLayout
+from schemas.store import ExpertForm, Part, RecordLayout, TrunkPart
 from schemas.topology import Tier
 
 BYTES = 16
@@ -26,6 +26,10 @@ CATALOGUE = msg.Catalogue(
         msg.Record(layer=layer, expert=expert, sha256=f"{layer}{expert}".rjust(64, "0"), bytes=BYTES)
         for layer, expert in KEYS
     ),
+)
+TRUNK_PARTS = tuple(
+    TrunkPart(part=part, layer=layer, sha256=f"{part[0]}{layer}".encode().hex().rjust(64, "0"), bytes=8)  # type: ignore[arg-type]
+    for part, layer in (("embedding", 0), ("layer", 0), ("layer", 1), ("head", 1))
 )
 Placed = Mapping[tuple[int, int], Iterable[str]]
 
@@ -50,6 +54,8 @@ def plan_through(
     base_epoch: int = 0,
     ingresses: Iterable[str] = ("a",),
     routes: Iterable[Route] = (),
+    trunk: Sequence[TrunkPath] | None = None,
+    trunk_stage: int | None = None,
 ) -> Plan:
     """A plan that goes through these placements, one stage each."""
     steps: list[Step] = []
@@ -72,12 +78,22 @@ def plan_through(
         dtype="float32",
         placement=sorted_replicas(stages[-1]),
         routes=sorted_routes(routes),
-        trunk=tuple(
-            TrunkPath(ingress=node, segments=(Segment(node=node, first_layer=0, last_layer=1),)) for node in ingresses
-        ),
+        trunk=tuple(path(node, node, node) for node in ingresses) if trunk is None else tuple(trunk),
+        trunk_stage=trunk_stage,
         steps=tuple(steps),
         summary=Summary(status="feasible", solver="hand", objective_name="none", objective=0.0, seconds=0.0),
     ).sealed()
+
+
+def path(ingress: str, *nodes: str) -> TrunkPath:
+    """The path of tokens of an ingress, with the node that runs each decoder layer."""
+    segments: list[Segment] = []
+    for layer, node in enumerate(nodes):
+        if segments and segments[-1].node == node:
+            segments[-1] = segments[-1].model_copy(update={"last_layer": layer})
+        else:
+            segments.append(Segment(node=node, first_layer=layer, last_layer=layer))
+    return TrunkPath(ingress=ingress, segments=tuple(segments))
 
 
 def route(ingress: str, key: tuple[int, int], holder: str, share: float = 1.0) -> Route:

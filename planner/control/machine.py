@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
-from planner.control.stages import assign, plan_nodes
+from planner.control.stages import assign, path_nodes, paths_of, plan_nodes
 from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge, placements_ahead
 from schemas.messages import Abort, Assignment, Catalogue, Commit, Message, Prepare, Retire, Standing
 from schemas.outcome import ExitCode
@@ -250,6 +250,7 @@ class ClusterMachine:
             before=state.placement,
             placement=placement,
             committed_plan=plan,
+            trunk=paths_of(plan, state.epoch + 1, state.paths),
         )
 
     def _plan(self) -> Plan:
@@ -268,8 +269,9 @@ class ClusterMachine:
         plan = self.state.committed_plan
         if plan is None:
             return False
-        holds = name in plan_nodes(plan) or any(replica.node == name for replica in self.state.placement)
-        return holds or _had_part(standing)
+        on_path = name in plan_nodes(plan) | path_nodes(self.state.paths)
+        holds = any(replica.node == name for replica in self.state.placement)
+        return on_path or holds or _had_part(standing)
 
     def _concerned(self) -> frozenset[str]:
         """Nodes of the plan, and those that are here and may still use an older epoch."""
@@ -374,6 +376,7 @@ class ClusterMachine:
                 catalogue=self.catalogue,
                 stores=stores,
                 others=others,
+                paths_before=state.paths,
             )
             kept = {number: each for number, each in self._assigned.items() if number >= state.epoch}
             self._assigned = kept | {epoch: (token, made)}

@@ -1,20 +1,24 @@
 """What a plan's stages mean for each node: placements between epochs, and each node's assignment.
 
-Decides which replicas a node holds in an epoch, whom it calls for the others and from whom it pulls. Pure: plan and
-catalogue in, assignments out. Must not know sockets, phases or which agents are alive.
+Decides which replicas and which part of the trunk a node has in an epoch, whom it calls for the other experts and
+from whom it pulls. Pure: plan and catalogue in, assignments out. Must not know sockets, phases or which agents are
+alive.
 
-Flow: steps of a stage ──► placement after it ──► per node: replicas with sources, routing.
+Flow: steps of a stage ──► placement and paths after it ──► per node: replicas with sources, routing, paths, trunk.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
-from schemas.messages import AssignedReplica, Assignment, Catalogue, Hop, Record
+from schemas.messages import AssignedReplica, AssignedTrunkPart, Assignment, Catalogue, Hop, Record
+from schemas.model import ModelSpec
 from schemas.placement import Replica, Route, sorted_replicas
-from schemas.plan import Plan, Step
+from schemas.plan import Plan, Step, TrunkPath
 from schemas.topology import TIERS, Tier
 
 Placement = tuple[Replica, ...]
+Paths = tuple[TrunkPath, ...]
 Key = tuple[int, int]
 
 
@@ -28,9 +32,38 @@ def num_stages(plan: Plan) -> int:
 
 
 def plan_nodes(plan: Plan) -> frozenset[str]:
-    """Nodes that hold a replica at the end of a plan, or for a while on the way there, or take tokens in."""
+    """Nodes that hold a replica at the end of a plan, or for a while on the way there, or lie on a token's path."""
     on_the_way = {step.node for step in plan.steps if step.action == "replicate" and step.node is not None}
-    return frozenset({r.node for r in plan.placement} | {path.ingress for path in plan.trunk} | on_the_way)
+    return frozenset({r.node for r in plan.placement} | path_nodes(plan.trunk) | on_the_way)
+
+
+def path_nodes(paths: Paths) -> frozenset[str]:
+    """Nodes where tokens enter or that run layers for them."""
+    return frozenset(chain.from_iterable((path.ingress, *(s.node for s in path.segments)) for path in paths))
+
+
+def paths_of(plan: Plan, epoch: int, before: Paths) -> Paths:
+    """Return the paths in force in an epoch of a plan; `before` are those of the plan before."""
+    return plan.trunk if epoch - plan.base_epoch >= (plan.trunk_stage or 1) else before
+
+
+def require_whole_paths(plan: Plan) -> None:
+    """Raise `InconsistentPlan` where a path is no way through all decoder layers, or is never in force."""
+    if plan.trunk_stage is not None and plan.trunk_stage > num_stages(plan):
+        raise InconsistentPlan(f"its paths begin with stage {plan.trunk_stage}, but it has {num_stages(plan)}")
+    for path in plan.trunk:
+        following = 0
+        for segment in path.segments:
+            if segment.first_layer != following or segment.last_layer < following:
+                raise InconsistentPlan(
+                    f"the path of {path.ingress} goes on with layers {segment.first_layer} … {segment.last_layer} on "
+                    f"{segment.node} where layer {following} is next"
+                )
+            following = segment.last_layer + 1
+        if following != plan.model.num_decoder_layers:
+            raise InconsistentPlan(
+                f"the path of {path.ingress} has {following} layers, the model {plan.model.num_decoder_layers}"
+            )
 
 
 def stage_placements(current: Placement, plan: Plan) -> list[Placement]:
@@ -107,10 +140,11 @@ def assign(
     catalogue: Catalogue,
     stores: Iterable[str],
     others: Iterable[str] = (),
+    paths_before: Paths = (),
 ) -> Mapping[str, Assignment]:
     """Return every node's assignment for one epoch of a plan, those included that leave.
 
-    Nodes without a part in the plan are told whom to call too: an ingress that leaves has answers to finish.
+    Nodes that leave a path, or the plan, are told whom to call too: they have answers to finish.
 
     Parameters
     ----------
@@ -120,6 +154,8 @@ def assign(
         Nodes with a store, asked after the holders.
     others
         Further nodes, which may have had a part in an older epoch.
+    paths_before
+        In force in the epoch before.
     """
     records = {(record.layer, record.expert): record for record in catalogue.records}
     missing = sorted({replica.key for replica in after} - records.keys())
@@ -127,13 +163,14 @@ def assign(
         raise InconsistentPlan(f"no store has layer {missing[0][0]} expert {missing[0][1]}; run agent prepare again")
     hints = {(s.layer, s.expert, s.node): s.source for s in plan.steps if s.action == "replicate" and s.source}
     holders_before, holders_after = _holders(before), _holders(after)
-    ingresses, planned = {path.ingress for path in plan.trunk}, plan_nodes(plan)
+    paths, planned, stored = paths_of(plan, epoch, paths_before), plan_nodes(plan), sorted(stores)
+    ingresses, on_path = {path.ingress for path in paths}, path_nodes((*paths, *paths_before))
     routes, final = _routes(plan.routes), epoch == plan.epoch
-    nodes = {replica.node for replica in (*before, *after)} | planned | set(others)
+    nodes = {replica.node for replica in (*before, *after)} | planned | on_path | set(others)
     held: dict[str, list[AssignedReplica]] = {node: [] for node in nodes}
     for replica in after:
         hint = hints.get((replica.layer, replica.expert, replica.node))
-        candidates = ([hint] if hint else []) + holders_before.get(replica.key, []) + sorted(stores)
+        candidates = ([hint] if hint else []) + holders_before.get(replica.key, []) + stored
         held[replica.node].append(_assigned(replica, records[replica.key], candidates))
     return {
         node: Assignment(
@@ -144,11 +181,29 @@ def assign(
             layout=catalogue.layout,
             replicas=tuple(held[node]),
             routing=_routing(node, holders_after, routes, final=final)
-            if node in ingresses or node not in planned
+            if node in on_path or node not in planned
             else (),
+            paths=tuple(path for path in paths if node in path_nodes((path,))),
+            trunk=tuple(_trunk_parts(node, paths, catalogue, stored)),
         )
         for node in sorted(nodes)
     }
+
+
+def layers_run(node: str, paths: Paths, model: ModelSpec) -> frozenset[int]:
+    """Return the decoder layers that a node runs for any ingress."""
+    segments = chain.from_iterable(path.segments for path in paths)
+    runs = [range(s.first_layer, s.last_layer + 1) for s in segments if s.node == node]
+    return frozenset(chain.from_iterable(runs)) & frozenset(range(model.num_decoder_layers))
+
+
+def _trunk_parts(node: str, paths: Paths, catalogue: Catalogue, stores: list[str]) -> Iterator[AssignedTrunkPart]:
+    """Yield the parts that a node's layers need: of each its own, the embedding at the first, the head at the last."""
+    layers = layers_run(node, paths, catalogue.model)
+    sources = tuple(store for store in stores if store != node)
+    for part in catalogue.trunk:  # the embedding counts as of the first layer, the head as of the last
+        if part.layer in layers:
+            yield AssignedTrunkPart(record=part, sources=sources)
 
 
 def _assigned(replica: Replica, record: Record, candidates: list[str]) -> AssignedReplica:

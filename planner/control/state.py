@@ -6,12 +6,12 @@ Decides refusals; changes nothing. Must not know which agents are alive, nor wha
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from planner.control.stages import InconsistentPlan, Placement, stage_placements
+from planner.control.stages import InconsistentPlan, Paths, Placement, require_whole_paths, stage_placements
 from schemas.base import FrozenModel
 from schemas.messages import Phase
 from schemas.outcome import ExitCode
 from schemas.placement import Replica
-from schemas.plan import Plan
+from schemas.plan import Plan, TrunkPath
 
 
 class ClusterState(FrozenModel):
@@ -25,6 +25,8 @@ class ClusterState(FrozenModel):
         The placement of the epoch before, from which an agent that lost its data may still pull.
     plan
         The plan under way or last reached; its stage under way leads to `epoch` + 1.
+    trunk
+        Paths in force in `epoch`; None in journals of before they could differ from the committed plan's.
     """
 
     cluster: str
@@ -33,9 +35,17 @@ class ClusterState(FrozenModel):
     before: tuple[Replica, ...] = ()
     plan: Plan | None = None
     committed_plan: Plan | None = None
+    trunk: tuple[TrunkPath, ...] | None = None
     phase: Phase = "idle"
     message: str = ""
     code: ExitCode = ExitCode.DONE
+
+    @property
+    def paths(self) -> Paths:
+        """Paths in force; none before the first plan."""
+        if self.trunk is not None:
+            return self.trunk
+        return self.committed_plan.trunk if self.committed_plan else ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ def _objections(state: ClusterState, plan: Plan, *, same: bool) -> Iterator[Refu
             f"{_way_out(state)}",
         )
     try:
+        require_whole_paths(plan)
         placements_ahead(plan, state.placement, state.epoch)
     except InconsistentPlan as error:
         yield Refuse(ExitCode.INVALID, f"the plan contradicts itself: {error}")

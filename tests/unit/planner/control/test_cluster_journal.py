@@ -5,7 +5,7 @@ import pytest
 from planner.control.errors import JournalUnusable, JournalUnwritable
 from planner.control.journal import Journal
 from planner.control.state import ClusterState
-from tests.small_plans import all_on, plan_through, replicas
+from tests.small_plans import all_on, path, plan_through, replicas
 
 
 def test_a_state_comes_back_whole(tmp_path):
@@ -49,3 +49,16 @@ def test_the_story_stays_short(tmp_path, monkeypatch):
             journal.write(ClusterState(cluster="c", epoch=epoch))
         rows = journal._database.execute("SELECT epoch FROM story ORDER BY number").fetchall()
     assert rows == [(3,), (4,), (5,)]
+
+
+def test_a_journal_of_before_paths_were_remembered_has_those_of_its_plan(tmp_path):
+    placed = replicas(all_on("a", "b"))
+    plan = plan_through(placed, trunk=[path("a", "a", "b")])
+    old = ClusterState(cluster="c", epoch=1, placement=placed, plan=plan, committed_plan=plan, phase="done")
+    with Journal(tmp_path / "j", "c") as journal:
+        journal.write(old)
+        text = old.model_dump_json(exclude={"trunk"})
+        journal._database.execute("UPDATE state SET json = ?", (text,))
+    with Journal(tmp_path / "j", "c") as journal:
+        assert journal.state.paths == plan.trunk
+    assert ClusterState(cluster="c").paths == ()

@@ -2,20 +2,21 @@
 
 import pytest
 
-from planner.control.stages import InconsistentPlan, assign, stage_placements
-from tests.small_plans import CATALOGUE, all_on, plan_through, replicas, route
+from planner.control.stages import InconsistentPlan, assign, plan_nodes, require_whole_paths, stage_placements
+from tests.small_plans import CATALOGUE, TRUNK_PARTS, all_on, path, plan_through, replicas, route
 
 KEY = (0, 1)
 
 
-def assignments(plan, *, epoch=None, before=(), after=None, stores=("a",)):
+def assignments(plan, *, epoch=None, before=(), after=None, stores=("a",), paths_before=()):
     return assign(
         plan,
         epoch=plan.epoch if epoch is None else epoch,
         before=before,
         after=plan.placement if after is None else after,
-        catalogue=CATALOGUE,
+        catalogue=CATALOGUE.model_copy(update={"trunk": TRUNK_PARTS}),
         stores=stores,
+        paths_before=paths_before,
     )
 
 
@@ -86,3 +87,74 @@ def test_a_tier_changes_within_a_stage_but_an_expert_does_not_stay_in_two():
     kept = plan.model_copy(update={"steps": tuple(s for s in plan.steps if s.action != "drop")})
     with pytest.raises(InconsistentPlan, match="would stay on a in two tiers"):
         stage_placements(on_disk, kept)
+
+
+def parts(assignment):
+    return [(part.record.part, part.record.layer) for part in assignment.trunk]
+
+
+def test_each_node_of_a_path_gets_the_parts_of_its_layers_and_whom_to_call():
+    placed = replicas(all_on("a", "b") | {KEY: ["c"]})
+    plan = plan_through(placed, trunk=[path("a", "a", "b"), path("c", "b", "b")])
+    given = assignments(plan, stores=("a", "d"))
+    assert {node: parts(each) for node, each in given.items()} == {
+        "a": [("embedding", 0), ("layer", 0)],
+        "b": [("embedding", 0), ("layer", 0), ("layer", 1), ("head", 1)],
+        "c": [],  # its tokens enter there and run elsewhere
+    }
+    assert {node: [p.ingress for p in each.paths] for node, each in given.items()} == {
+        "a": ["a"],
+        "b": ["a", "c"],
+        "c": ["c"],
+    }
+    assert [node for node, each in given.items() if each.ingress] == ["a", "c"]
+    assert hops(given["a"]) == hops(given["b"]) == {KEY: (("c",), ())}
+    assert {part.sources for part in given["a"].trunk} == {("d",)}
+    assert {part.sources for part in given["b"].trunk} == {("a", "d")}
+
+
+def test_a_trunk_that_stays_is_a_path_of_one_segment_with_every_part():
+    given = assignments(plan_through(replicas(all_on("a", "b"))))
+    assert parts(given["a"]) == [(part.part, part.layer) for part in TRUNK_PARTS]
+    assert (parts(given["b"]), given["b"].paths, given["b"].routing) == ([], (), ())
+
+
+def test_old_paths_are_in_force_until_the_trunk_stage_and_those_who_leave_still_know_whom_to_call():
+    first, last = replicas(all_on("a")), replicas(all_on("b"))
+    old, new = path("a", "a", "a"), path("b", "b", "b")
+    plan = plan_through(first, last, last, trunk=[new], trunk_stage=2, before=first)
+    by_epoch = [
+        assignments(plan, epoch=epoch, before=first, after=after, paths_before=(paths,))
+        for epoch, after, paths in ((1, first, old), (2, last, old), (3, last, new))
+    ]
+    assert [list(given["a"].paths) for given in by_epoch] == [[old], [], []]
+    assert [list(given["b"].paths) for given in by_epoch] == [[], [new], [new]]
+    assert [given["a"].ingress for given in by_epoch] == [True, False, False]
+    assert [len(given["a"].routing) for given in by_epoch] == [0, 6, 6]  # it left the plan, and has answers to finish
+
+
+def test_a_node_that_only_runs_layers_is_part_of_the_plan():
+    plan = plan_through(replicas(all_on("a")), trunk=[path("a", "a", "b")])
+    assert plan_nodes(plan) == {"a", "b"}
+    assert parts(assignments(plan)["b"]) == [("layer", 1), ("head", 1)]
+
+
+@pytest.mark.parametrize(
+    ("trunk", "trunk_stage", "text"),
+    [
+        ([path("a", "a")], None, "the path of a has 1 layers, the model 2"),
+        ([path("a", "a", "b", "a")], None, "the path of a has 3 layers, the model 2"),
+        ([path("a", "a", "b")], 2, "begin with stage 2, but it has 1"),
+    ],
+)
+def test_paths_that_lead_nowhere(trunk, trunk_stage, text):
+    plan = plan_through(replicas(all_on("a")), trunk=trunk, trunk_stage=trunk_stage)
+    with pytest.raises(InconsistentPlan, match=text):
+        require_whole_paths(plan)
+
+
+def test_a_path_with_a_layer_left_out():
+    whole = path("a", "a", "b")
+    gap = whole.model_copy(update={"segments": whole.segments[1:]})
+    with pytest.raises(InconsistentPlan, match=r"layers 1 … 1 on b where layer 0 is next"):
+        require_whole_paths(plan_through(replicas(all_on("a")), trunk=[gap]))
