@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
-from planner.control.stages import assign, path_nodes, paths_of, plan_nodes
+from planner.control.stages import assign, paths_of, plan_nodes
 from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge, placements_ahead
 from schemas.messages import Abort, Assignment, Catalogue, Commit, Message, Prepare, Retire, Standing
 from schemas.outcome import ExitCode
+from schemas.paths import path_nodes
 from schemas.plan import Plan
 
 RESEND_TICKS: Final = 10

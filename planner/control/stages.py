@@ -9,10 +9,9 @@ Flow: steps of a stage ──► placement and paths after it ──► per node
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 
 from schemas.messages import AssignedReplica, AssignedTrunkPart, Assignment, Catalogue, Hop, Record
-from schemas.model import ModelSpec
+from schemas.paths import layers_run, path_nodes
 from schemas.placement import Replica, Route, sorted_replicas
 from schemas.plan import Plan, Step, TrunkPath
 from schemas.topology import TIERS, Tier
@@ -35,11 +34,6 @@ def plan_nodes(plan: Plan) -> frozenset[str]:
     """Nodes that hold a replica at the end of a plan, or for a while on the way there, or lie on a token's path."""
     on_the_way = {step.node for step in plan.steps if step.action == "replicate" and step.node is not None}
     return frozenset({r.node for r in plan.placement} | path_nodes(plan.trunk) | on_the_way)
-
-
-def path_nodes(paths: Paths) -> frozenset[str]:
-    """Nodes where tokens enter or that run layers for them."""
-    return frozenset(chain.from_iterable((path.ingress, *(s.node for s in path.segments)) for path in paths))
 
 
 def paths_of(plan: Plan, epoch: int, before: Paths) -> Paths:
@@ -190,16 +184,9 @@ def assign(
     }
 
 
-def layers_run(node: str, paths: Paths, model: ModelSpec) -> frozenset[int]:
-    """Return the decoder layers that a node runs for any ingress."""
-    segments = chain.from_iterable(path.segments for path in paths)
-    runs = [range(s.first_layer, s.last_layer + 1) for s in segments if s.node == node]
-    return frozenset(chain.from_iterable(runs)) & frozenset(range(model.num_decoder_layers))
-
-
 def _trunk_parts(node: str, paths: Paths, catalogue: Catalogue, stores: list[str]) -> Iterator[AssignedTrunkPart]:
     """Yield the parts that a node's layers need: of each its own, the embedding at the first, the head at the last."""
-    layers = layers_run(node, paths, catalogue.model)
+    layers = layers_run(node, paths)
     sources = tuple(store for store in stores if store != node)
     for part in catalogue.trunk:  # the embedding counts as of the first layer, the head as of the last
         if part.layer in layers:
