@@ -82,7 +82,7 @@ class ModelSpec(FrozenModel):
         return self.trunk_layer_bytes * self.num_decoder_layers + self.embedding_bytes
 
     def range_bytes(self, decoder_layers: Collection[int]) -> int:
-        """Bytes of the trunk of some decoder layers, with the embedding beside the first and the head beside the last."""
+        """Bytes of the trunk of some decoder layers: the embedding beside the first, the head beside the last."""
         starts, ends = 0 in decoder_layers, self.num_decoder_layers - 1 in decoder_layers
         outside = self.embedding_bytes if starts and ends else 0
         if starts != ends:

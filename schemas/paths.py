@@ -32,7 +32,7 @@ def path_nodes(paths: Iterable[TrunkPath]) -> frozenset[str]:
 
 
 def layers_run(node: str, paths: Iterable[TrunkPath]) -> frozenset[int]:
-    """Decoder layers that a node runs for any ingress."""
+    """Return the decoder layers that a node runs for any ingress."""
     return frozenset(layer for _, layer in _runs(node, paths))
 
 
