@@ -1,4 +1,4 @@
-"""Binary frames of the two fast planes (expert calls and weights), and how every socket is set.
+"""Binary frames of the fast planes (expert calls and weights; steps of sessions: `schemas.sessions`), and every socket.
 
 Decides what a header says and which frames may follow it. Everything a peer claims is held against limits and
 against the frames that are really there *before* anyone makes a tensor of it: dtype from an allow-list, dimensions
@@ -26,7 +26,7 @@ WINDOW: Final = 8  # chunks asked for ahead: credit, so that a puller decides ho
 MAX_FAULT_BYTES: Final = 4096
 
 Combine = Literal["partial", "ordered"]
-Plane = Literal["control", "expert", "weights"]
+Plane = Literal["control", "expert", "weights", "session"]
 Frames = Sequence[bytes | memoryview]
 
 _CALL: Final = 1
@@ -34,9 +34,9 @@ _ANSWER: Final = 2
 _FAULT: Final = 3
 _CHUNK_REQUEST: Final = 4
 _CHUNK: Final = 5
-_DTYPES: Final = ("float32", "float16", "bfloat16")
-_ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
-_DTYPE_CODE: Final = {name: code for code, name in enumerate(_DTYPES)}
+DTYPES: Final = ("float32", "float16", "bfloat16")
+ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_CODE: Final = {name: code for code, name in enumerate(DTYPES)}
 _COMBINES: Final[tuple[Combine, ...]] = ("partial", "ordered")
 _COMBINE_CODE: Final = {name: code for code, name in enumerate(_COMBINES)}
 
@@ -144,30 +144,30 @@ def pack_call(header: CallHeader) -> bytes:
     """Return the header frame of a call; hidden [T', D], token [R], expert [R] int32 and weight [R] follow."""
     return _CALL_HEADER.pack(
         MAGIC, VERSION, _CALL, header.epoch, header.request, header.layer, _COMBINE_CODE[header.combine],
-        _DTYPE_CODE[header.dtype], _DTYPE_CODE[header.weight_dtype], header.tokens, header.rows, header.hidden_size,
+        DTYPE_CODE[header.dtype], DTYPE_CODE[header.weight_dtype], header.tokens, header.rows, header.hidden_size,
     )  # fmt: skip
 
 
 def parse_call(frames: Frames, limits: Limits) -> CallHeader:
     """Check the five frames of a call and return its header; raises `RemoteProtocolError`."""
-    fields = _unpack(frames, _CALL_HEADER, _CALL, count=5, what="expert call")
+    fields = unpack_header(frames, _CALL_HEADER, _CALL, count=5, what="expert call")
     epoch, request, layer, combine, dtype, weight_dtype, tokens, rows, hidden = fields
-    _require(layer < limits.layers, f"layer {layer} of a model with {limits.layers}")
-    _require(combine < len(_COMBINES), f"combine code {combine}")
-    _require(dtype < len(_DTYPES) and weight_dtype < len(_DTYPES), f"dtype codes {dtype} and {weight_dtype}")
-    _require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
-    _require(1 <= tokens <= limits.tokens, f"{tokens} tokens, the limit is {limits.tokens}")
-    _require(tokens <= rows <= tokens * limits.top_k, f"{rows} rows for {tokens} tokens, top-k is {limits.top_k}")
-    name, weight_name = _DTYPES[dtype], _DTYPES[weight_dtype]
-    sizes = (tokens * hidden * _ITEMSIZE[name], rows * 4, rows * 4, rows * _ITEMSIZE[weight_name])
-    _require_sizes(frames, sizes)
+    require(layer < limits.layers, f"layer {layer} of a model with {limits.layers}")
+    require(combine < len(_COMBINES), f"combine code {combine}")
+    require(dtype < len(DTYPES) and weight_dtype < len(DTYPES), f"dtype codes {dtype} and {weight_dtype}")
+    require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
+    require(1 <= tokens <= limits.tokens, f"{tokens} tokens, the limit is {limits.tokens}")
+    require(tokens <= rows <= tokens * limits.top_k, f"{rows} rows for {tokens} tokens, top-k is {limits.top_k}")
+    name, weight_name = DTYPES[dtype], DTYPES[weight_dtype]
+    sizes = (tokens * hidden * ITEMSIZE[name], rows * 4, rows * 4, rows * ITEMSIZE[weight_name])
+    require_sizes(frames, sizes)
     return CallHeader(epoch, request, layer, _COMBINES[combine], name, weight_name, tokens, rows, hidden)
 
 
 def pack_answer(header: AnswerHeader) -> bytes:
     """Return the header frame of an answer; the rows [rows, hidden_size] follow."""
     return _ANSWER_HEADER.pack(
-        MAGIC, VERSION, _ANSWER, header.epoch, header.request, _DTYPE_CODE[header.dtype], header.rows,
+        MAGIC, VERSION, _ANSWER, header.epoch, header.request, DTYPE_CODE[header.dtype], header.rows,
         header.hidden_size,
     )  # fmt: skip
 
@@ -180,14 +180,14 @@ def pack_fault(epoch: int, request: int, fault: CallFault) -> list[bytes]:
 def parse_answer(frames: Frames, limits: Limits) -> AnswerHeader | FaultHeader:
     """Check the frames of an answer or a fault; raises `RemoteProtocolError`."""
     if _type_of(frames) == _FAULT:
-        epoch, request = _unpack(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
+        epoch, request = unpack_header(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
         return FaultHeader(epoch, request, _parse_fault(frames[1]))
-    epoch, request, dtype, rows, hidden = _unpack(frames, _ANSWER_HEADER, _ANSWER, count=2, what="answer")
-    _require(dtype < len(_DTYPES), f"dtype code {dtype}")
-    _require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
-    _require(1 <= rows <= limits.tokens * limits.top_k, f"{rows} rows, the limit is {limits.tokens * limits.top_k}")
-    _require_sizes(frames, (rows * hidden * _ITEMSIZE[_DTYPES[dtype]],))
-    return AnswerHeader(epoch, request, _DTYPES[dtype], rows, hidden)
+    epoch, request, dtype, rows, hidden = unpack_header(frames, _ANSWER_HEADER, _ANSWER, count=2, what="answer")
+    require(dtype < len(DTYPES), f"dtype code {dtype}")
+    require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
+    require(1 <= rows <= limits.tokens * limits.top_k, f"{rows} rows, the limit is {limits.tokens * limits.top_k}")
+    require_sizes(frames, (rows * hidden * ITEMSIZE[DTYPES[dtype]],))
+    return AnswerHeader(epoch, request, DTYPES[dtype], rows, hidden)
 
 
 def pack_chunk_request(ask: ChunkRequest) -> list[bytes]:
@@ -201,9 +201,9 @@ def pack_chunk_request(ask: ChunkRequest) -> list[bytes]:
 
 def parse_chunk_request(frames: Frames) -> ChunkRequest:
     """Check a chunk request; raises `RemoteProtocolError`."""
-    fields = _unpack(frames, _CHUNK_REQUEST_HEADER, _CHUNK_REQUEST, count=1, what="chunk request")
+    fields = unpack_header(frames, _CHUNK_REQUEST_HEADER, _CHUNK_REQUEST, count=1, what="chunk request")
     request, offset, length, name = fields
-    _require(1 <= length <= CHUNK_BYTES, f"{length} bytes asked for, a chunk has at most {CHUNK_BYTES}")
+    require(1 <= length <= CHUNK_BYTES, f"{length} bytes asked for, a chunk has at most {CHUNK_BYTES}")
     return ChunkRequest(request, name.hex(), offset, length)
 
 
@@ -223,12 +223,12 @@ def pack_chunk_fault(request: int, fault: CallFault) -> list[bytes]:
 def parse_chunk(frames: Frames) -> Chunk | ChunkFault:
     """Check a chunk (checksum included) or a fault; raises `RemoteProtocolError`."""
     if _type_of(frames) == _FAULT:
-        _, request = _unpack(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
+        _, request = unpack_header(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
         return ChunkFault(request, _parse_fault(frames[1]))
-    request, offset, total, checksum = _unpack(frames, _CHUNK_HEADER, _CHUNK, count=2, what="chunk")
+    request, offset, total, checksum = unpack_header(frames, _CHUNK_HEADER, _CHUNK, count=2, what="chunk")
     size = len(frames[1])
-    _require(1 <= size <= CHUNK_BYTES and offset + size <= total, f"{size} bytes at {offset} of {total}")
-    _require(zlib.crc32(frames[1]) == checksum, f"checksum of the chunk at {offset} differs: damaged on the way")
+    require(1 <= size <= CHUNK_BYTES and offset + size <= total, f"{size} bytes at {offset} of {total}")
+    require(zlib.crc32(frames[1]) == checksum, f"checksum of the chunk at {offset} differs: damaged on the way")
     return Chunk(request, offset, total, frames[1])
 
 
@@ -240,7 +240,7 @@ def _fault_body(fault: CallFault) -> bytes:
 
 
 def _parse_fault(frame: bytes | memoryview) -> CallFault:
-    _require(len(frame) <= MAX_FAULT_BYTES, f"a fault of {len(frame)} bytes, the limit is {MAX_FAULT_BYTES}")
+    require(len(frame) <= MAX_FAULT_BYTES, f"a fault of {len(frame)} bytes, the limit is {MAX_FAULT_BYTES}")
     try:
         return CallFault.model_validate_json(bytes(frame))
     except ValidationError as error:
@@ -251,23 +251,25 @@ def _type_of(frames: Frames) -> int:
     return _PREFIX.unpack_from(frames[0])[2] if frames and len(frames[0]) >= _PREFIX.size else 0
 
 
-def _unpack(frames: Frames, layout: struct.Struct, kind: int, *, count: int, what: str) -> tuple[Any, ...]:
+def unpack_header(frames: Frames, layout: struct.Struct, kind: int, *, count: int, what: str) -> tuple[Any, ...]:
     """Return the fields of frame 0 behind its prefix, checked to be a `kind` of this version with `count` frames."""
-    _require(len(frames) == count, f"{len(frames)} frames, {what} has {count}")
-    _require(len(frames[0]) == layout.size, f"a header of {len(frames[0])} bytes, {what} has {layout.size}")
+    require(len(frames) == count, f"{len(frames)} frames, {what} has {count}")
+    require(len(frames[0]) == layout.size, f"a header of {len(frames[0])} bytes, {what} has {layout.size}")
     magic, version, found, *fields = layout.unpack(frames[0])
-    _require(magic == MAGIC, f"magic bytes {magic!r}")
-    _require(version == VERSION, f"protocol version {version}, this is {VERSION}; install the same version everywhere")
-    _require(found == kind, f"message type {found}, expected {kind} ({what})")
+    require(magic == MAGIC, f"magic bytes {magic!r}")
+    require(version == VERSION, f"protocol version {version}, this is {VERSION}; install the same version everywhere")
+    require(found == kind, f"message type {found}, expected {kind} ({what})")
     return tuple(fields)
 
 
-def _require(true: bool, otherwise: str) -> None:
+def require(true: bool, otherwise: str) -> None:
+    """Refuse a frame unless something is true; raises `RemoteProtocolError`."""
     if not true:
         _refuse(otherwise)
 
 
-def _require_sizes(frames: Frames, sizes: tuple[int, ...]) -> None:
+def require_sizes(frames: Frames, sizes: tuple[int, ...]) -> None:
+    """Refuse frames whose lengths, behind the header, are not `sizes`; raises `RemoteProtocolError`."""
     for index, (frame, size) in enumerate(zip(frames[1:], sizes, strict=True), start=1):
         if len(frame) != size:
             _refuse(f"frame {index} has {len(frame)} bytes, its shape and dtype need {size}")
@@ -310,10 +312,12 @@ SHUTDOWN_LINGER_MS: Final = 1000
 def plane_options(plane: Plane, frame_bytes: int = 0) -> tuple[SocketOption, ...]:
     """Return what limits the memory that a peer can make us use, per plane.
 
-    `frame_bytes` is the largest frame of the expert plane, which follows from the model.
+    `frame_bytes` is the largest frame of the expert and session planes, which follows from the model.
     """
-    largest = {"control": _CONTROL_BYTES, "expert": frame_bytes, "weights": CHUNK_BYTES + 4096}[plane]
-    queued = {"control": 1000, "expert": 256, "weights": 2 * WINDOW}[plane]
+    largest = {
+        "control": _CONTROL_BYTES, "expert": frame_bytes, "weights": CHUNK_BYTES + 4096, "session": frame_bytes
+    }[plane]  # fmt: skip
+    queued = {"control": 1000, "expert": 256, "weights": 2 * WINDOW, "session": 256}[plane]
     return (
         SocketOption("MAXMSGSIZE", largest, "a peer decides how much memory is allocated"),
         SocketOption("SNDHWM", queued, "a thousand large messages queue per peer"),
