@@ -12,6 +12,7 @@ from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.objective import Judgement, ObjectiveName, Routing, link_load, node_load
 from planner.problem import Bools, Ints, Problem
+from planner.rooms import Rooms
 from planner.solvers.base import Result
 from planner.steps import migration_steps
 from schemas.outcome import ExitCode
@@ -52,13 +53,17 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     ForeignPlan
         `current` is of another cluster, model or dtype.
     UnsafePlan
-        No order of steps keeps every expert within memory.
+        No order of steps keeps every expert, and the trunks of before and after, within memory.
     """
     topology, problem = inputs.topology, solved.problem
     if current is not None:
         require_same(inputs, current)
     placement, routes = placement_records(problem, solved.placed), route_records(problem, solved.routing)
-    steps, stages = migration_steps(problem, () if current is None else current.placement, placement)
+    trunk = tuple(trunk_paths(problem, inputs.model.moe_layer_indices, inputs.model.num_decoder_layers))
+    rooms = None
+    if current is not None and current.trunk != trunk:
+        rooms = Rooms.between(problem.room, inputs.model, current.trunk, trunk)
+    steps, stages, trunk_stage = migration_steps(problem, current.placement if current else (), placement, rooms)
     if not stages and current is not None and current.routes != routes:
         steps, stages = (Step(stage=1, action="switch"),), 1
     base = 0 if current is None else current.epoch
@@ -71,7 +76,8 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         dtype=topology.dtype,
         placement=placement,
         routes=routes,
-        trunk=tuple(trunk_paths(problem, inputs.model.moe_layer_indices, inputs.model.num_decoder_layers)),
+        trunk=trunk,
+        trunk_stage=trunk_stage,
         steps=steps,
         summary=summarise(solved),
     )

@@ -89,16 +89,19 @@ def _stages(current: Bools, target: Bools, ground: Ground, keep: int) -> Iterato
 
 def _next(held: Bools, target: Bools, ground: Ground, keep: int, parked: Bools) -> list[Stage]:
     """Return what to do now: everything, else what fits, else what makes room. Marks what it parks."""
+    stage = replicate_and_drop(held, target, ground, keep=keep)
+    return [stage] if stage.replicate.any() or stage.drop.any() else _make_room(held, target, ground, keep, parked)
+
+
+def replicate_and_drop(held: Bools, target: Bools, ground: Ground, *, keep: int = 1) -> Stage:
+    """Return the stage that does everything, else what fits; an empty one where nothing can be done."""
     wanted = target & ~held
     free = ground.free(held)
     if (wanted.sum(axis=1) <= np.maximum(free, 0)).all():
-        return [Stage(wanted, held & ~target)]
+        return Stage(wanted, held & ~target)
     short = wanted.sum(axis=1) > free
     replicate = _that_fit(wanted, free, _stuck(held, target, short))
-    drop = _droppable(held | replicate, target, ground, keep, short)
-    if replicate.any() or drop.any():
-        return [Stage(replicate, drop)]
-    return _make_room(held, target, ground, keep, parked)
+    return Stage(replicate, _droppable(held | replicate, target, ground, keep, short))
 
 
 def _stuck(held: Bools, target: Bools, short: Bools) -> Bools:

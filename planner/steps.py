@@ -1,19 +1,24 @@
 """The stages of a migration as a plan's steps: where each new replica comes from, and what is dropped.
 
-Decides the order of steps inside a stage and the source of each replica. Flow: records → arrays → `migration` → steps.
+Decides the order of steps inside a stage and the source of each replica. Flow: records → arrays → `migration`, or
+`crossing` where tokens change their paths → steps.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from planner.crossing import Crowded, Grounds, plan_crossing
+from planner.errors import UnsafePlan
 from planner.migration import Ground, Stage, plan_stages
 from planner.problem import Bools, Ints, Problem
+from planner.rooms import Rooms
 from schemas.placement import Replica
 from schemas.plan import Step
 from schemas.topology import TIERS, Tier
+from schemas.units import format_bytes
 
 _NOBODY: Final = -1
 
@@ -47,6 +52,18 @@ class Atlas:
             array[index[replica.node, replica.tier], expert] = True
         return array
 
+    def ground_with(self, room: Ints, held: Bools) -> Ground:
+        """Return the ground with other room, bytes ``[N, 3]`` of the topology's nodes; `held` is what is there now.
+
+        What a node that the topology no longer has holds may stay there.
+        """
+        number = {node: position for position, node in enumerate(self.problem.node_ids)}
+        slots = held.sum(axis=1)
+        for place, (node, tier) in enumerate(zip(self.ground.place_node.tolist(), self.tiers, strict=True)):
+            if (known := number.get(self.nodes[node])) is not None:
+                slots[place] = max(int(room[known, TIERS.index(tier)]), 0) // self.problem.expert_bytes
+        return replace(self.ground, slots=slots)
+
 
 def draw_atlas(problem: Problem, before: Sequence[Replica]) -> Atlas:
     """Name all places of the problem, and those where replicas are now; nothing new may go to the latter."""
@@ -68,18 +85,60 @@ def draw_atlas(problem: Problem, before: Sequence[Replica]) -> Atlas:
     return Atlas(problem, nodes, tuple(tier for _, tier in places), ground)
 
 
+class Migration(NamedTuple):
+    """The steps of a plan, the stages that they make, and that which switches the trunk; None: the first."""
+
+    steps: tuple[Step, ...]
+    stages: int
+    trunk_stage: int | None = None
+
+
 def migration_steps(
-    problem: Problem, before: Sequence[Replica], after: Sequence[Replica]
-) -> tuple[tuple[Step, ...], int]:
-    """Return the steps from one placement to another, and the number of stages they make; raises `UnsafePlan`."""
+    problem: Problem, before: Sequence[Replica], after: Sequence[Replica], rooms: Rooms | None = None
+) -> Migration:
+    """Return the steps from one placement to another.
+
+    Parameters
+    ----------
+    rooms
+        Where tokens change their paths meanwhile.
+
+    Raises
+    ------
+    UnsafePlan
+        Naming what does not fit, where that can be told.
+    """
     atlas = draw_atlas(problem, before)
     held, target = atlas.place(before), atlas.place(after)
-    stages = plan_stages(held, target, atlas.ground, keep=problem.required)
+    stages, trunk_stage = _stages(atlas, held, target, rooms)
     steps: list[Step] = []
     for number, stage in enumerate(stages, start=1):
         steps.extend(_stage_steps(atlas, number, stage, held))
         held = stage.after(held)
-    return tuple(steps), len(stages)
+    return Migration(tuple(steps), len(stages), trunk_stage)
+
+
+def _stages(atlas: Atlas, held: Bools, target: Bools, rooms: Rooms | None) -> tuple[list[Stage], int | None]:
+    keep = atlas.problem.required
+    if rooms is None:
+        return plan_stages(held, target, atlas.ground, keep=keep), None
+    grounds = Grounds(atlas.ground_with(rooms.before, held), atlas.ground_with(rooms.both, held), atlas.ground)
+    try:
+        stages, switch = plan_crossing(held, target, grounds, keep=keep)
+    except Crowded as error:
+        raise UnsafePlan(_crowded(atlas, grounds.both, error.excess)) from error
+    return stages, None if switch == 1 else switch
+
+
+def _crowded(atlas: Atlas, both: Ground, excess: Ints) -> Iterator[str]:
+    for place in np.flatnonzero(excess).tolist():
+        name = atlas.nodes[int(both.place_node[place])]
+        missing = format_bytes(int(excess[place]) * atlas.problem.expert_bytes)
+        yield (
+            f"node {name} ({atlas.tiers[place]}): while the trunks before and after are both there, it has room for "
+            f"{int(both.slots[place])} experts, and {int(excess[place])} more that no other node holds have nowhere to "
+            f"go: {missing} missing; enlarge any node's memory by that, or go over a plan in between"
+        )
 
 
 def _stage_steps(atlas: Atlas, number: int, stage: Stage, held: Bools) -> Iterator[Step]:

@@ -51,7 +51,7 @@ def test_the_trunk_path_follows_the_trunk_over_dense_layers(problem):
 
 def test_a_first_plan_brings_everything_from_a_store(problem):
     records = placement_records(problem, held_by(problem, [0, 1], [2], [3]))
-    steps, stages = migration_steps(problem, (), records)
+    steps, stages, _ = migration_steps(problem, (), records)
     assert stages == 1
     assert [step.action for step in steps] == ["replicate"] * 4 + ["switch"]
     assert all(step.source is None and step.bytes == 100 for step in steps[:4])
@@ -60,14 +60,14 @@ def test_a_first_plan_brings_everything_from_a_store(problem):
 def test_new_replicas_come_from_the_quickest_holder(problem):
     before = placement_records(problem, held_by(problem, [0], [1, 2], [0, 1, 3]))
     after = placement_records(problem, held_by(problem, [0, 1], [1, 2], [0, 1, 3]))
-    steps, _ = migration_steps(problem, before, after)
+    steps, *_ = migration_steps(problem, before, after)
     assert [(step.action, step.source) for step in steps] == [("replicate", "b"), ("switch", None)]
 
 
 def test_what_a_node_outside_the_topology_holds_is_used_and_dropped(problem):
     gone = tuple(Replica(layer=0, expert=expert, node="gone") for expert in range(4))
     after = placement_records(problem, held_by(problem, [0, 1], [2], [3]))
-    steps, stages = migration_steps(problem, gone, after)
+    steps, stages, _ = migration_steps(problem, gone, after)
     assert stages == 1
     assert [step.source for step in steps[:4]] == ["gone"] * 4
     assert [(step.action, step.node) for step in steps[5:]] == [("drop", "gone")] * 4
@@ -78,7 +78,7 @@ def test_a_replica_changes_its_tier_in_one_stage():
     problem = problem_of(topology_of(nodes, []), model_spec(layers=1))
     before = placement_records(problem, held_by(problem, [], [0, 1, 2, 3]))
     after = placement_records(problem, held_by(problem, [0, 1], [2, 3]))
-    steps, stages = migration_steps(problem, before, after)
+    steps, stages, _ = migration_steps(problem, before, after)
     assert stages == 1
     assert [(step.action, step.tier, step.expert, step.source) for step in steps] == [
         ("replicate", "device", 0, "a"),
