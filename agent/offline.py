@@ -42,12 +42,13 @@ def _report(as_json: bool, document: dict[str, Any], text: str) -> None:
 @click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="Of the records.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def prepare(*, model: Path, store: Path, dtype: Any, as_json: bool) -> None:
-    """Write every expert of MODEL, a Hugging Face directory, as a content-addressed record into a store."""
+    """Write MODEL, a Hugging Face directory, as content-addressed records into a store: experts and trunk."""
     from runtime.store import prepare_store
 
-    with _progress_bar("Preparing", "experts") as progress:
+    with _progress_bar("Preparing", "records") as progress:
         manifest = prepare_store(model, store, dtype=dtype, progress=progress)
     spec, count = manifest.model, len(manifest.records)
+    trunk_bytes = sum(part.bytes for part in manifest.trunk)
     document = {
         "store": str(store),
         "model": spec.id,
@@ -55,13 +56,16 @@ def prepare(*, model: Path, store: Path, dtype: Any, as_json: bool) -> None:
         "layers": spec.layers,
         "experts": spec.experts,
         "records": count,
+        "trunk_parts": len(manifest.trunk),
+        "trunk_bytes": trunk_bytes,
         "bytes": count * spec.expert_bytes,
     }
     size = format_bytes(count * spec.expert_bytes)
     _report(
         as_json,
         document,
-        f"{store}: {count} experts ({spec.layers} layers × {spec.experts}) of {spec.id} as {manifest.dtype}, {size}",
+        f"{store}: {count} experts ({spec.layers} layers × {spec.experts}) of {spec.id} as {manifest.dtype}, {size}, "
+        f"and the trunk in {len(manifest.trunk)} parts, {format_bytes(trunk_bytes)}",
     )
 
 

@@ -4,11 +4,13 @@ Decides what a step is: forward one session by some tokens under the routing of 
 begins. A request's life: 1 `open` reserves its KV cache · 2 `step` with the prompt · 3 the dispatcher asks holders
 layer by layer · 4 logits of the last token · 5 `sample` · 6 `step` with that token, and so on · 7 `close` frees the
 cache. Several sessions may step at the same time from different threads; one session steps in one thread at a time.
-Must not know sockets; where answers come from is the caller's business.
+Several sessions' next tokens may also run in one forward (`step_batch`). Must not know sockets; where answers come from
+is the caller's business.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
@@ -16,24 +18,38 @@ from uuid import uuid4
 
 import torch
 
+from runtime.batching import BatchCache, decode_mask
 from runtime.counters import Counters
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.loading import Trunk
 from runtime.routing import EpochBoard
+from runtime.sampling import Sampling, prefill_chunks, sample
 from runtime.slots import Residency
+
+__all__ = ["Keep", "Sampling", "Segment", "generate", "prefill_chunks", "sample"]
+
+Keep = Literal["last", "all", "none"]
+"""Logits of which tokens of a step are computed."""
 
 
 @dataclass
 class _Session:
     """One sequence: its KV cache and how many tokens it has seen."""
 
+    name: str
     cache: Any
     positions: torch.Tensor  # [1, max_tokens] int64
     max_tokens: int
     kv_bytes: int
     lock: threading.Lock
     seen: int = 0
+
+    def require(self, count: int) -> None:
+        """Raise `ContextFull` if `count` more tokens exceed the reservation."""
+        wanted = self.seen + count
+        if wanted > self.max_tokens:
+            raise ContextFull(wanted=wanted, limit=self.max_tokens, what="the session's reservation")
 
 
 class Segment:
@@ -63,7 +79,12 @@ class Segment:
         self._kv_used = 0
         self._turn = 0
         self._lock = threading.Lock()
-        self._needs_no_mask = _decode_needs_no_mask(trunk.model.config)
+        config = trunk.model.config
+        self._windows = _windows(config)
+        uses_sdpa = config._attn_implementation == "sdpa"
+        self._additive = None if uses_sdpa else trunk.dtype
+        # torch's own attention takes another way where there is a mask, so that what a model masks stays masked
+        self._needs_no_mask = not uses_sdpa or not any(self._windows)
 
     @property
     def kv_used(self) -> int:
@@ -96,6 +117,7 @@ class Segment:
             raise ContextFull(wanted=max_tokens, limit=self.trunk.max_context, what="the model's context")
         needed = self.kv_bytes(max_tokens)
         session = _Session(
+            name=session_id,
             cache=DynamicCache(config=self.trunk.model.config),
             positions=torch.arange(max_tokens, device=self.trunk.device)[None],
             max_tokens=max_tokens,
@@ -126,7 +148,7 @@ class Segment:
         *,
         caller: ExpertCaller | None = None,
         combine: Combine = "partial",
-        keep: Literal["last", "all"] = "last",
+        keep: Keep = "last",
     ) -> torch.Tensor:
         """Run the next tokens of a session through the layers. Modifies the session, even if it raises half-way.
 
@@ -137,12 +159,13 @@ class Segment:
         caller
             The port for experts held elsewhere; used by this thread only, during this call.
         keep
-            Whether logits of the last token only, or of all tokens, are computed.
+            Whether logits of the last token only, of all tokens, or (before the end of a prompt) none are computed.
 
         Returns
         -------
         torch.Tensor
-            Logits [1 or T, vocabulary] where the range ends at the last layer, else hidden states [T, D].
+            Logits [1 or T, vocabulary] where the range ends at the last layer, else hidden states [T, D]. With
+            ``none``, an empty tensor [0, D] where it ends.
 
         Raises
         ------
@@ -150,46 +173,96 @@ class Segment:
         CallFailed, ExpertUnavailable
             An expert could not be computed. The session cannot go on: close it.
         """
+        session = self._session(session_id)
+        with session.lock:
+            session.require(len(inputs))
+            positions = session.positions[:, session.seen : session.seen + len(inputs)]
+            run = self._decode if len(inputs) == 1 and self._needs_no_mask else self._prefill
+            dispatcher = self._begin(caller, combine)
+            try:
+                hidden = self._forward(dispatcher, lambda: run(inputs[None], positions, session.cache), keep)
+            finally:
+                self.board.end(dispatcher.routing)
+            session.seen += len(inputs)
+            return hidden[0]
+
+    def step_batch(
+        self, session_ids: Sequence[str], inputs: torch.Tensor, *, caller: ExpertCaller | None = None
+    ) -> torch.Tensor:
+        """Run the next token of each of several sessions in one forward, partial sums combined. Modifies them all.
+
+        An expert that several of them need is computed once for all, and each holder is called once in a layer.
+        Results are those of single steps but for rounding.
+
+        Parameters
+        ----------
+        session_ids
+            B sessions, each once, of any lengths, all past their prompt.
+        inputs
+            Token ids [B] int64 where the range starts at layer 0, else hidden states [B, D].
+
+        Returns
+        -------
+        torch.Tensor
+            Logits [B, vocabulary] where the range ends at the last layer, else hidden states [B, D].
+
+        Raises
+        ------
+        UnknownSession, ContextFull, InvalidInput
+            Before anything is modified.
+        CallFailed, ExpertUnavailable
+            An expert could not be computed. None of the sessions can go on: close them.
+        """
+        if len(set(session_ids)) != len(session_ids) or len(session_ids) != len(inputs) or not session_ids:
+            raise InvalidInput("a batch needs one input for each of its sessions, and each session once")
+        sessions = [self._session(name) for name in session_ids]
+        with ExitStack() as locked:
+            for session in sorted(sessions, key=lambda each: each.name):
+                locked.enter_context(session.lock)
+            for session in sessions:
+                session.require(1)
+            dispatcher = self._begin(caller, "partial")
+            try:
+                hidden = self._forward(dispatcher, lambda: self._decode_batch(inputs, sessions), "all")
+            finally:
+                self.board.end(dispatcher.routing)
+            for session in sessions:
+                session.seen += 1
+            return hidden[:, 0]
+
+    def _session(self, session_id: str) -> _Session:
         session = self._sessions.get(session_id)
         if session is None:
             raise UnknownSession(session_id)
-        with session.lock:
-            if session.seen + len(inputs) > session.max_tokens:
-                wanted = session.seen + len(inputs)
-                raise ContextFull(wanted=wanted, limit=session.max_tokens, what="the session's reservation")
-            routing = self.board.begin()
-            try:
-                dispatcher = Dispatcher(
-                    self.residency, routing, caller or NoCaller(), self.counters.fresh(), combine, self._next_turn()
-                )
-                return self._forward(session, inputs, dispatcher, keep)
-            finally:
-                self.board.end(routing)
+        return session
 
-    def _next_turn(self) -> int:
+    def _begin(self, caller: ExpertCaller | None, combine: Combine) -> Dispatcher:
+        """Begin a step under the current routing; whoever called ends it on the board."""
+        routing = self.board.begin()
         self._turn += 1  # a lost update between threads only repeats a variant
-        return self._turn
+        return Dispatcher(self.residency, routing, caller or NoCaller(), self.counters.fresh(), combine, self._turn)
 
-    def _forward(
-        self, session: _Session, inputs: torch.Tensor, dispatcher: Dispatcher, keep: Literal["last", "all"]
-    ) -> torch.Tensor:
-        began, count, model = perf_counter(), len(inputs), self.trunk.model
-        positions = session.positions[:, session.seen : session.seen + count]
+    def _forward(self, dispatcher: Dispatcher, layers: Callable[[], torch.Tensor], keep: Keep) -> torch.Tensor:
+        """Run `layers`, which returns [B, T, D], and the head where the range has it; count the step."""
+        began, counts = perf_counter(), dispatcher.counts
         active = self.trunk.dispatch.set(dispatcher.run)
         try:
             with torch.inference_mode():
-                run = self._decode if count == 1 and self._needs_no_mask else self._prefill
-                hidden = run(inputs[None], positions, session.cache)  # [1, T, D]
+                hidden = layers()
+                counts.tokens, counts.steps = hidden.shape[0] * hidden.shape[1], 1
                 if self.trunk.has_head:
-                    hidden = model.lm_head(hidden[:, -1:] if keep == "last" else hidden)
+                    hidden = self._head(hidden, keep)
         finally:
             self.trunk.dispatch.reset(active)
-        session.seen += count
-        counts = dispatcher.counts
-        counts.tokens, counts.steps = count, 1
         counts.trunk_s = perf_counter() - began - dispatcher.spent_s
         self.counters.add(counts)
-        return hidden[0]
+        return hidden
+
+    def _head(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
+        if keep == "none":
+            return hidden[:, :0]
+        logits: torch.Tensor = self.trunk.model.lm_head(hidden[:, -1:] if keep == "last" else hidden)
+        return logits
 
     def _prefill(self, inputs: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run the model's own forward, masks and all."""
@@ -202,13 +275,30 @@ class Segment:
 
     def _decode(self, inputs: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run the layers for one token: what the model's forward does where no mask is needed, and no more."""
+        return self._run_layers(inputs, positions, cache, [None] * len(self._windows))
+
+    def _decode_batch(self, inputs: torch.Tensor, sessions: Sequence[_Session]) -> torch.Tensor:
+        """Run the layers for one token of each session, each with its own positions and cache."""
+        positions = torch.cat([session.positions[:, session.seen : session.seen + 1] for session in sessions])
+        lengths = [session.seen + 1 for session in sessions]
+        by_window = {
+            window: decode_mask(lengths, window, additive=self._additive, device=self.trunk.device)
+            for window in set(self._windows)
+        }
+        cache = BatchCache([session.cache for session in sessions])
+        return self._run_layers(inputs[:, None], positions, cache, [by_window[window] for window in self._windows])
+
+    def _run_layers(
+        self, inputs: torch.Tensor, positions: torch.Tensor, cache: Any, masks: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor:
+        """Run embedding, layers and norm on [B, 1] tokens or [B, 1, D] hidden states, with one mask for each layer."""
         inner = self.trunk.model.model
         hidden = inner.embed_tokens(inputs) if self.trunk.has_embedding else inputs
         rotary = inner.rotary_emb(hidden, position_ids=positions)
-        for layer in inner.layers:
+        for layer, mask in zip(inner.layers, masks, strict=True):
             hidden = layer(
                 hidden,
-                attention_mask=None,
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -218,40 +308,13 @@ class Segment:
         return normed
 
 
-def _decode_needs_no_mask(config: Any) -> bool:
-    """Whether one token attends to all of its cache through torch's own attention, so that there is nothing to mask."""
+def _windows(config: Any) -> list[int | None]:
+    """Return the sliding window of each layer, None where it attends to everything."""
+    window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        full = all(kind == "full_attention" for kind in kinds)
-    else:
-        full = getattr(config, "sliding_window", None) is None
-    return config._attn_implementation == "sdpa" and full
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedily at temperature 0, else drawn among the most likely `top_p` of mass."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise InvalidInput(f"temperature {self.temperature} is outside 0 … 100; 0 is greedy, 1 the model's own")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p {self.top_p} is outside 0 … 1; 1 leaves every token in")
-
-
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose a token from logits [V]. Modifies `generator` unless greedy."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1).cpu()
-    ranked, tokens = probabilities.sort(descending=True, stable=True)
-    before = ranked.cumsum(0) - ranked  # mass of the more likely ones; the first is always kept
-    ranked[before >= sampling.top_p] = 0
-    return int(tokens[torch.multinomial(ranked, 1, generator=generator)])
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    return [None if kind == "full_attention" else window for kind in kinds]
 
 
 def generate(
@@ -284,15 +347,18 @@ def generate(
     if not prompt_ids or max_tokens < 1:
         raise InvalidInput("a prompt of at least one token and max_tokens of at least 1 are needed")
     sampling = sampling or Sampling()
-    generator = torch.Generator().manual_seed(sampling.seed)
     stops = segment.trunk.stop_ids if stop_ids is None else stop_ids
     session_id = session_id or uuid4().hex
     segment.open(session_id, len(prompt_ids) + max_tokens)
     try:
-        inputs = torch.tensor(prompt_ids, dtype=torch.int64, device=segment.trunk.device)
-        for _ in range(max_tokens):
+        ids = torch.tensor(prompt_ids, dtype=torch.int64, device=segment.trunk.device)
+        chunks = [ids[chunk] for chunk in prefill_chunks(len(prompt_ids))]
+        for chunk in chunks[:-1]:
+            segment.step(session_id, chunk, caller=caller, combine=combine, keep="none")
+        inputs = chunks[-1]
+        for position in range(len(prompt_ids), len(prompt_ids) + max_tokens):
             logits = segment.step(session_id, inputs, caller=caller, combine=combine)
-            token = sample(logits[-1], sampling, generator)
+            token = sample(logits[-1], sampling, position)
             yield token
             if token in stops:
                 return

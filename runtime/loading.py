@@ -1,48 +1,51 @@
-"""Loading a checkpoint into transformers: the trunk without its experts (or a range of its layers), or the whole model.
+"""Loading a model: a range of its trunk without any expert, or all of it; and its tokenizer.
 
-Decides what of transformers is replaced and restores it. Flow: checkpoint headers → patched classes → from_pretrained
-→ layer range → `Trunk`. Must not know where experts are: a layer's routed experts are whatever `Trunk.dispatch` says
-while a forward runs.
+Decides which tensors a range needs, and refuses what is missing or has another shape. Flow: config.json → skeleton →
+tensors of the range's parts from their source → cut to the range → `Trunk`. Must not know where experts are: a layer's
+routed experts are whatever `Trunk.dispatch` says while a forward runs.
 """
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
+from runtime.models import TOKENIZER_FILES, open_model
+from runtime.skeleton import (
+    LOAD_LOCK,
+    Held,
+    LayerDispatch,
+    RoutedExperts,
+    build_skeleton,
+    conform,
+    first_line,
+    held_tensors,
+    refuse_missing,
+    silent,
+)
+from runtime.tensors import torch_dtype
+from runtime.trunk import PartKey, TrunkSource, part_keys, part_of
+from schemas.checkpoint import EMBEDDING, HEAD, InvalidCheckpoint, read_checkpoint
 from schemas.model import HeldDtype, ModelSpec
 
-LayerDispatch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]; `layer` counts layers with experts."""
+__all__ = [
+    "LayerDispatch",
+    "RoutedExperts",
+    "TensorPool",
+    "Trunk",
+    "load_tokenizer",
+    "load_trunk",
+    "load_whole",
+    "torch_dtype",
+]
 
-_EXPERT_CLASSES: Final = r"^(Mixtral|Olmoe|Qwen2Moe|Qwen3Moe|DeepseekV2|DeepseekV3|GptOss)Experts$"
-_TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "*.model", "tekken.json")
-_EXPERT_KEYS: Final = r"\.experts\."  # not `.shared_experts.`, which belong to the trunk
-
-# Patches of transformers are process-wide, so only one load may be under way.
-_LOAD_LOCK: Final = threading.Lock()
-
-
-class RoutedExperts(nn.Module):
-    """Stands in for a layer's experts: no weights, the router's choice goes to the running forward's dispatch."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-        self.layer = -1
-        self.dispatch: ContextVar[LayerDispatch] = ContextVar("unbound")
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the weighted sum of the chosen experts, [T, D]."""
-        return self.dispatch.get()(self.layer, hidden_states, top_k_index, top_k_weights)
+TensorPool = WeakValueDictionary[str, torch.Tensor]
+"""Tensors of one model by name, for as long as a trunk has them: ranges loaded with one pool share what they share."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +95,23 @@ class Trunk:
         return frozenset(found)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype of a schema's dtype name."""
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-
-
 def load_tokenizer(model_dir: Path) -> Any:
-    """Load the tokenizer of a checkpoint directory, which a model without text may lack; never from the network."""
+    """Load the tokenizer of a checkpoint or store directory, which may lack one; never from the network."""
     from transformers import AutoTokenizer
 
-    if not any(path for pattern in _TOKENIZER_FILES for path in model_dir.glob(pattern)):
-        raise InvalidCheckpoint(f"{model_dir}: has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
+    if not any(path for pattern in TOKENIZER_FILES for path in model_dir.glob(pattern)):
+        raise InvalidCheckpoint(f"{model_dir}: has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{model_dir}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise InvalidCheckpoint(f"{model_dir}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def load_whole(model_dir: Path, *, dtype: str, device: str = "cpu") -> Any:
     """Load a model with all its experts, computed eagerly: the one-node reference."""
     read_checkpoint(model_dir)
-    with _LOAD_LOCK, _silent():
-        model = _from_pretrained(model_dir, torch_dtype(dtype), experts_implementation="eager")
+    with LOAD_LOCK, silent():
+        model = _from_pretrained(model_dir, torch_dtype(dtype))
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -123,31 +121,45 @@ def load_trunk(
     dtype: HeldDtype = "checkpoint",
     first_layer: int = 0,
     last_layer: int | None = None,
+    source: TrunkSource | None = None,
+    pool: TensorPool | None = None,
     device: str = "cpu",
 ) -> Trunk:
-    """Load a range of decoder layers without reading a single routed expert.
+    """Load a range of decoder layers, reading its tensors and no others.
 
     Parameters
     ----------
+    model_dir
+        What `runtime.models.open_model` takes: a checkpoint directory, a store, or a copy of one without its records.
     first_layer, last_layer
         Decoder layers, both included; the last of the model by default. The embedding comes with layer 0, the final
         norm and the head with the last layer.
+    source
+        Where the tensors come from; by default, `model_dir` itself.
+    pool
+        Tensors of other ranges of this model (at this dtype and device) that are in use; what is read is added.
 
     Raises
     ------
     schemas.checkpoint.InvalidCheckpoint
-        The directory holds no supported mixture of experts, or lacks weights of the trunk.
+        The directory holds no supported mixture of experts, or the source lacks weights of the range.
+    InvalidStore
+        There is no source for the trunk, or it is damaged.
     """
-    checkpoint = read_checkpoint(model_dir)
-    spec = checkpoint.model_spec.held_as(dtype)
-    held = torch_dtype(checkpoint.dtype if dtype == "checkpoint" else dtype)
+    opened = open_model(model_dir, dtype)
+    spec, held = opened.spec, torch_dtype(opened.layout.dtype)
     last = spec.num_decoder_layers - 1 if last_layer is None else last_layer
     if not 0 <= first_layer <= last < spec.num_decoder_layers:
         raise InvalidCheckpoint(
             f"{model_dir}: there is no layer range {first_layer} … {last}; layers are 0 … {spec.num_decoder_layers - 1}"
         )
-    with _LOAD_LOCK, _silent(), _without_experts(model_dir):
-        model = _from_pretrained(model_dir, held)
+    model = build_skeleton(opened.config_dir, held)
+    wanted = _wanted(held_tensors(model, held), part_keys(first_layer, last, spec.num_decoder_layers), spec)
+    pool = TensorPool() if pool is None else pool
+    found = _read(model_dir, wanted, source or opened.trunk_source(), pool, device)
+    _tie(model, found)
+    model.load_state_dict(found, strict=False, assign=True)
+    pool.update({name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in found})
     dispatch: ContextVar[LayerDispatch] = ContextVar(f"dispatch of {spec.id}")
     _bind(model, spec, dispatch)
     _cut(model, first_layer, last, spec.num_decoder_layers)
@@ -155,59 +167,58 @@ def load_trunk(
     return Trunk(model, spec, held, torch.device(device), first_layer, last, dispatch)
 
 
-@contextmanager
-def _without_experts(model_dir: Path) -> Iterator[None]:
-    """Make transformers build models with `RoutedExperts` and pass over expert weights; undo both afterwards."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
-
-    model_class = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(str(model_dir)))]
-    ignored = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected", None)
-    had_own = "_keys_to_ignore_on_load_unexpected" in model_class.__dict__
-    register_patch_mapping({_EXPERT_CLASSES: RoutedExperts})
-    try:
-        inherited = model_class._keys_to_ignore_on_load_unexpected or []
-        model_class._keys_to_ignore_on_load_unexpected = [*inherited, _EXPERT_KEYS]
-        yield
-    finally:
-        unregister_patch_mapping([_EXPERT_CLASSES])
-        if had_own:
-            model_class._keys_to_ignore_on_load_unexpected = ignored
-        else:
-            del model_class._keys_to_ignore_on_load_unexpected
+_Wanted = Mapping[PartKey, Mapping[str, Held]]
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers' own progress bars and reports off the terminal: messages are the command's business."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def _wanted(tensors: Mapping[str, Held], parts: list[PartKey], spec: ModelSpec) -> _Wanted:
+    """Return how each part's tensors are held, of those parts only."""
+    wanted: dict[PartKey, dict[str, Held]] = {key: {} for key in parts}
+    for name, held in tensors.items():
+        key = part_of(name, spec.num_decoder_layers)
+        if key in wanted:
+            wanted[key][name] = held
+    return wanted
 
 
-def _from_pretrained(model_dir: Path, dtype: torch.dtype, **options: Any) -> Any:
+def _read(
+    model_dir: Path, wanted: _Wanted, source: TrunkSource, pool: TensorPool, device: str
+) -> dict[str, torch.Tensor]:
+    """Return the wanted tensors by name, from the pool or else from their source."""
+    found: dict[str, torch.Tensor] = {}
+    for (part, layer), tensors in wanted.items():
+        shared = {name: tensor for name in tensors if (tensor := pool.get(name)) is not None}
+        if len(shared) < len(tensors):
+            read = conform(model_dir, tensors, source.tensors(part, layer))
+            shared = {name: tensor.to(device) for name, tensor in read.items()} | shared
+        found |= shared
+    return found
+
+
+def _tie(model: Any, found: dict[str, torch.Tensor]) -> None:
+    """Keep one copy of embedding and head where the model says that they are the same; modifies `found`."""
+    is_tied = model.config.tie_word_embeddings and EMBEDDING in found and HEAD in found
+    if is_tied and torch.equal(found[EMBEDDING], found[HEAD]):
+        found[HEAD] = found[EMBEDDING]
+
+
+def _from_pretrained(model_dir: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=dtype, local_files_only=True, use_kernels=False, output_loading_info=True, **options
+            str(model_dir),
+            dtype=dtype,
+            local_files_only=True,
+            use_kernels=False,
+            output_loading_info=True,
+            experts_implementation="eager",
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if "ignore_mismatched_sizes" in str(error):
             reason = "its tensors have other shapes than its config.json says; fetch both again"
             raise InvalidCheckpoint(f"{model_dir}: {reason}") from error
-        raise InvalidCheckpoint(f"{model_dir}: cannot be loaded: {_first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise InvalidCheckpoint(f"{model_dir}: weights are missing: {shown}; fetch the checkpoint again")
+        raise InvalidCheckpoint(f"{model_dir}: cannot be loaded: {first_line(error)}") from error
+    refuse_missing(model_dir, info["missing_keys"])
     return model
 
 
@@ -236,7 +247,3 @@ def _cut(model: Any, first: int, last: int, num_layers: int) -> None:
     if last < num_layers - 1:
         model.model.norm = nn.Identity()
         model.lm_head = None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

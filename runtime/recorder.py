@@ -264,8 +264,8 @@ def import_route_csv(path: Path, *, workload: str | None = None) -> ImportedTrac
     InvalidInput
         Naming the line.
     """
-    header, table = _read_route_csv(path)
-    model, layers, experts, top_k = _route_header(path, header)
+    header, table = read_route_table(path)
+    model, layers, experts, top_k = route_shape(path, header)
     table = table[np.lexsort(table.T[[4, 3, 2, 1, 0]])]
     if table[:, 3].max() >= layers or table[:, 5].max() >= experts or table[:, 4].max() >= top_k or table.min() < 0:
         raise InvalidInput(f"{path}: a row leaves {layers} layers × {experts} experts, top-{top_k}")
@@ -290,7 +290,7 @@ def import_route_csv(path: Path, *, workload: str | None = None) -> ImportedTrac
     return ImportedTrace(trace, int((~whole).sum()))
 
 
-def _read_route_csv(path: Path) -> tuple[dict[str, str], NDArray[np.float64]]:
+def read_route_table(path: Path) -> tuple[dict[str, str], NDArray[np.float64]]:
     """Return the ``key=value`` pairs of the header comments and the rows, columns as in `_IMPORT_COLUMNS`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -314,7 +314,8 @@ def _read_route_csv(path: Path) -> tuple[dict[str, str], NDArray[np.float64]]:
     return header, np.array(values)
 
 
-def _route_header(path: Path, header: Mapping[str, str]) -> tuple[str, int, int, int]:
+def route_shape(path: Path, header: Mapping[str, str]) -> tuple[str, int, int, int]:
+    """Return model, L, E and K of a route file's header; raises `InvalidInput`."""
     try:
         layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
     except (KeyError, ValueError) as error:

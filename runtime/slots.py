@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from runtime.errors import ExpertUnavailable, InvalidInput, OverBudget, RuntimeFault, writing
-from runtime.loading import torch_dtype
+from runtime.tensors import torch_dtype
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes

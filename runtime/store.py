@@ -1,7 +1,8 @@
-"""Expert records at rest: one content-addressed run of bytes per (layer, expert), made once from a checkpoint.
+"""Records at rest: one content-addressed run of bytes per (layer, expert) and per part of the trunk, made once.
 
 Decides how a record is laid out in its file. Flow: checkpoint tensors → one record after the other → records.bin and
-manifest.json in a temporary directory → renamed. Must not know which node holds which record.
+manifest.json in a temporary directory, beside the checkpoint's config and tokenizer → renamed. A copy of a store
+without its records.bin tells everything but the weights. Must not know which node holds which record.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -17,10 +18,12 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from runtime.errors import DiskFull, InvalidInput, InvalidStore, writing
-from runtime.loading import torch_dtype
+from runtime.skeleton import Held, build_skeleton, conform, held_tensors
+from runtime.tensors import pack, torch_dtype
+from runtime.trunk import CheckpointSource, PartKey, part_keys, part_of
 from schemas.checkpoint import DTYPE_NAMES, Checkpoint, InvalidCheckpoint, TensorEntry, read_checkpoint
 from schemas.files import InvalidFile, load_json
-from schemas.model import DTYPE_ITEMSIZE, HeldDtype
+from schemas.model import DTYPE_ITEMSIZE, HeldDtype, ModelSpec
 from schemas.store import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
@@ -28,6 +31,7 @@ from schemas.store import (
     ExpertForm,
     Part,
     RecordLayout,
+    StoredTrunkPart,
     StoreManifest,
     StoreRecord,
     manifest_faults,
@@ -35,6 +39,11 @@ from schemas.store import (
 
 Progress = Callable[[int, int], None]
 
+TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+_CONFIG_FILES: Final = (
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    "chat_template*",
+)
 _GPT_OSS_ROLES: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
@@ -48,14 +57,12 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> "Store":
         """Open a store; raises `InvalidStore` if it is none or has been cut short."""
+        manifest = read_manifest(path)
         try:
-            manifest = load_json(path / MANIFEST_NAME, StoreManifest, manifest_faults)
             size = (path / RECORDS_NAME).stat().st_size
-        except InvalidFile as error:
-            raise InvalidStore(f"{path}: not a usable store; make it again with `agent prepare`\n{error}") from error
         except OSError as error:
             raise InvalidStore(f"{path}: {RECORDS_NAME} cannot be read: {error.strerror}") from error
-        end = max(record.offset + record.bytes for record in manifest.records)
+        end = max(record.offset + record.bytes for record in (*manifest.records, *manifest.trunk))
         if size < end:
             raise InvalidStore(
                 f"{path / RECORDS_NAME}: truncated: {size} bytes, its manifest promises {end}; make it again"
@@ -63,14 +70,19 @@ class Store:
         return cls(path, manifest)
 
     @cached_property
-    def by_sha256(self) -> Mapping[str, StoreRecord]:
-        """Records by content; equal experts share one entry."""
-        return {record.sha256: record for record in self.manifest.records}
+    def by_sha256(self) -> Mapping[str, StoreRecord | StoredTrunkPart]:
+        """Records of experts and of the trunk's parts by content; equal experts share one entry."""
+        return {record.sha256: record for record in (*self.manifest.records, *self.manifest.trunk)}
 
     @cached_property
     def by_key(self) -> Mapping[tuple[int, int], StoreRecord]:
         """Records by (layer, expert)."""
         return {record.key: record for record in self.manifest.records}
+
+    @cached_property
+    def trunk(self) -> Mapping[PartKey, StoredTrunkPart]:
+        """Parts of the trunk by (part, decoder layer); none in a store made before the trunk travelled."""
+        return {part.key: part for part in self.manifest.trunk}
 
     def read(self, sha256: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return a record, or `length` bytes of it from `offset`; raises KeyError for a record that is not here."""
@@ -80,6 +92,30 @@ class Store:
             raise InvalidInput(f"record {sha256[:12]}…: {count} bytes at {offset} leave its {record.bytes} bytes")
         with (self.path / RECORDS_NAME).open("rb") as stream:
             return os.pread(stream.fileno(), count, record.offset + offset)
+
+
+class StoredParts(Mapping[PartKey, bytes]):
+    """The trunk records of a store, each read when it is asked for: what a `RecordSource` takes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getitem__(self, key: PartKey) -> bytes:
+        return self._store.read(self._store.trunk[key].sha256)
+
+    def __iter__(self) -> Iterator[PartKey]:
+        return iter(self._store.trunk)
+
+    def __len__(self) -> int:
+        return len(self._store.trunk)
+
+
+def read_manifest(path: Path) -> StoreManifest:
+    """Read the manifest of a store, or of a copy without its records; raises `InvalidStore`."""
+    try:
+        return load_json(path / MANIFEST_NAME, StoreManifest, manifest_faults)
+    except InvalidFile as error:
+        raise InvalidStore(f"{path}: not a usable store; make it again with `agent prepare`\n{error}") from error
 
 
 def layout_of(checkpoint: Checkpoint, dtype: HeldDtype = "checkpoint") -> RecordLayout:
@@ -151,7 +187,9 @@ def _converted(entry: TensorEntry, dtype: str) -> bytes:
 def prepare_store(
     model_dir: Path, store_dir: Path, *, dtype: HeldDtype = "checkpoint", progress: Progress | None = None
 ) -> StoreManifest:
-    """Write every expert of a checkpoint as a record, whole or not at all; holds one expert in memory at a time.
+    """Write every expert and every part of the trunk of a checkpoint as a record, whole or not at all.
+
+    Holds one record in memory at a time. What else the checkpoint has that a node needs (config, tokenizer) is copied.
 
     Parameters
     ----------
@@ -161,7 +199,7 @@ def prepare_store(
     Raises
     ------
     schemas.checkpoint.InvalidCheckpoint
-        No checkpoint of a supported mixture of experts.
+        No checkpoint of a supported mixture of experts, or its trunk is not whole.
     InvalidInput
         `store_dir` exists and is not an empty directory, or cannot be written.
     DiskFull
@@ -171,7 +209,8 @@ def prepare_store(
     layout = layout_of(checkpoint, dtype)
     if store_dir.exists() and (not store_dir.is_dir() or any(store_dir.iterdir())):
         raise InvalidInput(f"{store_dir}: exists already; remove it or choose another place")
-    needed = checkpoint.model_spec.layers * checkpoint.model_spec.experts * _aligned(layout.bytes)
+    spec = checkpoint.model_spec.held_as(layout.dtype)
+    needed = spec.layers * spec.experts * _aligned(layout.bytes) + _trunk_room(spec)
     with writing(store_dir, needed=needed):
         store_dir.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(store_dir.parent).free
@@ -188,29 +227,66 @@ def prepare_store(
     return manifest
 
 
+def _trunk_room(spec: ModelSpec) -> int:
+    """Bytes that records of the trunk take at most: a tied embedding twice, and a header and padding for each."""
+    return spec.trunk_bytes + (spec.input_bytes or 0) + (spec.num_decoder_layers + 2) * (16 << 10)
+
+
 def _write_store(checkpoint: Checkpoint, layout: RecordLayout, path: Path, progress: Progress | None) -> StoreManifest:
     spec = checkpoint.model_spec.held_as(layout.dtype)
+    keys = [(layer, expert) for layer in range(spec.layers) for expert in range(spec.experts)]
+    parts = part_keys(0, spec.num_decoder_layers - 1, spec.num_decoder_layers)
     records: list[StoreRecord] = []
+    trunk: list[StoredTrunkPart] = []
+    done = iter(range(1, len(keys) + len(parts) + 1))
     with (path / RECORDS_NAME).open("wb") as stream:
-        for layer in range(spec.layers):
-            for expert in range(spec.experts):
-                records.append(_append(stream, layer, expert, read_record(checkpoint, layout, (layer, expert))))
-                if progress:
-                    progress(len(records), spec.layers * spec.experts)
+        for part, record in _trunk_records(checkpoint, torch_dtype(layout.dtype), parts):
+            trunk.append(StoredTrunkPart(part=part[0], layer=part[1], **_append(stream, record)))
+            _advance(progress, next(done), len(keys) + len(parts))
+        for key in keys:
+            placed = _append(stream, read_record(checkpoint, layout, key))
+            records.append(StoreRecord(layer=key[0], expert=key[1], **placed))
+            _advance(progress, next(done), len(keys) + len(parts))
         _flush(stream)
-    manifest = StoreManifest(model=spec, dtype=layout.dtype, layout=layout, records=tuple(records))
+    manifest = StoreManifest(model=spec, dtype=layout.dtype, layout=layout, records=tuple(records), trunk=tuple(trunk))
+    _copy_companions(checkpoint.path, path)
     with (path / MANIFEST_NAME).open("wb") as stream:
         stream.write(json.dumps(manifest.model_dump(mode="json"), indent=1).encode())
         _flush(stream)
     return manifest
 
 
-def _append(stream: BinaryIO, layer: int, expert: int, record: bytes) -> StoreRecord:
+def _trunk_records(
+    checkpoint: Checkpoint, dtype: torch.dtype, parts: Sequence[PartKey]
+) -> Iterator[tuple[PartKey, bytes]]:
+    """Yield the record of each part of the trunk, its tensors as a node holds them."""
+    wanted: dict[PartKey, dict[str, Held]] = {key: {} for key in parts}
+    for name, held in held_tensors(build_skeleton(checkpoint.path, dtype), dtype).items():
+        wanted[part_of(name, checkpoint.model_spec.num_decoder_layers)][name] = held
+    source = CheckpointSource(checkpoint)
+    for key in parts:
+        yield key, pack(conform(checkpoint.path, wanted[key], source.tensors(*key)))
+
+
+def _copy_companions(model_dir: Path, path: Path) -> None:
+    """Copy what a node needs beside weights: config and tokenizer."""
+    for pattern in (*_CONFIG_FILES, *TOKENIZER_FILES):
+        for file in model_dir.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, path / file.name)
+
+
+def _advance(progress: Progress | None, done: int, total: int) -> None:
+    if progress:
+        progress(done, total)
+
+
+def _append(stream: BinaryIO, record: bytes) -> dict[str, Any]:
+    """Write a record; return where it lies and what it is called."""
     offset = stream.tell()
     stream.write(record)
     stream.write(bytes(_aligned(len(record)) - len(record)))
-    digest = hashlib.sha256(record).hexdigest()
-    return StoreRecord(layer=layer, expert=expert, offset=offset, bytes=len(record), sha256=digest)
+    return {"offset": offset, "bytes": len(record), "sha256": hashlib.sha256(record).hexdigest()}
 
 
 def _flush(stream: BinaryIO) -> None:

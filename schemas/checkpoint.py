@@ -32,6 +32,7 @@ _FUSED_EXPERT: Final = re.compile(
 )
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
 _ROLE: Final = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -113,6 +114,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(path=path, config=config, tensors=tensors)
     _require_supported(checkpoint)
     return checkpoint
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor of this name belongs to a routed expert."""
+    return bool(_SPLIT_EXPERT.fullmatch(name) or _FUSED_EXPERT.fullmatch(name))
 
 
 def read_safetensors_header(file: Path) -> dict[str, TensorEntry]:
@@ -226,7 +232,7 @@ def _model_spec(checkpoint: Checkpoint) -> ModelSpec:
     decoder_layers = _setting(checkpoint, "num_hidden_layers")
     itemsize = next(SAFETENSORS_ITEMSIZE[part.dtype] for part in experts[layers[0], 0].values())
     layer_bytes, input_bytes, other_bytes = _trunk_bytes(checkpoint)
-    is_tied = "lm_head.weight" not in checkpoint.tensors  # the head is the embedding again
+    is_tied = HEAD not in checkpoint.tensors  # the head is the embedding again
     num_experts = per_layer[layers[0]]
     return ModelSpec(
         id=checkpoint.path.resolve().name,
@@ -250,7 +256,7 @@ def _trunk_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Bytes of all decoder layers without routed experts, of the embedding, and of all that lies outside of layers."""
     inside = embedding = outside = 0
     for name, entry in checkpoint.tensors.items():
-        if _SPLIT_EXPERT.fullmatch(name) or _FUSED_EXPERT.fullmatch(name):
+        if is_expert(name):
             continue
         if _LAYER.match(name):
             inside += entry.num_bytes

@@ -110,6 +110,11 @@ class StoredTrunkPart(TrunkPart):
 
     offset: Annotated[int, Field(ge=0, multiple_of=RECORD_ALIGNMENT)]
 
+    @property
+    def key(self) -> tuple[Literal["embedding", "layer", "head"], int]:
+        """(part, layer)."""
+        return self.part, self.layer
+
 
 class StoreManifest(FrozenModel):
     """What a store holds: every expert of `model` at `dtype`, sorted by layer and expert, and the trunk.
@@ -135,6 +140,10 @@ def manifest_faults(manifest: StoreManifest) -> Iterator[Fault]:
     wanted = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
     if [record.key for record in manifest.records] != wanted:
         yield Fault("records", f"do not list every one of {model.layers} × {model.experts} experts once, in order")
+    last = model.num_decoder_layers - 1
+    parts = [("embedding", 0), *(("layer", layer) for layer in range(last + 1)), ("head", last)]
+    if manifest.trunk and [part.key for part in manifest.trunk] != parts:
+        yield Fault("trunk", f"does not list embedding, layers 0 … {last} and head once, in order")
     for index, record in enumerate(manifest.records):
         if record.bytes != layout.bytes:
             yield Fault(f"records[{index}].bytes", f"is {record.bytes}, the layout says {layout.bytes}")
