@@ -15,6 +15,8 @@ from planner.problem import Bools, Ints, Problem
 from planner.rooms import Rooms
 from planner.solvers.base import Result
 from planner.steps import migration_steps
+from planner.trunk.story import path_summaries
+from planner.trunk.trials import Trial
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import LinkSummary, NodeSummary, Plan, Segment, Step, Summary, TrunkPath
@@ -31,7 +33,10 @@ class ForeignPlan(PlannerError):
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """A placement that was re-checked: what was found, who serves whom, what tokens meet."""
+    """A placement that was re-checked: what was found, who serves whom, what tokens meet.
+
+    `problem` has the trunk where it was decided to run; `trials` are the trunks that were tried, where it may move.
+    """
 
     problem: Problem
     result: Result
@@ -41,6 +46,7 @@ class Solved:
     objective_name: ObjectiveName
     asked_gap: float
     queued_latency_s: float | None = None
+    trials: tuple[Trial, ...] = ()
 
 
 def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
@@ -164,12 +170,13 @@ def summarise(solved: Solved) -> Summary:
         nodes=tuple(_node_summary(solved, node) for node in range(solved.problem.num_nodes)),
         links=tuple(_link_summaries(solved)),
         queued_latency_s=solved.queued_latency_s,
+        paths=path_summaries(solved.problem, solved.routing, solved.trials),
     )
 
 
 def _link_summaries(solved: Solved) -> Iterator[LinkSummary]:
     problem = solved.problem
-    load = link_load(problem, solved.routing)
+    load = link_load(problem, solved.routing) + problem.hop_load
     for ends, sent, rate in zip(problem.link_ends.tolist(), load.tolist(), problem.link_rate.tolist(), strict=True):
         first, second = (problem.node_ids[end] for end in ends)
         yield LinkSummary(between=(first, second), bytes_per_s=sent, utilisation=sent / rate)

@@ -13,7 +13,7 @@ from planner.demand import Trace, read_trace
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.objective import ObjectiveName, judge
-from planner.problem import Problem
+from planner.problem import Events, Problem
 from planner.simulate import Arrivals, build_network, simulate
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
@@ -88,12 +88,11 @@ def compare_strategies(inputs: Inputs, split: Split, names: Sequence[str], trial
     `ignores` says what a strategy leaves out; `gap` is that on the events which placed, where one is proven.
     """
     problem = inputs.problem(split.placing)
-    judged = problem.judged_on(inputs.events(split.judging))
     for name in names:
-        yield _row(inputs, problem, judged, name, trial)
+        yield _row(inputs, problem, inputs.events(split.judging), name, trial)
 
 
-def _row(inputs: Inputs, problem: Problem, judged: Problem, name: str, trial: Trial) -> dict[str, Any]:
+def _row(inputs: Inputs, problem: Problem, judging: Sequence[Events], name: str, trial: Trial) -> dict[str, Any]:
     row: dict[str, Any] = {"strategy": name, **dict.fromkeys(FIGURES), "gap": None}
     row.update(dict.fromkeys(SIMULATED) if trial.simulated else {})
     row["ignores"] = IGNORES.get(name, "")
@@ -102,6 +101,7 @@ def _row(inputs: Inputs, problem: Problem, judged: Problem, name: str, trial: Tr
         solved = solve(problem, name, objective=trial.objective, limits=trial.limits)
     except PlannerError as error:
         return {**row, "seconds": time.monotonic() - start, "note": str(error)}
+    judged = solved.problem.judged_on(judging)
     seen = judge(judged, solved.routing)
     values = (seen.remote_call_share, seen.any_remote_share, seen.predicted_latency_s, seen.mean_bytes_per_token)
     row.update(zip(FIGURES, values, strict=True))

@@ -120,3 +120,23 @@ def call_seconds(topology: Topology, model: ModelSpec, paths: Paths) -> Floats:
     own = np.arange(len(topology.nodes))
     cost[own, own] = np.maximum(service - service[:, :1], 0.0)
     return cost
+
+
+def hop_bytes(model: ModelSpec) -> int:
+    """Bytes of one hidden state, which hops where the trunk goes on at another node."""
+    return model.hidden_size * model.itemsize
+
+
+def hop_seconds(model: ModelSpec, paths: Paths) -> Floats:
+    """Seconds that a token's hidden state takes from node to node, one way; 0 to oneself. float64 ``[N, N]``."""
+    return np.asarray(paths.latency_s + hop_bytes(model) / paths.bandwidth)
+
+
+def trunk_seconds(topology: Topology) -> Floats:
+    """Seconds that a node computes one decoder layer of a token without its experts, float64 ``[N]``."""
+    return np.array([node.compute.trunk_layer_us * 1e-6 for node in topology.nodes])
+
+
+def chosen_seconds(topology: Topology, model: ModelSpec) -> Floats:
+    """Seconds that a node computes the chosen experts of one layer of a token from its device, float64 ``[N]``."""
+    return model.top_k * service_seconds(topology, model)[:, 0]

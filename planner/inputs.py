@@ -91,8 +91,6 @@ def _load_counters(path: Path, topology: Topology, model: ModelSpec) -> Activati
 
 
 def _unsupported(topology: Topology) -> Iterator[Fault]:
-    if topology.trunk.mode == "move":
-        yield Fault("trunk.mode", "move is not in this version: the trunk runs at the ingress; write stay")
     if topology.quality.budget > 0:
         yield Fault("quality.budget", "substitution is not in this version; write 0 %")
 

@@ -11,6 +11,9 @@ additive-latency
 remote-calls
     ``sum d`` over calls served elsewhere, DanceMoE's proxy.
 
+Solvers minimise these for a given trunk. What a plan costs is more: the seconds of compute and hops of every token's
+path, which the trunk alone decides, are added by `plan_cost` and counted in what a `Judgement` predicts.
+
 Must not know any solver. A placement is bool ``[P, L, E]``.
 """
 
@@ -87,12 +90,34 @@ def placement_cost(problem: Problem, routing: Routing, objective: ObjectiveName)
     return float(np.einsum("nle,np,nple->", problem.caller_demand, unit, routing.share)) + extra
 
 
+def path_seconds(problem: Problem) -> Floats:
+    """Seconds that a token of each ingress computes and hops on its path, float64 ``[I]``, by trunk and links alone."""
+    layers, trunk = np.arange(problem.layers), problem.trunk_node
+    hops = problem.hop_s[trunk, np.roll(trunk, -1, axis=1)]
+    return np.asarray((problem.compute_s[trunk, layers] + hops).sum(axis=1))
+
+
+def path_cost(problem: Problem, objective: ObjectiveName) -> float:
+    """Seconds per second that compute and hops add to an objective; nothing to remote calls."""
+    return 0.0 if objective == "remote-calls" else float(problem.tokens_per_s @ path_seconds(problem))
+
+
+def plan_cost(problem: Problem, routing: Routing, objective: ObjectiveName) -> float:
+    """Objective value of a plan: that of its placement, and compute and hops of its paths."""
+    return placement_cost(problem, routing, objective) + path_cost(problem, objective)
+
+
 def _mean_waits(problem: Problem, routing: Routing) -> Floats:
     """Seconds that a token of each ingress waits over all layers, float64 ``[I]``."""
+    return np.asarray(layer_waits(problem, routing).sum(axis=1))
+
+
+def layer_waits(problem: Problem, routing: Routing) -> Floats:
+    """Seconds that a token of each ingress waits in each layer, float64 ``[I, L]``."""
     wait, layers = _looked_up(problem.cost_s, routing), np.arange(problem.layers)
     return np.array(
         [
-            wait[trunk, layers][layers[None, :, None], events].max(axis=2).sum(axis=1).mean()
+            wait[trunk, layers][layers[None, :, None], events].max(axis=2).mean(axis=0)
             for trunk, events in zip(problem.trunk_node, problem.events, strict=True)
         ]
     )
@@ -147,17 +172,19 @@ class Judgement:
 
     Attributes
     ----------
-    remote_calls, any_remote, latency_s, bytes_per_token
+    remote_calls, any_remote, wait_s, latency_s, bytes_per_token
         By ingress, float64 ``[I]``: share of calls served elsewhere; share of (token, layer) events with at least one
-        call elsewhere; seconds a token waits, each layer for the slowest of its calls; bytes over the network.
+        call elsewhere; seconds a token waits, each layer for the slowest of its calls; these and the compute and hops
+        of its path; bytes over the network, those of hops too.
     remote_call_share, predicted_latency_s, mean_bytes_per_token
-        Means over all tokens that enter.
+        Means over all tokens that enter; the latency is waits, compute and hops.
     any_remote_share
         Mean over ingresses.
     """
 
     remote_calls: Floats
     any_remote: Floats
+    wait_s: Floats
     latency_s: Floats
     bytes_per_token: Floats
     remote_call_share: float
@@ -177,12 +204,14 @@ def judge(problem: Problem, routing: Routing) -> Judgement:
         remote_here, wait_here, holder_here = (table[trunk, layers] for table in (remote, wait, holder_node))
         calls = float((share * remote_here).sum() / max(share.sum(), 1e-300))
         rows.append((calls, *_event_means(events, remote_here, wait_here, holder_here != trunk[:, None], holder_here)))
-    calls_, any_remote, latency, messages = np.array(rows).T
+    calls_, any_remote, waits, messages = np.array(rows).T
     weights = problem.tokens_per_s / problem.tokens_per_s.sum()
-    sent = messages * problem.call_bytes
+    num_hops = (problem.trunk_node != np.roll(problem.trunk_node, -1, axis=1)).sum(axis=1)
+    sent, latency = messages * problem.call_bytes + num_hops * problem.hop_bytes, waits + path_seconds(problem)
     return Judgement(
         remote_calls=calls_,
         any_remote=any_remote,
+        wait_s=waits,
         latency_s=latency,
         bytes_per_token=sent,
         remote_call_share=float(weights @ calls_),

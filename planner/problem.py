@@ -2,8 +2,8 @@
 
 Decides the axes, once for all: I ingresses, N nodes, P places, L layers, E experts, T tokens, K chosen experts,
 U links. A place is a tier of a node with room for experts. Calls start where the trunk of a layer runs, so demand
-and cost are counted from there: ``trunk_node`` is data. Must not know any solver, file or topology schema beyond
-`build_problem`.
+and cost are counted from there: ``trunk_node`` is data, and `Problem.with_trunk` moves it with all that depends on it.
+Must not know any solver, file or topology schema beyond `build_problem`.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.capacity import expert_budget
-from planner.cost import call_bytes, call_seconds, find_paths, service_seconds
+from planner.capacity import Room, expert_budget, find_room, first_trunk
+from planner.cost import (
+    call_bytes,
+    call_seconds,
+    chosen_seconds,
+    find_paths,
+    hop_bytes,
+    hop_seconds,
+    service_seconds,
+    trunk_seconds,
+)
 from planner.demand import activation_share
 from schemas.model import ModelSpec
 from schemas.topology import TIERS, Tier, Topology
@@ -34,9 +43,10 @@ class Problem:
     expert_bytes, call_bytes
         Bytes of one expert; bytes of one remote call, both directions.
     place_node, place_tier
-        Node and tier (index into ``TIERS``) of each place, int64 ``[P]``, ordered by node, then fastest tier first.
+        Node and tier (index into ``TIERS``) of each place, int64 ``[P]``, ordered by node, then fastest tier first:
+        all tiers that a node has, wherever the trunk runs.
     capacity_bytes
-        Room for experts, int64 ``[P]``.
+        Room for experts beside trunk and KV cache, int64 ``[P]``.
     cost_s
         Seconds that a call from node n to a replica at place p adds to a token, float64 ``[N, P]``.
     service_s
@@ -64,7 +74,18 @@ class Problem:
     events
         Recorded choices of each ingress's workload, int16 ``[T, L, K]`` each.
     trunk_bytes, kv_bytes
-        Memory already taken from each node, int64 ``[N]``.
+        Memory that trunk and KV cache take of each node, int64 ``[N]``.
+    room
+        Memory of every node before anything is taken, and what a trunk takes.
+    hop_s
+        Seconds that a token takes from the trunk at one node to the trunk at another, float64 ``[N, N]``; 0 to itself.
+    trunk_s, chosen_s
+        Seconds that a node computes a decoder layer without its experts, and the chosen experts of a layer,
+        float64 ``[N]``.
+    hop_bytes
+        Bytes of one such hop.
+    moves
+        Whether the trunk may run elsewhere than `trunk_node` says; else solvers leave it there.
     balance
         Seconds that `additive-latency` is charged per second of load of the heaviest node of each layer.
     """
@@ -99,6 +120,12 @@ class Problem:
     events: tuple[Events, ...]
     trunk_bytes: Ints
     kv_bytes: Ints
+    room: Room
+    hop_s: Floats
+    trunk_s: Floats
+    chosen_s: Floats
+    hop_bytes: int
+    moves: bool = False
     balance: float = 0.0
 
     @property
@@ -170,6 +197,45 @@ class Problem:
         first, second = self.link_ends[link]
         return f"{self.node_ids[first]} - {self.node_ids[second]}"
 
+    @property
+    def stay_node(self) -> Ints:
+        """Trunk at the ingress, int64 ``[I, L]``."""
+        return np.tile(self.ingress_node[:, None], (1, self.layers))
+
+    @cached_property
+    def compute_s(self) -> Floats:
+        """Seconds that a node computes a layer of a token, all decoder layers that go with it, float64 ``[N, L]``."""
+        return self.trunk_s[:, None] * np.diff(self.room.decoder_first)[None, :] + self.chosen_s[:, None]
+
+    @cached_property
+    def hop_load(self) -> Floats:
+        """Bytes per second that hops of the trunk put on each link, float64 ``[U]``."""
+        pairs = np.zeros((self.num_nodes, self.num_nodes))
+        onward = np.roll(self.trunk_node, -1, axis=1)
+        np.add.at(pairs, (self.trunk_node, onward), self.tokens_per_s[:, None])
+        crossing = np.bincount(
+            self.hop_link, weights=pairs[self.hop_caller, self.hop_holder], minlength=len(self.link_rate)
+        )
+        return crossing.astype(np.float64) * self.hop_bytes
+
+    def with_trunk(self, trunk_node: Ints) -> "Problem":
+        """Return the problem with the trunk elsewhere, ``[I, L]``: demand, room for experts and for calls on links.
+
+        Raises
+        ------
+        InfeasibleProblem
+            Where trunk and KV cache do not fit there.
+        """
+        budget = expert_budget(self.room, trunk_node)
+        moved = replace(
+            self,
+            trunk_node=trunk_node,
+            capacity_bytes=budget.expert_bytes[self.place_node, self.place_tier],
+            trunk_bytes=budget.trunk_bytes,
+            kv_bytes=budget.kv_bytes,
+        )
+        return replace(moved, link_limit=self.link_limit + self.hop_load - moved.hop_load)
+
     def judged_on(self, events: Sequence[Events]) -> "Problem":
         """Return the same cluster with the demand of other events, one array per ingress."""
         share = np.stack([activation_share(chosen, self.experts) for chosen in events])
@@ -193,17 +259,20 @@ def build_problem(
     Raises
     ------
     InfeasibleProblem
-        Where trunk and KV cache do not fit.
+        Where trunk and KV cache do not fit: at the ingresses, or where the trunk may move, anywhere.
     """
-    budget = expert_budget(topology, model)
-    paths = find_paths(topology)
+    room, paths = find_room(topology, model), find_paths(topology)
     ingress = np.array([n for n, node in enumerate(topology.nodes) if node.ingress], dtype=np.int64)
-    place_node, place_tier = (axis.astype(np.int64) for axis in np.nonzero(budget.expert_bytes > 0))
+    stay = np.tile(ingress[:, None], (1, model.layers))
+    moves, wanted = topology.trunk.mode == "move", topology.replicas.required * model.layers * model.experts
+    trunk = first_trunk(room, ingress, expert_bytes=model.expert_bytes, experts=wanted) if moves else stay
+    budget = expert_budget(room, trunk)
+    place_node, place_tier = (axis.astype(np.int64) for axis in np.nonzero(room.room_bytes > 0))
     index = {node.id: position for position, node in enumerate(topology.nodes)}
     pinned, banned = _pins(topology, model, index)
     if shares is None:
         shares = [activation_share(chosen, model.experts) for chosen in events]
-    return Problem(
+    problem = Problem(
         node_ids=tuple(index),
         layers=model.layers,
         experts=model.experts,
@@ -226,7 +295,7 @@ def build_problem(
         ingress_node=ingress,
         tokens_per_s=np.array([node.ingress.tokens_per_s for node in topology.nodes if node.ingress]),
         share=np.stack(shares),
-        trunk_node=np.tile(ingress[:, None], (1, model.layers)),
+        trunk_node=stay,
         required=topology.replicas.required,
         domain=_domains(topology),
         pinned=pinned,
@@ -234,7 +303,14 @@ def build_problem(
         events=tuple(events),
         trunk_bytes=budget.trunk_bytes,
         kv_bytes=budget.kv_bytes,
+        room=room,
+        hop_s=hop_seconds(model, paths),
+        trunk_s=trunk_seconds(topology),
+        chosen_s=chosen_seconds(topology, model),
+        hop_bytes=hop_bytes(model),
+        moves=moves,
     )
+    return problem.with_trunk(trunk) if moves else problem
 
 
 def _domains(topology: Topology) -> Ints:

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from planner.assemble import Solved
-from planner.objective import Routing, judge, node_load, placement_cost
+from planner.objective import Routing, judge, node_load, plan_cost
 from planner.problem import Floats, Problem
 from planner.solvers.base import with_status
 
@@ -33,7 +33,7 @@ def with_queues(problem: Problem, utilisation: Floats) -> Problem:
 
 
 def queued_latency_s(problem: Problem, routing: Routing) -> float:
-    """Seconds that a token waits for experts when holders are as busy as the routing makes them."""
+    """Seconds of a token when holders are as busy as the routing makes them."""
     return judge(with_queues(problem, node_load(problem, routing)), routing).predicted_latency_s
 
 
@@ -41,7 +41,7 @@ def solve_with_queues(problem: Problem, solve: Callable[[Problem], Solved], roun
     """Solve, count queues and solve again; return the best placement with the queues that it causes itself."""
     first = solve(problem)
     best = _settled(problem, first, first.result.bound)
-    load = node_load(problem, first.routing)
+    load = node_load(first.problem, first.routing)
     for _ in range(rounds - 1):
         if not load.any():
             break
@@ -49,7 +49,9 @@ def solve_with_queues(problem: Problem, solve: Callable[[Problem], Solved], roun
         found = _settled(problem, again, first.result.bound)
         if _value(found) < _value(best):
             best = found
-        following = (load + node_load(problem, again.routing)) / 2  # half a step, so that two holders do not alternate
+        following = (
+            load + node_load(again.problem, again.routing)
+        ) / 2  # half a step, so that two holders do not alternate
         if np.allclose(following, load, rtol=1e-3):
             break
         load = following
@@ -62,7 +64,8 @@ def _value(solved: Solved) -> float:
 
 def _settled(problem: Problem, solved: Solved, bound: float | None) -> Solved:
     """Return a solve judged with its own queues, under a bound without any."""
-    queued = with_queues(problem, node_load(problem, solved.routing))
-    value = placement_cost(queued, solved.routing, solved.objective_name)
+    moved = problem.with_trunk(solved.problem.trunk_node)
+    queued = with_queues(moved, node_load(moved, solved.routing))
+    value = plan_cost(queued, solved.routing, solved.objective_name)
     result = with_status(replace(solved.result, objective=value, bound=bound), solved.asked_gap)
     return replace(solved, problem=queued, result=result, judgement=judge(queued, solved.routing))

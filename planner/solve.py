@@ -12,7 +12,7 @@ from planner.assemble import Solved
 from planner.child import Job, Watch, solve_in_child
 from planner.errors import BrokenPlacement, InfeasibleProblem, NoPlacementFound
 from planner.feasibility import impossible, violations
-from planner.objective import ObjectiveName, judge, nearest, placement_cost
+from planner.objective import ObjectiveName, judge, nearest, path_cost, plan_cost
 from planner.problem import Problem
 from planner.solvers.base import Result, SolveLimits, SolveStatus, ignore, with_status
 from planner.solvers.choose import EXACT, STRATEGIES, find_solver
@@ -92,7 +92,9 @@ def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: 
     broken = violations(problem, placed, routing or nearest(problem, placed, objective))
     if broken or routing is None:
         raise BrokenPlacement(result.solver, broken)
-    value = placement_cost(problem, routing, objective)
+    value = plan_cost(problem, routing, objective)
+    if result.bound is not None:
+        result = replace(result, bound=result.bound + path_cost(problem, objective))
     if result.bound is not None and value < result.bound * (1 - _SAME):
         logger.warning("%s claims bound %g above our objective %g; dropped", result.solver, result.bound, value)
         result = replace(result, bound=None)

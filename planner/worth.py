@@ -13,7 +13,7 @@ import numpy as np
 from planner.assemble import Solved
 from planner.feasibility import violations
 from planner.moving import makespan_s
-from planner.objective import ObjectiveName, Routing, judge, placement_cost
+from planner.objective import ObjectiveName, Routing, judge, plan_cost
 from planner.problem import Bools, Problem
 from planner.replan import migration_seconds, new_copies
 from planner.simulate.placement import UnlikePlan, placed_by
@@ -123,7 +123,7 @@ def _as_solved(solved: Solved, placed: Bools) -> Solved | None:
 
 
 def _with_placement(solved: Solved, placed: Bools, routing: Routing, objective: ObjectiveName) -> Solved:
-    value = placement_cost(solved.problem, routing, objective)
+    value = plan_cost(solved.problem, routing, objective)
     result = with_status(replace(solved.result, placed=placed, objective=value), solved.asked_gap)
     return replace(solved, result=result, placed=placed, routing=routing, judgement=judge(solved.problem, routing))
 

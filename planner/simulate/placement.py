@@ -4,7 +4,6 @@ Decides that plan and topology belong together. Must not know how either was mad
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -96,4 +95,4 @@ def with_trunk_of(plan: Plan, problem: Problem) -> Problem:
                         [f"the plan runs trunk layers on {segment.node}, which the topology does not have"]
                     )
                 trunk[row, (decoder >= segment.first_layer) & (decoder <= segment.last_layer)] = index[segment.node]
-    return replace(problem, trunk_node=trunk)
+    return problem.with_trunk(trunk)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.capacity import expert_budget
+from planner.capacity import expert_budget, find_room
 from planner.errors import InfeasibleProblem
 from planner.feasibility import impossible
 from planner.problem import build_problem
@@ -23,7 +23,7 @@ def test_trunk_and_kv_cache_come_off_the_device_of_every_ingress_else_off_its_ho
     model = model_spec(trunk_layer_bytes=100, embedding_bytes=50, kv_bytes_per_token_layer=1)
     nodes = [node("a", device=10, host=10, rate=1), node("b", host=10, rate=1), node("c", device=10)]
     topology = topology_of(nodes, line("a", "b", "c"), context={"tokens": 10, "sessions": 3})
-    budget = expert_budget(topology, model)
+    budget = expert_budget(find_room(topology, model), np.array([[0, 0], [1, 1]]))
     taken = 250 + 60
     assert budget.expert_bytes.tolist() == [[1000 - taken, 1000, 0], [0, 1000 - taken, 0], [1000, 0, 0]]
     assert budget.trunk_bytes.tolist() == [250, 250, 0]
@@ -34,7 +34,7 @@ def test_every_node_whose_trunk_does_not_fit_is_named():
     model = model_spec(trunk_layer_bytes=150)
     nodes = [node("a", device=2, rate=1), node("b", rate=1), node("c", device=9, rate=1)]
     with pytest.raises(InfeasibleProblem) as caught:
-        expert_budget(topology_of(nodes, line("a", "b", "c")), model)
+        problem_of(topology_of(nodes, line("a", "b", "c")), model)
     assert [violation.subject for violation in caught.value.violations] == ["a", "b"]
     assert [violation.value - violation.limit for violation in caught.value.violations] == [100, 300]
 
