@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from planner.objective import path_cost
 from planner.problem import Problem, build_problem
 from schemas.model import ModelSpec
 from schemas.topology import Topology, topology_faults
@@ -126,6 +127,11 @@ def brute_force(problem, unit):
                     following[state] = min(following.get(state, np.inf), cost + extra)
         states = following
     return min(states.values(), default=None)
+
+
+def with_paths(problem, cost, objective="additive-latency"):
+    """Objective of a plan from that of its placement, None from None."""
+    return None if cost is None else cost + path_cost(problem, objective)
 
 
 def _options(problem, unit, demand, flat):

@@ -12,7 +12,7 @@ import numpy as np
 
 from planner.assemble import Solved
 from planner.inputs import Inputs
-from planner.objective import link_load, node_load, placement_cost
+from planner.objective import link_load, node_load, plan_cost
 from planner.problem import Problem
 from schemas.topology import Topology
 
@@ -150,7 +150,7 @@ def _faster_links(inputs: Inputs, solved: Solved, solve: Solve) -> Iterator[What
     for link in range(len(inputs.topology.links)):
         topology = _with_faster_link(inputs.topology, link)
         faster = replace(inputs, topology=topology).problem()
-        kept = placement_cost(faster, solved.routing, solved.objective_name) / _rate(solved)
+        kept = plan_cost(faster, solved.routing, solved.objective_name) / _rate(solved)
         again = solve(faster)
         yield WhatIf(
             change=f"link {solved.problem.link_name(link)} twice as fast",

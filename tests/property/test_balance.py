@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.errors import InfeasibleProblem
-from planner.objective import layer_load, node_load, placement_cost
+from planner.objective import layer_load, node_load, plan_cost
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
 from tests.planning import problems
@@ -37,5 +37,5 @@ def test_the_decomposition_brackets_the_balanced_optimum(problem, weight):
     assert prices.result.objective >= exact.result.bound * (1 - 1e-6) - 1e-9
     load = layer_load(balanced, exact.routing)
     assert load.sum(axis=0) == pytest.approx(node_load(balanced, exact.routing))
-    waits = placement_cost(problem, exact.routing, "additive-latency")
+    waits = plan_cost(problem, exact.routing, "additive-latency")
     assert exact.result.objective == pytest.approx(waits + weight * np.sum(load.max(axis=1)))

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from planner.errors import BrokenPlacement, InfeasibleProblem, NoPlacementFound
 from planner.feasibility import impossible, violations
-from planner.objective import judge, nearest, placement_cost, unit_cost
+from planner.objective import judge, nearest, path_seconds, placement_cost, unit_cost
 from planner.solve import solve
 from planner.solvers.base import SolveLimits, SolveStatus
 from planner.solvers.routing import route
-from tests.planning import brute_force, problems
+from tests.planning import brute_force, problems, with_paths
 
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 many = settings(few, max_examples=150)
@@ -36,7 +36,7 @@ def told(found):
 @pytest.mark.parametrize("solver", ["milp", "cpsat"])
 @given(problem=problems(), objective=objectives)
 def test_exact_solvers_agree_with_brute_force(solver, problem, objective):
-    best = brute_force(problem, unit_cost(problem, objective))
+    best = with_paths(problem, brute_force(problem, unit_cost(problem, objective)), objective)
     solved = outcome(problem, solver, objective)
     assert (solved is None) == (best is None)
     if solved is not None:
@@ -49,7 +49,7 @@ def test_exact_solvers_agree_with_brute_force(solver, problem, objective):
 @settings(few, max_examples=10)
 @given(problem=problems())
 def test_cbc_agrees_with_brute_force(problem):
-    best = brute_force(problem, unit_cost(problem, "additive-latency"))
+    best = with_paths(problem, brute_force(problem, unit_cost(problem, "additive-latency")))
     solved = outcome(problem, "milp:cbc")
     assert (solved is None) == (best is None)
     if solved is not None:
@@ -81,7 +81,7 @@ def test_exact_solvers_agree_when_compute_and_links_are_short(problem):
 @pytest.mark.parametrize("solver", ["uniform", "dancemoe"])
 @given(problem=problems())
 def test_strategies_place_wherever_anything_can_be_placed(solver, problem):
-    best = brute_force(problem, unit_cost(problem, "additive-latency"))
+    best = with_paths(problem, brute_force(problem, unit_cost(problem, "additive-latency")))
     try:
         solved = outcome(problem, solver)
     except NoPlacementFound:
@@ -154,7 +154,8 @@ def test_judgement_is_what_a_plain_loop_finds(problem, seed):
                 remote += any(other != here for other in nodes)
                 sent += len(set(nodes) - {here}) * problem.call_bytes
         calls = events.size
-        assert seen.latency_s[i] == pytest.approx(waited / len(events))
+        assert seen.wait_s[i] == pytest.approx(waited / len(events))
+        assert seen.latency_s[i] == pytest.approx(waited / len(events) + path_seconds(problem)[i])
         assert seen.remote_calls[i] == pytest.approx(called / calls)
         assert seen.any_remote[i] == pytest.approx(remote / (len(events) * problem.layers))
         assert seen.bytes_per_token[i] == pytest.approx(sent / len(events))

@@ -153,7 +153,7 @@ def test_waits_are_the_judgements():
     _, problem, _ = synthetic(0)
     _, routing = place(problem)
     means = [waits.mean() for waits in token_waits(problem, routing, problem.events)]
-    np.testing.assert_allclose(means, judge(problem, routing).latency_s)
+    np.testing.assert_allclose(means, judge(problem, routing).wait_s)
 
 
 def test_moving_costs_its_new_copies_over_their_best_links():
