@@ -372,6 +372,9 @@ class NodeStatus(FrozenModel):
         ``stopped``: its agent said goodbye.
     hops_per_token, calls_per_token, call_wait_per_token_s
         Of the tokens that ran through this node's layers: what left for the next node, expert calls, waits for them.
+        Tokens of a prompt leave together, in chunks.
+    planned_hops_per_token, planned_wait_per_token_s
+        What the plan in force expects of a token that is generated; None where it tells nothing of paths.
     """
 
     id: NodeId
@@ -390,6 +393,8 @@ class NodeStatus(FrozenModel):
     hops_per_token: float | None = None
     calls_per_token: float | None = None
     call_wait_per_token_s: float | None = None
+    planned_hops_per_token: float | None = None
+    planned_wait_per_token_s: float | None = None
 
 
 class PlanStatus(FrozenModel):

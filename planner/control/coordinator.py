@@ -17,7 +17,7 @@ from planner.control.journal import Journal
 from planner.control.rivals import Rivals
 from planner.control.stages import plan_nodes
 from planner.control.state import Accept, Refuse, judge
-from planner.control.status import AWAY_S, AgentView, node_status, plan_status
+from planner.control.status import AWAY_S, AgentView, node_status, plan_status, promises_in_force
 from planner.control.transport import CoordinatorSocket
 from schemas import messages as msg
 from schemas.activation import NodeCounts
@@ -317,12 +317,15 @@ class Coordinator:
         return plan_status(self._machine.state, self._views, preparing_s=elapsed)
 
     def _status(self) -> msg.StatusReport:
-        now = self._clock()
+        now, expected = self._clock(), promises_in_force(self._machine.state, self._views)
         return msg.StatusReport(
             cluster=self._topology.cluster,
             epoch=self._machine.state.epoch,
             plan=self._plan_status(),
-            nodes=tuple(node_status(n.id, n.memory, self._views.get(n.id), now=now) for n in self._topology.nodes),
+            nodes=tuple(
+                node_status(n.id, n.memory, self._views.get(n.id), now=now, promise=expected.get(n.id))
+                for n in self._topology.nodes
+            ),
         )
 
     def _locate(self, node: str) -> Message:

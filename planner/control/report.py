@@ -1,4 +1,9 @@
-"""How `planner status` looks: a summary line and a table. Must not know where the figures come from."""
+"""How `planner status` looks: a summary line, a table of nodes, and one of what tokens met at those that run layers.
+
+Must not know where the figures come from.
+"""
+
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -22,7 +27,23 @@ def status_view(report: StatusReport) -> RenderableType:
     for node in report.nodes:
         held = (_held(node, tier) for tier in tiers)
         table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), str(node.epoch), *held, *_figures(node))
-    return Group(Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}"), table)
+    head = Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}")
+    running = [node for node in report.nodes if node.hops_per_token is not None]
+    return Group(head, table, Text(), path_table(running)) if running else Group(head, table)
+
+
+def path_table(nodes: Sequence[NodeStatus]) -> Table:
+    """Return what a token met at each node that ran layers for it, beside what the plan expects of a generated one."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("per token at", no_wrap=True)
+    for title in ("hops", "planned", "calls", "wait", "planned"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for node in nodes:
+        figures = (node.hops_per_token, node.planned_hops_per_token, node.calls_per_token)
+        waits = (node.call_wait_per_token_s, node.planned_wait_per_token_s)
+        counted = ("–" if value is None else f"{value:.2f}" for value in figures)
+        table.add_row(node.id, *counted, *("–" if value is None else format_seconds(value) for value in waits))
+    return table
 
 
 def plan_line(plan: PlanStatus) -> str:

@@ -1,6 +1,7 @@
 """What `planner status` says, computed from the last heartbeats.
 
-Decides when a node counts as away or stalled, and what the shares are shares of. Pure: times are passed in.
+Decides when a node counts as away or stalled, what the shares are shares of, and which of the plan's expectations stand
+beside what was counted. Pure: times are passed in.
 """
 
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from planner.control.state import ClusterState
+from planner.journey import Promise, promises
 from schemas.messages import Heartbeat, Hello, NodeState, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
 from schemas.topology import Memory
 
@@ -29,19 +31,35 @@ class AgentView:
     has_stopped: bool = False
 
 
-def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: float) -> NodeStatus:
-    """Return one row of the table."""
+def promises_in_force(state: ClusterState, views: Mapping[str, AgentView]) -> Mapping[str, Promise]:
+    """Return what the plan that was committed expects at each node, once tokens take its paths."""
+    plan = state.committed_plan
+    if plan is None or plan.summary.paths is None or state.paths != plan.trunk:
+        return {}
+    tokens = {node: float(view.heartbeat.served.tokens) for node, view in views.items() if view.heartbeat}
+    return promises(plan.summary.paths, tokens)
+
+
+def node_status(
+    node: str, allowed: Memory, view: AgentView | None, *, now: float, promise: Promise | None = None
+) -> NodeStatus:
+    """Return one row of the table; `promise` is what the plan expects there."""
+    planned = {
+        "planned_hops_per_token": promise.hops if promise else None,
+        "planned_wait_per_token_s": promise.wait_s if promise else None,
+    }
     if view is None:
         none = TierBytes()
         return NodeStatus(
             id=node, state="never seen", epoch=0, experts=TierCounts(), memory_used=none,
             memory_allowed=TierBytes(device=allowed.device, host=allowed.host, disk=allowed.disk), hit_rate=None,
             substitution_share=None, remote_share=None, tokens_per_s=0.0, tokens=0, last_heartbeat_s=None, progress=0,
+            **planned,
         )  # fmt: skip
     beat = view.heartbeat
     served = beat.served if beat else Served()
     rows = served.device_rows + served.host_rows + served.disk_rows + served.remote_rows
-    state = _state(view, now)
+    state, ran = _state(view, now), served.step_tokens
     return NodeStatus(
         id=node,
         state=state,
@@ -56,6 +74,10 @@ def node_status(node: str, allowed: Memory, view: AgentView | None, *, now: floa
         tokens=served.tokens,
         last_heartbeat_s=now - view.heard_at,
         progress=beat.progress if beat else 0,
+        hops_per_token=served.hops / ran if ran else None,
+        calls_per_token=served.calls / ran if ran else None,
+        call_wait_per_token_s=served.call_wait_s / ran if ran else None,
+        **planned,
     )
 
 

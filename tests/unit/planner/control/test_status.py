@@ -1,0 +1,56 @@
+"""What tokens met at a node, beside what the plan expects."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from planner.control.report import status_view
+from planner.control.state import ClusterState
+from planner.control.status import AgentView, node_status, plan_status, promises_in_force
+from planner.journey import Promise
+from schemas import messages as msg
+from schemas.topology import Memory
+from tests.small_plans import LAYOUT, MODEL, all_on, path, plan_through, replicas
+from tests.unit.planner.test_journey import told
+
+
+def view(node, **served):
+    ends = msg.Endpoints(address="127.0.0.1", expert=1, weights=2, client=3, session=4)
+    memory, none = msg.TierBytes(), msg.TierCounts()
+    hello = msg.Hello(
+        node=node, incarnation="i", model=MODEL, dtype=LAYOUT.dtype, endpoints=ends, memory=memory, has_store=True,
+        standing=msg.Standing(),
+    )  # fmt: skip
+    beat = msg.Heartbeat(
+        node=node, incarnation="i", progress=1, standing=msg.Standing(active=1), held=none, used=memory,
+        served=msg.Served(**served),
+    )  # fmt: skip
+    return AgentView(hello, beat, heard_at=0.0, progressed_at=0.0)
+
+
+@pytest.fixture
+def state():
+    plan = plan_through(replicas(all_on("a")), trunk=[path("a", "a", "b")])
+    summary = plan.summary.model_copy(update={"paths": (told("a", "a", "b"),)})
+    return ClusterState(cluster="c", epoch=1, committed_plan=plan.model_copy(update={"summary": summary}))
+
+
+def test_counts_per_token_stand_beside_the_plans(state):
+    views = {"a": view("a", tokens=40, step_tokens=40, hops=30, calls=20, call_wait_s=0.8), "b": view("b")}
+    expected = promises_in_force(state, views)
+    rows = [node_status(node, Memory(), views.get(node), now=0.1, promise=expected.get(node)) for node in "abc"]
+    assert (rows[0].hops_per_token, rows[0].calls_per_token) == (0.75, 0.5)
+    assert rows[0].call_wait_per_token_s == pytest.approx(0.02)
+    assert [row.planned_hops_per_token for row in rows] == [1.0, 1.0, None]
+    assert (rows[1].hops_per_token, rows[2].hops_per_token) == (None, None)
+    report = msg.StatusReport(cluster="c", epoch=1, plan=plan_status(state, views, preparing_s=None), nodes=tuple(rows))
+    out = io.StringIO()
+    Console(file=out, width=150).print(status_view(report))
+    assert out.getvalue().splitlines()[-1].split() == ["a", "0.75", "1.00", "0.50", "20", "ms", "10", "ms"]
+
+
+def test_a_plan_promises_nothing_before_its_paths_are_in_force(state):
+    assert promises_in_force(state.model_copy(update={"trunk": (path("a", "a", "a"),)}), {}) == {}
+    assert promises_in_force(ClusterState(cluster="c"), {}) == {}
+    assert promises_in_force(state, {})["a"] == Promise(1.0, pytest.approx(0.01))
