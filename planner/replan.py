@@ -9,12 +9,12 @@ found.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from planner.objective import Routing
-from planner.problem import Bools, Events, Floats, Problem
+from planner.objective import Routing, path_seconds
+from planner.problem import Bools, Events, Floats, Ints, Problem
 from planner.statistics import Detector, Sensitivity, count_events, detector_of
 
 
@@ -24,6 +24,21 @@ def dancemoe_adopts(cost_now_s: float, cost_then_s: float, migration_s: float) -
     Costs are those of the tokens of one such interval. It takes estimated costs at their word.
     """
     return cost_then_s + migration_s < cost_now_s
+
+
+class Arrangement(NamedTuple):
+    """How a cluster is arranged: placement ``[P, L, E]``, who serves whom, and where the trunk runs, int64 ``[I, L]``.
+
+    Without a trunk of its own it is that of the problem.
+    """
+
+    placed: Bools
+    routing: Routing
+    trunk: Ints | None = None
+
+    def problem(self, problem: Problem) -> Problem:
+        """Return a problem with the trunk of this arrangement, which is not asked whether it fits."""
+        return problem if self.trunk is None else replace(problem, trunk_node=self.trunk)
 
 
 _LEAST_BATCHES: Final = 4  # to judge on; fewer give no error
@@ -42,7 +57,7 @@ class MovingRules:
     margin
         A move must bring this much more than it costs, so that two placements of about equal worth do not alternate.
     least_gain
-        Share of what tokens wait now that a move must save.
+        Share of the seconds that tokens take now that a move must save.
     max_bytes
         Most bytes that a move may bring to nodes; None for no limit.
     """
@@ -90,18 +105,24 @@ def token_waits(problem: Problem, routing: Routing, events: Sequence[Events]) ->
     ]
 
 
+def _token_seconds(problem: Problem, arranged: Arrangement, batches: Sequence[Sequence[Events]]) -> Floats:
+    """Seconds of a token, waits and the compute and hops of its path, by batch and ingress, float64 ``[B, I]``."""
+    there = arranged.problem(problem)
+    waits = [[part.mean() for part in token_waits(there, arranged.routing, batch)] for batch in batches]
+    return np.asarray(np.array(waits) + path_seconds(there))
+
+
 def saving(
-    problem: Problem, now: Routing, then: Routing, batches: Sequence[Sequence[Events]]
+    problem: Problem, now: Arrangement, then: Arrangement, batches: Sequence[Sequence[Events]]
 ) -> tuple[float, float, float]:
-    """Seconds saved per second, their standard error, and seconds waited now per second.
+    """Seconds saved per second, their standard error, and seconds that tokens take now per second.
 
     Parameters
     ----------
     batches
         By batch, then ingress. Tokens of a batch may be alike, so the error is taken between batches.
     """
-    before = np.array([[part.mean() for part in token_waits(problem, now, batch)] for batch in batches])
-    after = np.array([[part.mean() for part in token_waits(problem, then, batch)] for batch in batches])
+    before, after = (_token_seconds(problem, arranged, batches) for arranged in (now, then))
     saved = (before - after) @ problem.tokens_per_s  # [batches]
     count = len(saved)
     # Student's t is wider than the normal by this factor: few batches say little about their own spread
@@ -128,27 +149,25 @@ def migration_seconds(problem: Problem, held: Bools, wanted: Bools) -> float:
 def decide(
     problem: Problem,
     *,
-    now: tuple[Bools, Routing],
-    then: tuple[Bools, Routing],
+    now: Arrangement,
+    then: Arrangement,
     judged_on: Sequence[Sequence[Events]],
     rules: MovingRules,
     cost_s: float | None = None,
 ) -> Decision:
-    """Decide whether to move from one placement to another.
+    """Decide whether to move from one arrangement to another.
 
     Parameters
     ----------
-    now, then
-        Placement ``[P, L, E]`` and its routing.
     judged_on
         Batches, by ingress each, that `then` was not made from.
     cost_s
         Seconds that moving costs; those of its transfers one after the other where None.
     """
-    saved, error, waited = saving(problem, now[1], then[1], judged_on)
+    saved, error, waited = saving(problem, now, then, judged_on)
     benefit, doubt = saved * rules.horizon_s, rules.surety * error * rules.horizon_s
-    price = migration_seconds(problem, now[0], then[0]) if cost_s is None else cost_s
-    moved = len(new_copies(problem, now[0], then[0])) * problem.expert_bytes
+    price = migration_seconds(problem, now.placed, then.placed) if cost_s is None else cost_s
+    moved = len(new_copies(problem, now.placed, then.placed)) * problem.expert_bytes
     hurdle = max(price * (1 + rules.margin), rules.least_gain * waited * rules.horizon_s)
     if rules.max_bytes is not None and moved > rules.max_bytes:
         move, uncertain, reason = False, False, f"would move {moved} bytes, above the limit of {rules.max_bytes}"
@@ -276,23 +295,23 @@ def joined(batches: Sequence[Sequence[Events]]) -> tuple[Events, ...]:
     return tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
 
 
-Solve = Callable[[Problem], tuple[Bools, Routing]]
+Solve = Callable[[Problem], Arrangement]
 
 
 def look(
-    watcher: Watcher, problem: Problem, now: tuple[Bools, Routing], solve: Solve, rules: MovingRules
-) -> tuple[Decision, tuple[Bools, Routing], Watcher]:
+    watcher: Watcher, problem: Problem, now: Arrangement, solve: Solve, rules: MovingRules
+) -> tuple[Decision, Arrangement, Watcher]:
     """Make a candidate from half of what was seen lately, judge it on the other half, and decide.
 
     Parameters
     ----------
     solve
-        Finds a placement and its routing.
+        Finds an arrangement for a problem.
 
     Returns
     -------
     tuple
-        The decision, the placement and routing to be in force from now on, and the watcher after the look.
+        The decision, the arrangement to be in force from now on, and the watcher after the look.
     """
     placing, judging = watcher.halves
     candidate = solve(problem.judged_on(joined(placing)))

@@ -11,9 +11,9 @@ from planner.assemble import Solved, make_plan, require_same
 from planner.inputs import Inputs
 from planner.moving import schedule_plan, with_sources
 from planner.problem import Problem
-from planner.replan import MovingRules
+from planner.replan import Arrangement, MovingRules
 from planner.simulate.network import build_network
-from planner.simulate.placement import placed_by, routing_by
+from planner.simulate.placement import placed_by, routing_by, with_trunk_of
 from planner.worth import Choice, MovingTerms, movement
 from schemas.plan import Plan
 
@@ -35,12 +35,14 @@ def replan_on(
     ------
     ForeignPlan, UnlikePlan
         The plan is of another cluster or model, or of places that the topology does not have.
+    InfeasibleProblem
+        The topology has no room any more for the trunk where the plan runs it.
     """
     require_same(inputs, before)
     problem = inputs.problem()
-    placed, routing = placed_by(before, problem), routing_by(before, problem)
-    events = problem.events
-    looks = tuple(replay(problem, (placed, routing), events, solve, rules=rules, size=batch_size(events, batch)))
+    events, trunk = problem.events, with_trunk_of(before, problem).trunk_node
+    now = Arrangement(placed_by(before, problem), routing_by(before, problem), trunk)
+    looks = tuple(replay(problem, now, events, solve, rules=rules, size=batch_size(events, batch)))
     moves = [look for look in looks if look.decision.move]
     if not moves:
         return Replanned(looks, None)
@@ -49,7 +51,7 @@ def replan_on(
     schedules = schedule_plan(plan, problem, build_network(inputs.topology), before.placement)
     choice = Choice(last.candidate, True, last.decision.reason, last.decision.sure_benefit_s / rules.horizon_s)
     terms = MovingTerms(horizon_s=rules.horizon_s, max_bytes=rules.max_bytes)
-    found = movement(choice, placed, schedules, terms, last.candidate)
+    found = movement(choice, now.placed, schedules, terms, last.candidate)
     plan = with_sources(plan, problem, schedules, before.placement)
     summary = plan.summary.model_copy(update={"movement": found})
     return Replanned(looks, plan.model_copy(update={"summary": summary}).sealed())

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.assemble import Solved
-from planner.objective import Routing
-from planner.problem import Bools, Events, Problem
-from planner.replan import Decision, MovingRules, look, watch
+from planner.problem import Events, Problem
+from planner.replan import Arrangement, Decision, MovingRules, look, watch
 
 LOOK_TOKENS = 1024  # of each ingress, before the first look; half of what there is where that is less
 _LEAST_BATCHES = 8  # four to place by and four to judge on
@@ -39,7 +38,7 @@ def batch_size(events: Sequence[Events], wanted: int) -> int:
 
 def replay(
     problem: Problem,
-    now: tuple[Bools, Routing],
+    now: Arrangement,
     events: Sequence[Events],
     solve: Callable[[Problem], Solved],
     *,
@@ -53,9 +52,9 @@ def replay(
     watcher = watch(first, problem.experts, look_tokens=look_tokens)
     found: list[Solved] = []
 
-    def candidate(seen: Problem) -> tuple[Bools, Routing]:
+    def candidate(seen: Problem) -> Arrangement:
         found.append(solve(seen))
-        return found[-1].placed, found[-1].routing
+        return Arrangement(found[-1].placed, found[-1].routing, found[-1].problem.trunk_node)
 
     for number, batch in enumerate(stream, start=2):
         watcher = watcher.after(batch)

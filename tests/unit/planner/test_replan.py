@@ -1,5 +1,6 @@
 """Replays of workloads: what is decided when they shift, drift, or only fluctuate."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from planner.demand import activation_share
 from planner.inputs import load_inputs
-from planner.objective import nearest
+from planner.objective import judge, nearest
 from planner.problem import build_problem
 from planner.replan import (
+    Arrangement,
     MovingRules,
     dancemoe_adopts,
     decide,
@@ -47,7 +49,7 @@ def pieces(rng, events, tokens):
 
 def place(problem):
     result = solve_dancemoe(problem, objective="additive-latency", limits=SolveLimits(), report=ignore)
-    return result.placed, nearest(problem, result.placed, "additive-latency")
+    return Arrangement(result.placed, nearest(problem, result.placed, "additive-latency"))
 
 
 def replay(problem, stream, now, rules=None):
@@ -142,18 +144,30 @@ def test_saving_is_weighed_against_moving():
 def test_few_batches_are_never_sure():
     _, problem, _ = synthetic(2)
     here = place(problem)
-    saved, error, waited = saving(problem, here[1], here[1], [problem.events] * 3)
+    saved, error, waited = saving(problem, here, here, [problem.events] * 3)
     assert (saved, error) == (0.0, np.inf)
     assert waited > 0
 
 
 def test_waits_are_the_judgements():
-    from planner.objective import judge
-
     _, problem, _ = synthetic(0)
-    _, routing = place(problem)
+    routing = place(problem).routing
     means = [waits.mean() for waits in token_waits(problem, routing, problem.events)]
     np.testing.assert_allclose(means, judge(problem, routing).wait_s)
+
+
+def test_what_a_path_saves_counts_beside_waits():
+    """A trunk where the experts are: neither the hops there nor the compute of its node are left out."""
+    _, problem, _ = synthetic(0)
+    placed = np.zeros((problem.num_places, problem.layers, problem.experts), dtype=bool)
+    placed[problem.place_node == 2] = True
+    there = Arrangement(placed, nearest(problem, placed, "latency"))
+    moved = there._replace(trunk=np.full_like(problem.trunk_node, 2))
+    at_node = replace(problem, trunk_node=moved.trunk)
+    saved, _, taken = saving(problem, there, moved, [problem.events] * 4)
+    assert taken == pytest.approx(problem.tokens_per_s @ judge(problem, there.routing).latency_s)
+    assert saved == pytest.approx(taken - problem.tokens_per_s @ judge(at_node, there.routing).latency_s)
+    assert decide(problem, now=there, then=moved, judged_on=[problem.events] * 4, rules=MovingRules()).move
 
 
 def test_moving_costs_its_new_copies_over_their_best_links():
