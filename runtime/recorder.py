@@ -9,11 +9,10 @@ the router's logits (Qwen, Mixtral, OLMoE, DeepSeek-V2, gpt-oss), sigmoid (DeepS
 with its correction bias added while the score is recorded without it).
 """
 
-import csv
 import datetime
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidInput, writing
+from runtime.route_csv import read_route_table, route_shape
 from schemas.activation import TRACE_FORMAT
 from schemas.checkpoint import read_checkpoint
 from schemas.model import HeldDtype
@@ -30,7 +30,6 @@ from schemas.model import HeldDtype
 Progress = Callable[[int, int], None]
 
 DEFAULT_WINDOW: Final = 1024  # tokens of one forward: long enough for context, short enough for any memory
-_IMPORT_COLUMNS: Final = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
 
 
 @dataclass(frozen=True)
@@ -288,36 +287,3 @@ def import_route_csv(path: Path, *, workload: str | None = None) -> ImportedTrac
         sequence=tokens[whole, 0].astype(np.int32),
     )
     return ImportedTrace(trace, int((~whole).sum()))
-
-
-def read_route_table(path: Path) -> tuple[dict[str, str], NDArray[np.float64]]:
-    """Return the ``key=value`` pairs of the header comments and the rows, columns as in `_IMPORT_COLUMNS`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path}: is not a text file") from error
-    comments = [line for line in lines if line.startswith("#")]
-    header = dict(pair.split("=", 1) for line in comments for pair in line.split() if "=" in pair)
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    if missing := [column for column in _IMPORT_COLUMNS if column not in (rows.fieldnames or ())]:
-        raise InvalidInput(f"{path}: not a route trace: columns {', '.join(missing)} are missing")
-    values: list[list[float]] = []
-    for row in rows:
-        try:
-            values.append([float(row[column]) for column in _IMPORT_COLUMNS])
-        except (TypeError, ValueError) as error:
-            raise InvalidInput(f"{path}: line {rows.line_num + len(comments)}: not a number in {row}") from error
-    if not values:
-        raise InvalidInput(f"{path}: holds no rows")
-    return header, np.array(values)
-
-
-def route_shape(path: Path, header: Mapping[str, str]) -> tuple[str, int, int, int]:
-    """Return model, L, E and K of a route file's header; raises `InvalidInput`."""
-    try:
-        layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
-    except (KeyError, ValueError) as error:
-        raise InvalidInput(f"{path}: its header comments must give n_layer, n_expert and n_expert_used") from error
-    return Path(header.get("model", path.name)).stem, layers, experts, top_k

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from runtime.errors import InvalidInput
 from runtime.policy.cache import Cache
 from runtime.policy.eviction import Belady, Eviction, Floats, Ints
-from runtime.policy.routing import Exact, Routing
-from runtime.recorder import read_route_table, route_shape
+from runtime.policy.routing import ROUTINGS, Buddies, Exact, Routing, buddies_of
+from runtime.route_csv import read_route_table, route_shape
 from schemas.activation import read_trace_header
 
 
@@ -57,6 +57,11 @@ class Recording:
     def num_experts(self) -> int:
         """L * E."""
         return self.layers * self.experts
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether more experts were recorded than were chosen."""
+        return any(batch.ids.shape[1] > self.top_k for batch in self.batches)
 
     @cached_property
     def uses(self) -> Ints:
@@ -209,6 +214,16 @@ def replay(
         lost_mass=lost / max(events, 1),
         bytes_per_token=None if recording.expert_bytes is None else num_bytes / max(tokens, 1),
     )
+
+
+def routing_of(recording: Recording, name: str, number: float) -> Routing:
+    """Make a routing policy by name; ``buddy`` learns its table from the recording itself."""
+    if name != "buddy":
+        return ROUTINGS[name](number)
+    per_layer = [[b.ids for b in recording.batches if b.layer == layer] for layer in range(recording.layers)]
+    tokens = min(sum(len(ids) for ids in each) for each in per_layer)
+    ids = np.stack([np.concatenate(each)[:tokens] for each in per_layer], axis=1)
+    return Buddies(buddies_of(ids, recording.experts, recording.top_k), undecided=1 - number)
 
 
 def belady(recording: Recording, slots: int, *, per_layer: bool = False) -> Replayed:

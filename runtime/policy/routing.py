@@ -1,0 +1,258 @@
+"""Which experts a token gets when some of those that its router chose are not at hand.
+
+Decides from ranked candidates, their scores and what is resident; exact routing is one policy among others, and every
+policy at zero is exact. Must not know what a miss costs, nor weights: similarity of weights says nothing about which
+expert may stand in for another (RUNTIME.md), router scores do.
+
+Axes: E experts, K top-k, C >= K ranked candidates of one token in one layer.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.policy.eviction import Bools, Floats, Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a token gets in a layer.
+
+    Attributes
+    ----------
+    experts, scores
+        The experts to run and their own router scores, best first: int64 and float64 ``[K']``, K' <= K.
+    low
+        Whether a low-precision copy will do, bool ``[K']``.
+    lost
+        Share of the top-K router mass that was given up, 0 where the choice is exact.
+    """
+
+    experts: Ints
+    scores: Floats
+    low: Bools
+    lost: float = 0.0
+
+
+class Routing(Protocol):
+    """Chooses experts for one token in one layer."""
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Return what the token gets.
+
+        Parameters
+        ----------
+        ids, scores
+            Candidates best first and the router's scores of them, ``[C]``.
+        resident
+            Whether each expert of the layer is at hand, bool ``[E]``.
+        """
+        ...
+
+
+def _kept(ids: Ints, scores: Floats, picked: Ints, top_k: int, low: Bools | None = None) -> Choice:
+    """Make the choice of candidates at positions `picked`."""
+    total = float(scores[:top_k].sum())
+    given = float(scores[picked].sum())
+    lost = max(0.0, 1 - given / total) if total > 0 else 0.0
+    if len(picked) == top_k and (picked < top_k).all():
+        lost = 0.0
+    return Choice(ids[picked], scores[picked], np.zeros(len(picked), dtype=bool) if low is None else low, lost)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What the router chose."""
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Return the top K."""
+        return _kept(ids, scores, np.arange(top_k), top_k)
+
+
+@dataclass(frozen=True)
+class SmoeMargin:
+    """SMoE: missing experts near the edge of the top K are replaced by residents just beyond it.
+
+    With S the best score that was not chosen, experts above ``(1 + margin) S`` are required; others may be replaced by
+    residents with scores in ``((1 - margin) S, S]``, best first. `margins` are per layer; one number holds for all.
+    """
+
+    margins: tuple[float, ...]
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Replace missing experts within the margin."""
+        if len(ids) <= top_k:
+            return _kept(ids, scores, np.arange(top_k), top_k)
+        margin = self.margins[layer % len(self.margins)]
+        edge = scores[top_k]
+        spare = [c for c in range(top_k, len(ids)) if resident[ids[c]] and scores[c] > (1 - margin) * edge]
+        picked = []
+        for candidate in range(top_k):
+            required = resident[ids[candidate]] or scores[candidate] > (1 + margin) * edge
+            picked.append(candidate if required or not spare else spare.pop(0))
+        return _kept(ids, scores, np.array(sorted(picked)), top_k)
+
+
+@dataclass(frozen=True)
+class MassBudget:
+    """Ours: missing experts are replaced while the router mass lost stays within `share` of the top-K mass.
+
+    The lowest score goes first, and gets the best resident outside of the top K.
+
+    Where a wait is shared, as it is for a layer that calls other nodes, replacing some of the missing experts buys
+    nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes").
+    """
+
+    share: float
+    whole: bool = False
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Replace what the budget allows."""
+        missing = [c for c in range(top_k - 1, -1, -1) if not resident[ids[c]]]
+        spare = [c for c in range(top_k, len(ids)) if resident[ids[c]]]
+        budget = self.share * float(scores[:top_k].sum())
+        stand_in: dict[int, int] = {}
+        for candidate in missing:
+            if not spare or scores[candidate] - scores[spare[0]] > budget:
+                if self.whole:
+                    stand_in.clear()
+                    break
+                continue
+            budget -= float(scores[candidate] - scores[spare[0]])
+            stand_in[candidate] = spare.pop(0)
+        picked = sorted(stand_in.get(candidate, candidate) for candidate in range(top_k))
+        return _kept(ids, scores, np.array(picked), top_k)
+
+
+@dataclass
+class CachePrior:
+    """Cache-conditional experts (arXiv 2412.00099): residents rank higher.
+
+    They get `weight` times the running range of logits added, for ranking only; the `top` best are kept as they are.
+    """
+
+    weight: float
+    top: int = 1
+    _range: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Rank anew. Modifies the running range."""
+        logits = np.log(np.maximum(scores, 1e-9))
+        mean, count = self._range.get(layer, (0.0, 0))
+        mean = (mean * count + float(logits.max() - logits.min())) / (count + 1)
+        self._range[layer] = mean, count + 1
+        biased = logits + self.weight * mean * resident[ids]
+        biased[: self.top] = np.inf
+        picked = np.sort(np.argsort(-biased, kind="stable")[:top_k])
+        return _kept(ids, scores, picked, top_k)
+
+
+@dataclass(frozen=True)
+class Buddies:
+    """BuddyMoE (arXiv 2511.10054): a missing expert is replaced by a resident that is often chosen together with it.
+
+    Only for tokens whose gate is undecided: entropy of the top-K mass at least `undecided` of the highest possible.
+    `table` lists the buddies of each expert, best first, int64 ``[L, E, B]`` (see `buddies_of`).
+    """
+
+    table: NDArray[np.int64]
+    undecided: float
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Replace missing experts by buddies among the candidates."""
+        mass = np.maximum(scores[:top_k], 1e-12) / np.maximum(scores[:top_k], 1e-12).sum()
+        entropy = float(-(mass * np.log(mass)).sum()) / max(np.log(top_k), 1e-12)
+        picked = list(range(top_k))
+        if entropy >= self.undecided:
+            position = {int(expert): candidate for candidate, expert in enumerate(ids)}
+            for slot in range(top_k):
+                if not resident[ids[slot]]:
+                    buddies = self.table[layer, ids[slot]].tolist()
+                    free = (position[b] for b in buddies if b in position and resident[b] and position[b] not in picked)
+                    picked[slot] = next(free, slot)
+        return _kept(ids, scores, np.array(sorted(picked)), top_k)
+
+
+def buddies_of(ids: Ints, experts: int, top_k: int, count: int = 4) -> NDArray[np.int64]:
+    """Return the experts most often chosen together with each, int64 ``[L, E, count]``, from ids ``[T, L, C]``."""
+    layers = ids.shape[1]
+    table = np.empty((layers, experts, min(count, experts - 1)), dtype=np.int64)
+    for layer in range(layers):
+        together = np.zeros((experts, experts))
+        chosen = ids[:, layer, :top_k]
+        for first in range(top_k):
+            for second in range(top_k):
+                if first != second:
+                    np.add.at(together, (chosen[:, first], chosen[:, second]), 1.0)
+        np.fill_diagonal(together, -1.0)
+        table[layer] = np.argsort(-together, axis=1, kind="stable")[:, : table.shape[2]]
+    return table
+
+
+@dataclass(frozen=True)
+class DropCold:
+    """A missing expert is left out if its share of the top-K mass is below `share`; the best expert never is."""
+
+    share: float
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Leave out what is cold and unimportant."""
+        total = float(scores[:top_k].sum())
+        picked = [c for c in range(top_k) if c == 0 or resident[ids[c]] or scores[c] >= self.share * total]
+        return _kept(ids, scores, np.array(picked), top_k)
+
+
+@dataclass(frozen=True)
+class AdaptiveGating:
+    """AdapMoE (arXiv 2408.10284): a token that needs fewer experts gets fewer.
+
+    Trailing experts are left out, resident or not, while the squared share of mass that goes with them, times the
+    layer's `sensitivity`, stays below `threshold`. One sensitivity holds for all layers.
+    """
+
+    threshold: float
+    sensitivity: tuple[float, ...] = (1.0,)
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Use as many experts as the token needs."""
+        share = scores[:top_k] / max(float(scores[:top_k].sum()), 1e-12)
+        weight = self.sensitivity[layer % len(self.sensitivity)]
+        count = top_k
+        while count > 1 and weight * float(share[count - 1 :].sum()) ** 2 <= self.threshold:
+            count -= 1
+        return _kept(ids, scores, np.arange(count), top_k)
+
+
+@dataclass(frozen=True)
+class PrecisionByRank:
+    """HOBBIT (arXiv 2411.01433): a missing expert is as unimportant as the mass of those ranked before it.
+
+    Above `low` a low-precision copy will do, above `skip` it is left out.
+    """
+
+    low: float
+    skip: float
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Load less of what matters less."""
+        share = scores[:top_k] / max(float(scores[:top_k].sum()), 1e-12)
+        before = np.cumsum(share) - share
+        here = resident[ids[:top_k]]
+        picked = np.flatnonzero(here | (before <= self.skip))
+        return _kept(ids, scores, picked, top_k, low=(~here & (before > self.low))[picked])
+
+
+ROUTINGS: Final[Mapping[str, Callable[[float], Routing]]] = {
+    "exact": lambda _: Exact(),
+    "mass": MassBudget,
+    "mass-whole": lambda share: MassBudget(share, whole=True),
+    "smoe": lambda margin: SmoeMargin((margin,)),
+    "cache-prior": CachePrior,
+    "drop-cold": DropCold,
+    "adaptive": AdaptiveGating,
+    "hobbit": lambda share: PrecisionByRank(low=1 - share, skip=1.0),
+}
+"""Policies that take one number; 0 is exact."""
