@@ -13,12 +13,12 @@ from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.moving import schedule_plan, with_sources
 from planner.objective import ObjectiveName
-from planner.problem import Bools, Problem
+from planner.problem import Problem
 from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues
 from planner.simulate.network import build_network
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
-from planner.worth import Choice, MovingTerms, choose_move, movement, placement_of
+from planner.worth import Choice, InForce, MovingTerms, choose_move, in_force, movement
 from schemas.plan import Plan, Survival
 
 _SURVIVAL_SHARE: Final = 0.5  # of the time limit, to find what survival costs
@@ -62,13 +62,13 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     if before is not None:
         require_same(inputs, before)
     problem = replace(inputs.problem(), balance=request.balance)
-    now = None if before is None else placement_of(before, problem)
-    limits = replace(request.limits, start=now)
+    now = None if before is None else in_force(before, problem)
+    limits = replace(request.limits, start=None if now is None else now.placed)
     solved = _solve(problem, replace(request, limits=limits), watch)
     choice = Choice(solved, True, "", 0.0)
     if before is not None:
         choice = choose_move(solved, now, request.moving, gap=limits.gap)
-    waits = queued_latency_s(problem, choice.solved.routing)
+    waits = queued_latency_s(problem.with_trunk(choice.solved.problem.trunk_node), choice.solved.routing)
     plan = make_plan(inputs, replace(choice.solved, queued_latency_s=waits), before)
     if before is not None:
         plan = _scheduled(inputs, plan, before, choice, wanted=solved, now=now, terms=request.moving)
@@ -90,7 +90,7 @@ def _solve(problem: Problem, request: Request, watch: Watch | None = None) -> So
 
 
 def _scheduled(
-    inputs: Inputs, plan: Plan, before: Plan, choice: Choice, *, wanted: Solved, now: Bools | None, terms: MovingTerms
+    inputs: Inputs, plan: Plan, before: Plan, choice: Choice, *, wanted: Solved, now: InForce | None, terms: MovingTerms
 ) -> Plan:
     problem = choice.solved.problem
     schedules = schedule_plan(plan, problem, build_network(inputs.topology), before.placement)

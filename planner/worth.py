@@ -1,8 +1,8 @@
 """What moving from the plan in force to a new placement brings and costs, and how far to go under a cap on bytes.
 
-Decides whether to move when a horizon is given: seconds that tokens wait less over the horizon against the seconds of
-all transfers, as `replan.decide` counts them. The benefit is that on the recorded events which placed; `replan` judges
-on events kept apart. Must not know files or solvers.
+Decides whether to move when a horizon is given: seconds that tokens take less over the horizon, for waits and for their
+paths, against the seconds of all transfers, as `replan.decide` counts them. The benefit is that on the recorded events
+which placed; `replan` judges on events kept apart. Must not know files or solvers.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.assemble import Solved
+from planner.errors import InfeasibleProblem
 from planner.feasibility import violations
 from planner.moving import makespan_s
-from planner.objective import ObjectiveName, Routing, judge, plan_cost
+from planner.objective import judge, plan_cost
 from planner.problem import Bools, Problem
 from planner.replan import migration_seconds, new_copies
-from planner.simulate.placement import UnlikePlan, placed_by
+from planner.simulate.placement import UnlikePlan, placed_by, with_trunk_of
 from planner.solvers.base import with_status
 from planner.solvers.routing import route
 from planner.transfers import Schedule
@@ -42,54 +43,64 @@ class Choice:
     benefit_per_s: float
 
 
-def placement_of(plan: Plan, problem: Problem) -> Bools | None:
-    """Return a plan's placement ``[P, L, E]``; None where the topology no longer has its places."""
+@dataclass(frozen=True, eq=False)
+class InForce:
+    """The plan in force as this topology knows it: its placement ``[P, L, E]``, and the problem with its trunk."""
+
+    placed: Bools
+    problem: Problem
+
+
+def in_force(plan: Plan, problem: Problem) -> InForce | None:
+    """Return a plan's arrangement; None where the topology no longer has its places, or room for its trunk."""
     try:
-        return placed_by(plan, problem)
-    except UnlikePlan:
+        return InForce(placed_by(plan, problem), with_trunk_of(plan, problem))
+    except (UnlikePlan, InfeasibleProblem):
         return None
 
 
-def choose_move(solved: Solved, now: Bools | None, terms: MovingTerms, *, gap: float) -> Choice:
+def choose_move(solved: Solved, now: InForce | None, terms: MovingTerms, *, gap: float) -> Choice:
     """Decide between what was solved and what is there.
 
     Parameters
     ----------
     now
-        The placement in force, ``[P, L, E]``; None where there is none that this problem knows.
+        What is in force; None where there is nothing that this problem knows.
     gap
         Placements whose objectives differ by no more (relatively) are equal, so that nothing is moved.
     """
     if now is None:
         return Choice(solved, True, "the placement in force does not fit this topology", 0.0)
     target = solved if terms.max_bytes is None else _capped(solved, now, terms.max_bytes)
-    before = _as_solved(target, now)
+    if not target.problem.moves and not _same_paths(target.problem, now.problem):
+        return Choice(target, True, "tokens shall not take the paths in force", 0.0)
+    before = _as_solved(target, now.placed, now.problem)
     if before is None:
         return Choice(target, True, "the placement in force breaks constraints", 0.0)
     old, new = _objective(before), _objective(target)
     benefit = _waited(before) - _waited(target)
     if old <= new * (1 + gap):
         return Choice(before, False, "no better placement is known", benefit)
-    price = migration_seconds(target.problem, now, target.placed)
+    price = migration_seconds(target.problem, now.placed, target.placed)
     if terms.horizon_s is None:
         pays = f"pays after {format_seconds(price / benefit)}" if benefit > 0 else "is no gain in latency"
         return Choice(target, True, f"moving takes {format_seconds(price)} of transfers and {pays}", benefit)
     worth = benefit * terms.horizon_s
     told = (
-        f"saves {format_seconds(max(worth, 0.0))} of waiting over {format_seconds(terms.horizon_s)}, moving takes "
+        f"saves {format_seconds(max(worth, 0.0))} of tokens' time over {format_seconds(terms.horizon_s)}, moving takes "
         f"{format_seconds(price)} of transfers"
     )
     return Choice(target, True, told, benefit) if worth > price else Choice(before, False, told, benefit)
 
 
 def movement(
-    choice: Choice, now: Bools | None, schedules: Sequence[Schedule], terms: MovingTerms, wanted: Solved
+    choice: Choice, now: InForce | None, schedules: Sequence[Schedule], terms: MovingTerms, wanted: Solved
 ) -> Movement:
     """Return the figures of a choice as a plan keeps them; of the placement that was `wanted` where nothing moves."""
     transfers = [transfer for schedule in schedules for transfer in schedule.transfers]
     target = choice.solved if choice.moved else wanted
-    fresh = 0 if now is None else len(new_copies(target.problem, now, target.placed))
-    price = 0.0 if now is None else migration_seconds(target.problem, now, target.placed)
+    fresh = 0 if now is None else len(new_copies(target.problem, now.placed, target.placed))
+    price = 0.0 if now is None else migration_seconds(target.problem, now.placed, target.placed)
     return Movement(
         new_bytes=fresh * target.problem.expert_bytes,
         sources=len({transfer.source for transfer in transfers}),
@@ -109,40 +120,47 @@ def _objective(solved: Solved) -> float:
 
 
 def _waited(solved: Solved) -> float:
-    """Seconds waited per second."""
+    """Seconds that tokens take, per second."""
     return float(solved.judgement.predicted_latency_s * solved.problem.tokens_per_s.sum())
 
 
-def _as_solved(solved: Solved, placed: Bools) -> Solved | None:
-    """Return another placement under the bound of a solve; None where it breaks constraints."""
-    problem, objective = solved.problem, solved.objective_name
-    routing = route(problem, placed, objective)
+def _same_paths(one: Problem, other: Problem) -> bool:
+    return bool((one.trunk_node == other.trunk_node).all())
+
+
+def _as_solved(solved: Solved, placed: Bools, problem: Problem) -> Solved | None:
+    """Return another placement, on a problem with another trunk maybe, under a solve's bound; None where it is broken.
+
+    The bound holds for every trunk where the solver was free to choose one.
+    """
+    routing = route(problem, placed, solved.objective_name)
     if routing is None or violations(problem, placed, routing):
         return None
-    return _with_placement(solved, placed, routing, objective)
+    bound = solved.result.bound if problem.moves or _same_paths(problem, solved.problem) else None
+    value = plan_cost(problem, routing, solved.objective_name)
+    result = with_status(replace(solved.result, placed=placed, objective=value, bound=bound), solved.asked_gap)
+    judgement = judge(problem, routing)
+    return replace(solved, problem=problem, result=result, placed=placed, routing=routing, judgement=judgement)
 
 
-def _with_placement(solved: Solved, placed: Bools, routing: Routing, objective: ObjectiveName) -> Solved:
-    value = plan_cost(solved.problem, routing, objective)
-    result = with_status(replace(solved.result, placed=placed, objective=value), solved.asked_gap)
-    return replace(solved, result=result, placed=placed, routing=routing, judgement=judge(solved.problem, routing))
-
-
-def _capped(solved: Solved, now: Bools, max_bytes: int) -> Solved:
+def _capped(solved: Solved, now: InForce, max_bytes: int) -> Solved:
     """Go from `now` towards what was solved as far as a number of bytes allows, the most useful replicas first.
 
     Replicas are exchanged in place, each for one that the target does not keep there, so that every step on the way
-    is feasible; of all steps that keep every constraint the best is taken. Its bound is that without a cap.
+    is feasible, with the trunk as it is or as it was solved; of all steps that keep every constraint the best is taken.
+    Its bound is that without a cap.
     """
     budget = max_bytes // solved.problem.expert_bytes
-    if len(new_copies(solved.problem, now, solved.placed)) <= budget:
+    if len(new_copies(solved.problem, now.placed, solved.placed)) <= budget:
         return solved
-    best = _as_solved(solved, now)
-    for placed in _way(solved.problem, now, solved.placed, budget):
-        step = _as_solved(solved, placed)
-        if step is not None and (best is None or _objective(step) < _objective(best)):
-            best = step
-    return solved if best is None else best
+    problems = [now.problem] if _same_paths(now.problem, solved.problem) else [now.problem, solved.problem]
+    steps = [
+        step
+        for problem in problems
+        for placed in (now.placed, *_way(problem, now.placed, solved.placed, budget))
+        if (step := _as_solved(solved, placed, problem)) is not None
+    ]
+    return min(steps, key=_objective, default=solved)
 
 
 def _way(problem: Problem, now: Bools, target: Bools, budget: int) -> list[Bools]:

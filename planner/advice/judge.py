@@ -14,7 +14,7 @@ from planner.problem import Problem
 from planner.replan import Arrangement, MovingRules
 from planner.simulate.network import build_network
 from planner.simulate.placement import placed_by, routing_by, with_trunk_of
-from planner.worth import Choice, MovingTerms, movement
+from planner.worth import Choice, InForce, MovingTerms, movement
 from schemas.plan import Plan
 
 
@@ -40,8 +40,8 @@ def replan_on(
     """
     require_same(inputs, before)
     problem = inputs.problem()
-    events, trunk = problem.events, with_trunk_of(before, problem).trunk_node
-    now = Arrangement(placed_by(before, problem), routing_by(before, problem), trunk)
+    events, there = problem.events, InForce(placed_by(before, problem), with_trunk_of(before, problem))
+    now = Arrangement(there.placed, routing_by(before, problem), there.problem.trunk_node)
     looks = tuple(replay(problem, now, events, solve, rules=rules, size=batch_size(events, batch)))
     moves = [look for look in looks if look.decision.move]
     if not moves:
@@ -51,7 +51,7 @@ def replan_on(
     schedules = schedule_plan(plan, problem, build_network(inputs.topology), before.placement)
     choice = Choice(last.candidate, True, last.decision.reason, last.decision.sure_benefit_s / rules.horizon_s)
     terms = MovingTerms(horizon_s=rules.horizon_s, max_bytes=rules.max_bytes)
-    found = movement(choice, now.placed, schedules, terms, last.candidate)
+    found = movement(choice, there, schedules, terms, last.candidate)
     plan = with_sources(plan, problem, schedules, before.placement)
     summary = plan.summary.model_copy(update={"movement": found})
     return Replanned(looks, plan.model_copy(update={"summary": summary}).sealed())
