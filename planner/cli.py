@@ -27,6 +27,7 @@ from planner.options import (
     objective_option,
     print_json,
     seed_option,
+    tail_option,
     time_option,
     usable_objective,
     warn_short_traces,
@@ -65,6 +66,7 @@ def cli() -> None:
 @time_option
 @gap_option
 @seed_option
+@tail_option
 @click.option("--current", type=EXISTING, help="The plan in force: only what differs from it is moved.")
 @click.option(
     "--horizon", type=Quantity("duration"), help="With --current: move only where it pays within this time (1 h)."
@@ -88,6 +90,7 @@ def solve(
     time_limit: float,
     gap: float | None,
     seed: int,
+    tail: float,
     current: Path | None,
     horizon: float | None,
     max_move: float | None,
@@ -104,6 +107,12 @@ def solve(
         raise click.UsageError("--horizon and --max-move are about moving from a plan: give --current PLAN too")
     if balance and objective != "additive-latency":
         raise click.UsageError("--balance adds to waits that add up: give --objective additive-latency too")
+    if tail and solver not in {"auto", "decomposition"}:
+        raise click.UsageError(f"--tail: {solver} places on its own; use --solver auto or decomposition")
+    if tail and (objective != "latency" or counters is not None):
+        raise click.UsageError(
+            "--tail is about the waits of recorded tokens: use --objective latency and no --counters"
+        )
     target = output if output or as_json else Path("plan.json")
     if target and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--output {target}: there is no directory {target.absolute().parent}")
@@ -115,7 +124,7 @@ def solve(
         request = Request(
             solver=solver,
             objective=objective,
-            limits=limits_of(objective, time_limit, gap, seed),
+            limits=limits_of(objective, time_limit, gap, seed, tail),
             before=load_plan(current) if current else None,
             queueing=queueing,
             balance=balance,

@@ -8,17 +8,39 @@ from typing import Final
 
 from planner.objective import ObjectiveName
 from planner.problem import Problem
-from planner.solvers.base import Report, Result, SolveLimits, SolveStatus, with_status
+from planner.solvers.base import Report, Result, SolveLimits, Solver, SolveStatus, with_status
 from planner.solvers.events import event_patterns
 from planner.solvers.terms import exact_terms
 
 TINY_SHARES: Final = 3_000  # shares of calls up to which the exact model is as quick as any
 TINY_ROWS: Final = 4_000  # rows of events up to which it takes seconds for the latency objective
+TAIL_SHARE: Final = 0.4  # of the time, to shorten the slowest waits
 EXACT_SHARE: Final = 0.5  # of the time, before the latency solver takes over
 
 
 def solve_decomposed(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
     """Solve by prices: on experts where waits add up, on whole layers where a layer waits for its slowest call."""
+    return _then_for_the_slowest(_decomposed, problem, objective=objective, limits=limits, report=report)
+
+
+def solve_auto(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
+    """Solve by the exact model where that is tiny, else decomposed; for latency decomposed where time was too short."""
+    return _then_for_the_slowest(_auto, problem, objective=objective, limits=limits, report=report)
+
+
+def _then_for_the_slowest(
+    solver: Solver, problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report
+) -> Result:
+    """Solve, and where `tail` asks for it shorten the slowest waits in the time that is left."""
+    if not limits.tail or objective != "latency":
+        return solver(problem, objective=objective, limits=limits, report=report)
+    from planner.solvers.latency.solver import shortened
+
+    part = replace(limits, time_s=(1 - TAIL_SHARE) * limits.time_s)
+    return shortened(problem, solver(problem, objective=objective, limits=part, report=report), limits)
+
+
+def _decomposed(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
     if objective == "latency":
         from planner.solvers.latency.solver import solve_by_events
 
@@ -28,10 +50,9 @@ def solve_decomposed(problem: Problem, *, objective: ObjectiveName, limits: Solv
     return solve_decomposition(problem, objective=objective, limits=limits, report=report)
 
 
-def solve_auto(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
-    """Solve by the exact model where that is tiny, else decomposed; for latency decomposed where time was too short."""
+def _auto(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
     if _num_shares(problem) > TINY_SHARES or (objective == "latency" and _num_rows(problem) > TINY_ROWS):
-        return solve_decomposed(problem, objective=objective, limits=limits, report=report)
+        return _decomposed(problem, objective=objective, limits=limits, report=report)
     share = EXACT_SHARE if objective == "latency" else 1.0
     exact = _exact(problem, objective=objective, limits=replace(limits, time_s=share * limits.time_s), report=report)
     left = limits.time_s - exact.seconds
@@ -39,7 +60,7 @@ def solve_auto(problem: Problem, *, objective: ObjectiveName, limits: SolveLimit
     if done:
         return exact
     limits = replace(limits, time_s=left, start=limits.start if exact.placed is None else exact.placed)
-    return _better(exact, solve_decomposed(problem, objective=objective, limits=limits, report=report), limits.gap)
+    return _better(exact, _decomposed(problem, objective=objective, limits=limits, report=report), limits.gap)
 
 
 def _exact(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:

@@ -202,14 +202,19 @@ def _forced_twice(instance: LatencyInstance) -> bool:
     return bool((per_node > 1).any())
 
 
-def waits(instance: LatencyInstance, placed: Bools) -> Floats:
-    """Mean seconds that a token of each ingress waits over all layers, float64 ``[I]``, from bool ``[P, L, E]``.
+def token_waits(instance: LatencyInstance, placed: Bools) -> list[Floats]:
+    """Seconds that each recorded token waits over all layers, float64 ``[T]`` by ingress, from bool ``[P, L, E]``.
 
     The definition that bound and incumbent are checked against: it reads the events as they were recorded.
     """
     layers = np.arange(instance.num_layers)[None, :, None]
-    means = []
+    found = []
     for chosen, cost in zip(instance.events, instance.cost_s, strict=True):
         nearest = np.where(placed, cost.T[:, :, None], np.inf).min(axis=0)  # [L, E]
-        means.append(nearest[layers, chosen].max(axis=2).sum(axis=1).mean())
-    return np.array(means)
+        found.append(nearest[layers, chosen].max(axis=2).sum(axis=1))
+    return found
+
+
+def waits(instance: LatencyInstance, placed: Bools) -> Floats:
+    """Mean seconds that a token of each ingress waits over all layers, float64 ``[I]``, from bool ``[P, L, E]``."""
+    return np.array([waited.mean() for waited in token_waits(instance, placed)])

@@ -135,3 +135,27 @@ def _merge(chosen: Events, rate: float) -> tuple[Indices, Floats]:
     patterns, count = np.unique(np.sort(chosen, axis=1), axis=0, return_counts=True)
     weight = count.astype(np.float64) * (rate / len(chosen))
     return np.ascontiguousarray(patterns.T, dtype=np.intp), weight
+
+
+class Merging:
+    """Which pattern each recorded event is, so that layers under other weights of the tokens are made quickly."""
+
+    def __init__(self, instance: LatencyInstance) -> None:
+        self.num_experts = instance.num_experts
+        self.levels = [levels_of(instance.cost_s[:, layer]) for layer in range(instance.num_layers)]
+        self.merged = [
+            [np.unique(np.sort(chosen[:, layer], axis=1), axis=0, return_inverse=True) for chosen in instance.events]
+            for layer in range(instance.num_layers)
+        ]
+
+    def layers(self, weight: list[Floats]) -> list[Layer]:
+        """Layers in which every token counts by its weight, tokens per second, float64 ``[T]`` by ingress."""
+        layers = []
+        for levels, merged in zip(self.levels, self.merged, strict=True):
+            experts = tuple(np.ascontiguousarray(patterns.T, dtype=np.intp) for patterns, _ in merged)
+            counted = tuple(
+                np.bincount(inverse.ravel(), rates, minlength=len(patterns)).astype(np.float64)
+                for (patterns, inverse), rates in zip(merged, weight, strict=True)
+            )
+            layers.append(Layer(experts, counted, levels, self.num_experts))
+        return layers
