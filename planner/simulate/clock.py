@@ -121,7 +121,8 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
                 event = (free + latency, _HOP, request, call, position + 1, tail)
             else:
                 network[request] += hop[1]
-                event = (tail, _NEXT, request, call, 0, 0.0)
+                overhead[request] += hop[2]
+                event = (tail + hop[2], _NEXT, request, call, 0, 0.0)
         else:
             if what == _END:
                 ring, at = ring_of[request], cursor[request]

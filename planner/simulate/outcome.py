@@ -22,9 +22,13 @@ WARM_UP: Final = 0.05  # share of tokens, by start
 
 @dataclass(frozen=True, kw_only=True)
 class Waits:
-    """Where the mean token's time goes, seconds: free links, queues, evaluation, software of calls."""
+    """Where the mean token's time goes, seconds: free links, queues, evaluation, software of calls and hops.
+
+    `hops_s` is the part of `network_s` that its path takes from node to node; the rest are calls.
+    """
 
     network_s: float
+    hops_s: float
     queue_s: float
     compute_s: float
     overhead_s: float
@@ -117,8 +121,7 @@ def summarise(problem: Problem, script: Script, requests: Requests, times: Token
     horizon = float(finite.max()) if len(finite) == len(requests.arrival_s) and len(finite) > 1 else elapsed
     runs = _times_run(script, requests)
     busy, messages = runs @ script.compute_s, runs @ script.messages
-    hops = _hop_messages(script, requests)
-    sent: Floats = (messages + hops).astype(np.float64) * script.message_bytes
+    sent: Floats = messages * script.message_bytes + _hop_bytes(script, requests)
     nodes = tuple(
         NodeUse(id=name, busy_s=float(seconds), utilisation=float(seconds) / elapsed, offered=float(seconds) / horizon)
         for name, seconds in zip(problem.node_ids, busy, strict=True)
@@ -126,13 +129,14 @@ def summarise(problem: Problem, script: Script, requests: Requests, times: Token
     links = tuple(_link_uses(problem, network, sent, elapsed=elapsed, horizon=horizon, tokens=len(times.end_s)))
     measured = times.start_s >= np.quantile(times.start_s, WARM_UP)
     entered = requests.ingress[times.request]
+    hops = np.array([sum(hop.network_s for hop in filter(None, path)) for path in script.hops])[entered]
     return Simulation(
         tokens=len(times.end_s),
         events=int(runs.sum()),
         elapsed_s=elapsed,
-        total=_latency(times, measured),
+        total=_latency(times, hops, measured),
         ingresses={
-            problem.node_ids[node]: _latency(times, measured & (entered == ingress))
+            problem.node_ids[node]: _latency(times, hops, measured & (entered == ingress))
             for ingress, node in enumerate(problem.ingress_node.tolist())
             if (measured & (entered == ingress)).any()
         },
@@ -168,14 +172,14 @@ def _times_replayed(requests: Requests, ingress: int, ring: int) -> Ints:
     return np.cumsum(change[:-1])
 
 
-def _hop_messages(script: Script, requests: Requests) -> Ints:
-    """Messages of moving trunks on each directed link, int64 ``[2U]``."""
-    total = np.zeros(script.num_links, dtype=np.int64)
+def _hop_bytes(script: Script, requests: Requests) -> Floats:
+    """Bytes of moving trunks on each directed link, float64 ``[2U]``."""
+    total = np.zeros(script.num_links)
     for ingress, hops in enumerate(script.hops):
         tokens = int(requests.num_tokens[requests.ingress == ingress].sum())
         for hop in filter(None, hops):
             for link, _, _ in hop.path:
-                total[link] += tokens
+                total[link] += tokens * hop.bytes
     return total
 
 
@@ -194,7 +198,7 @@ def _link_uses(
         )
 
 
-def _latency(times: TokenTimes, chosen: np.ndarray) -> Latency:
+def _latency(times: TokenTimes, hops: Floats, chosen: np.ndarray) -> Latency:
     latency = times.latency_s[chosen]
     p50, p95, p99 = np.percentile(latency, (50, 95, 99)).tolist()
     return Latency(
@@ -205,6 +209,7 @@ def _latency(times: TokenTimes, chosen: np.ndarray) -> Latency:
         p99_s=p99,
         waits=Waits(
             network_s=float(times.network_s[chosen].mean()),
+            hops_s=float(hops[chosen].mean()),
             queue_s=max(float(times.queue_s[chosen].mean()), 0.0),
             compute_s=float(times.compute_s[chosen].mean()),
             overhead_s=float(times.overhead_s[chosen].mean()),

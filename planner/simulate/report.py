@@ -47,7 +47,7 @@ def show(found: Simulation) -> None:
 def _latency_table(found: Simulation) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("tokens entering at", no_wrap=True)
-    for heading in ("tokens", "mean", "p50", "p95", "p99", "network", "queues", "compute", "software"):
+    for heading in ("tokens", "mean", "p50", "p95", "p99", "network", "of it hops", "queues", "compute", "software"):
         table.add_column(heading, justify="right")
     for name, latency in found.ingresses.items():
         table.add_row(name, *_latency_cells(latency))
@@ -59,7 +59,7 @@ def _latency_table(found: Simulation) -> Table:
 def _latency_cells(latency: Latency) -> tuple[str, ...]:
     waits = latency.waits
     times = (latency.mean_s, latency.p50_s, latency.p95_s, latency.p99_s)
-    parts = (waits.network_s, waits.queue_s, waits.compute_s, waits.overhead_s)
+    parts = (waits.network_s, waits.hops_s, waits.queue_s, waits.compute_s, waits.overhead_s)
     return (str(latency.tokens), *map(format_seconds, (*times, *parts)))
 
 

@@ -7,13 +7,16 @@ than computes. Must not know time.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from planner.objective import Routing
 from planner.problem import Events, Floats, Ints, Problem
 from planner.simulate.network import Network, Path, Paths, empty_seconds
+
+_TOKEN_BYTES: Final = 8  # what the ring's last hop carries: the sampled token's number
+_HOP_OVERHEAD: Final = 0.5  # of a call's software: one message of the two
 
 
 class Call(NamedTuple):
@@ -45,10 +48,15 @@ class Work(NamedTuple):
 
 
 class Hop(NamedTuple):
-    """The hidden state goes on to the node that runs the next layer's trunk."""
+    """The hidden state goes on to the node that runs the next layer's trunk, the sampled token to that of the first.
+
+    `overhead_s` is software at the node where it arrives.
+    """
 
     path: Path
     network_s: float
+    overhead_s: float
+    bytes: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +133,7 @@ def build_script(
 
 
 def _asked(problem: Problem, routing: Routing, trunk: Ints, events: Events, rng: np.random.Generator) -> Events:
-    """Trunk node and experts asked of each place by every event, int16 ``[T * L, 1 + P]``."""
+    """Trunk node, decoder layers it runs, experts asked of each place by every event, int16 ``[T * L, 2 + P]``."""
     layers = np.arange(problem.layers)[None, :, None]
     if routing.share is None:
         place = routing.holder[trunk[None, :, None], layers, events]
@@ -134,9 +142,10 @@ def _asked(problem: Problem, routing: Routing, trunk: Ints, events: Events, rng:
         drawn = rng.random(events.shape)[..., None] * share.sum(axis=-1, keepdims=True)
         place = (drawn >= share.cumsum(axis=-1)).sum(axis=-1).clip(max=problem.num_places - 1)
     count = events.shape[0] * events.shape[1]
-    asked = np.zeros((count, 1 + problem.num_places), dtype=np.int16)
+    asked = np.zeros((count, 2 + problem.num_places), dtype=np.int16)
     asked[:, 0] = np.tile(trunk, events.shape[0])
-    np.add.at(asked, (np.arange(count)[:, None], 1 + place.reshape(count, -1)), np.int16(1))
+    asked[:, 1] = np.tile(np.diff(problem.room.decoder_first), events.shape[0])
+    np.add.at(asked, (np.arange(count)[:, None], 2 + place.reshape(count, -1)), np.int16(1))
     return asked
 
 
@@ -149,7 +158,7 @@ def _works(problem: Problem, network: Network, kinds: Events) -> list[Work]:
     }
     works = []
     for kind in kinds.tolist():
-        node, counts = kind[0], kind[1:]
+        node, decoders, *counts = kind
         service: dict[int, float] = {}
         for place, count in enumerate(counts):
             if count:
@@ -157,7 +166,7 @@ def _works(problem: Problem, network: Network, kinds: Events) -> list[Work]:
                 service[holder] = service.get(holder, 0.0) + count * float(problem.service_s[place])
         local = service.pop(node, 0.0)
         calls = tuple(_call(holder, seconds, *ways[node, holder], network) for holder, seconds in service.items())
-        works.append(Work(node, float(network.trunk_s[node]), local, calls))
+        works.append(Work(node, decoders * float(network.trunk_s[node]), local, calls))
     return works
 
 
@@ -167,10 +176,13 @@ def _call(holder: int, service_s: float, out: Path, back: Path, network: Network
 
 
 def _hops(problem: Problem, network: Network, trunk: Ints) -> tuple[Hop | None, ...]:
-    paths = Paths(problem, network)
-    size = problem.call_bytes / 2
+    paths, last = Paths(problem, network), len(trunk) - 1
     hops: list[Hop | None] = []
-    for here, there in zip(trunk.tolist(), np.roll(trunk, -1).tolist(), strict=True):
-        path = paths.one_way(here, there, size) if here != there else ()
-        hops.append(Hop(path, empty_seconds(path)) if path else None)
+    for layer, (here, there) in enumerate(zip(trunk.tolist(), np.roll(trunk, -1).tolist(), strict=True)):
+        if here == there:
+            hops.append(None)
+            continue
+        size = _TOKEN_BYTES if layer == last else problem.call_bytes / 2
+        path = paths.one_way(here, there, size)
+        hops.append(Hop(path, empty_seconds(path), _HOP_OVERHEAD * float(network.overhead_s[there]), size))
     return tuple(hops)

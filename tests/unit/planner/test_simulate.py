@@ -122,19 +122,52 @@ def test_split_routes_send_each_holder_its_share():
     assert sent["n0", "n1"] / (sent["n0", "n1"] + sent["n0", "n2"]) == pytest.approx(0.25, abs=0.03)
 
 
-def test_a_moving_trunk_pays_one_hop_where_it_moves_and_one_back():
-    topology = make_topology([12, 12], [10.0, 0.0], latency=5e-3)
+def ring(**options):
+    """Two nodes, the first two layers wholly at one and the last at the other, with the trunk where the experts are."""
+    topology = make_topology([12, 12], [10.0, 0.0], latency=5e-3, **options)
     problem = make_problem(topology, make_model())
-    everything = np.ones((2, 3, 8), dtype=bool)
-    everything[0, 2] = everything[1, 0] = everything[1, 1] = False
-    everything = dataclasses.replace(problem, trunk_node=np.array([[0, 0, 1]])), everything
-    moved, placed = everything
-    routing = nearest(moved, placed, "additive-latency")
-    found = simulate(moved, routing, build_network(topology), Arrivals(tokens=2000, rate_scale=0.01))
-    message = moved.call_bytes / 2
-    hop = 5e-3 + message / 62.5e6
-    assert found.total.waits.network_s == pytest.approx(2 * hop, rel=1e-9)
-    assert [link.bytes for link in found.links] == [2000 * message] * 2
+    placed = np.ones((2, 3, 8), dtype=bool)
+    placed[0, 2] = placed[1, 0] = placed[1, 1] = False
+    moved = dataclasses.replace(problem, trunk_node=np.array([[0, 0, 1]]))
+    return topology, moved, nearest(moved, placed, "additive-latency")
+
+
+def test_a_moving_trunk_sends_a_hidden_state_on_and_a_token_back():
+    topology, problem, routing = ring(compute=Compute(expert_us=100, trunk_layer_us=300, call_overhead_us=400))
+    found = simulate(problem, routing, build_network(topology), Arrivals(tokens=2000, rate_scale=0.01))
+    state, token = problem.call_bytes / 2, 8
+    hops = 2 * 5e-3 + (state + token) / 62.5e6
+    assert found.total.waits.network_s == pytest.approx(hops, rel=1e-9)
+    assert found.total.waits.hops_s == pytest.approx(hops, rel=1e-9)
+    assert [link.bytes for link in found.links] == [2000 * state, 2000 * token]
+    assert found.total.waits.overhead_s == pytest.approx(2 * 200e-6)  # half a call's for each hop
+    assert found.total.waits.compute_s == pytest.approx(3 * (problem.top_k * 100e-6 + 300e-6))
+    unloaded = judge(problem, routing).predicted_latency_s + 2 * 200e-6
+    assert found.total.p50_s == pytest.approx(unloaded, rel=0.01)  # the plan counts the token as a hidden state
+
+
+def test_sessions_keep_both_ends_of_a_ring_busy():
+    topology, problem, routing = ring(compute=Compute(expert_us=1000, trunk_layer_us=500))
+
+    def rate(sessions):
+        arrivals = Arrivals(tokens=2000, pattern="closed", sessions=sessions)
+        found = simulate(problem, routing, build_network(topology), arrivals)
+        return found.tokens / found.elapsed_s
+
+    one, eight = rate(1), rate(8)
+    busiest = 2 * (problem.top_k * 1e-3 + 0.5e-3)  # the first node's two layers
+    assert eight > 2.5 * one
+    assert eight == pytest.approx(1 / busiest, rel=0.05)
+
+
+def test_layers_without_experts_take_their_time_too():
+    topology = make_topology([24], [10.0], compute=Compute(expert_us=100, trunk_layer_us=300))
+    model = make_model().model_copy(update={"decoder_layers": 5, "moe_layers": (1, 2, 4)})
+    problem = make_problem(topology, model)
+    routing = nearest(problem, np.ones((1, 3, 8), dtype=bool), "latency")
+    found = simulate(problem, routing, build_network(topology), Arrivals(tokens=200, rate_scale=0.01))
+    assert found.total.p50_s == pytest.approx(judge(problem, routing).predicted_latency_s)
+    assert found.total.waits.compute_s == pytest.approx(5 * 300e-6 + 3 * problem.top_k * 100e-6)
 
 
 def test_tokens_are_shared_out_by_rate():
