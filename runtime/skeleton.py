@@ -5,6 +5,7 @@ needs: the names, shapes and dtypes of its tensors. Must not know where their by
 """
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from schemas.checkpoint import InvalidCheckpoint
 LayerDispatch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]; `layer` counts layers with experts."""
 
-_EXPERT_CLASSES: Final = r"^(Mixtral|Olmoe|Qwen2Moe|Qwen3Moe|DeepseekV2|DeepseekV3|GptOss)Experts$"
+_EXPERT_CLASSES: Final = re.compile("(Mixtral|Olmoe|Qwen2Moe|Qwen3Moe|DeepseekV2|DeepseekV3|GptOss)Experts")
 
 # Patches of transformers are process-wide, so only one model may be in the making.
 LOAD_LOCK: Final = threading.Lock()
@@ -62,7 +63,7 @@ def build_skeleton(config_dir: Path, dtype: torch.dtype) -> Any:
     try:
         with LOAD_LOCK, silent():
             config = AutoConfig.from_pretrained(str(config_dir), local_files_only=True)
-            with _without_experts(), no_tie_weights(), torch.device("meta"):
+            with _without_experts(config), no_tie_weights(), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if (config_dir / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(str(config_dir), local_files_only=True)
@@ -100,15 +101,23 @@ def refuse_missing(model_dir: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def _without_experts() -> Iterator[None]:
-    """Make transformers build models with `RoutedExperts`; undo it afterwards."""
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+def _without_experts(config: Any) -> Iterator[None]:
+    """Make the models of a config's family with `RoutedExperts`; undo it afterwards.
 
-    register_patch_mapping({_EXPERT_CLASSES: RoutedExperts})
+    The library's own `register_patch_mapping` looks through all of its modules (0.8 s) and leaves them patched when a
+    model cannot be made.
+    """
+    from transformers import AutoModelForCausalLM
+
+    module = sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
+    experts = {name: kind for name, kind in vars(module).items() if _EXPERT_CLASSES.fullmatch(name)}
     try:
+        for name in experts:
+            setattr(module, name, RoutedExperts)
         yield
     finally:
-        unregister_patch_mapping([_EXPERT_CLASSES])
+        for name, kind in experts.items():
+            setattr(module, name, kind)
 
 
 @contextmanager

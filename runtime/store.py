@@ -62,7 +62,7 @@ class Store:
             size = (path / RECORDS_NAME).stat().st_size
         except OSError as error:
             raise InvalidStore(f"{path}: {RECORDS_NAME} cannot be read: {error.strerror}") from error
-        end = max(record.offset + record.bytes for record in (*manifest.records, *manifest.trunk))
+        end = max(record.offset + record.bytes for record in _stored(manifest))
         if size < end:
             raise InvalidStore(
                 f"{path / RECORDS_NAME}: truncated: {size} bytes, its manifest promises {end}; make it again"
@@ -72,7 +72,7 @@ class Store:
     @cached_property
     def by_sha256(self) -> Mapping[str, StoreRecord | StoredTrunkPart]:
         """Records of experts and of the trunk's parts by content; equal experts share one entry."""
-        return {record.sha256: record for record in (*self.manifest.records, *self.manifest.trunk)}
+        return {record.sha256: record for record in _stored(self.manifest)}
 
     @cached_property
     def by_key(self) -> Mapping[tuple[int, int], StoreRecord]:
@@ -92,6 +92,10 @@ class Store:
             raise InvalidInput(f"record {sha256[:12]}…: {count} bytes at {offset} leave its {record.bytes} bytes")
         with (self.path / RECORDS_NAME).open("rb") as stream:
             return os.pread(stream.fileno(), count, record.offset + offset)
+
+
+def _stored(manifest: StoreManifest) -> list[StoreRecord | StoredTrunkPart]:
+    return [*manifest.records, *manifest.trunk]
 
 
 class StoredParts(Mapping[PartKey, bytes]):

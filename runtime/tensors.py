@@ -5,7 +5,7 @@ product) does not depend on where its bytes lay. Must not know what the tensors 
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -25,9 +25,10 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     if dtype is None:
         raise InvalidCheckpoint(f"{entry.file}: holds weights as {entry.dtype}; one of {', '.join(_DTYPES)} is needed")
     data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    buffer: Any = data.numpy()
     with entry.file.open("rb") as stream:
         stream.seek(entry.start)
-        if stream.readinto(data.numpy()) != entry.num_bytes:
+        if stream.readinto(buffer) != entry.num_bytes:
             raise InvalidCheckpoint(f"{entry.file}: truncated while it was read; fetch it again")
     return data.view(dtype).view(entry.shape)
 
@@ -36,7 +37,8 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Return the safetensors file of some tensors; the same tensors always give the same bytes."""
     from safetensors.torch import save
 
-    return save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())})
+    packed: bytes = save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())})
+    return packed
 
 
 def unpack(record: bytes) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ import torch
 
 from runtime.dispatch import ExpertCall, execute_call
 from runtime.engine import Segment
-from runtime.loading import load_trunk
+from runtime.loading import TensorPool, load_trunk
 from runtime.routing import EpochBoard, Routing
+from runtime.sampling import prefill_chunks
 from runtime.slots import Residency
 from runtime.store import Store, prepare_store
 from schemas.placement import Route
@@ -153,6 +154,57 @@ def split_model(model_dir: Path, store: Store, owners: dict[tuple[int, int], str
     here = nodes.pop("here")
     segment = Segment(load_trunk(model_dir, dtype=store.manifest.dtype), here, board, **options)
     return Split(segment, InProcessCaller(nodes), board)
+
+
+@dataclass
+class Chain:
+    """Segments in a row, each on a node of its own, whose experts lie anywhere among these nodes."""
+
+    segments: list[Segment]
+    caller: InProcessCaller
+
+    def open(self, name: str, max_tokens: int) -> None:
+        for segment in self.segments:
+            segment.open(name, max_tokens)
+
+    def close(self, name: str) -> None:
+        for segment in self.segments:
+            segment.close(name)
+
+    def step(self, name: str, inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+        for segment in self.segments:
+            inputs = segment.step(name, inputs, caller=self.caller, **options)
+        return inputs
+
+    def prefill(self, name: str, prompt: list[int], **options: Any) -> torch.Tensor:
+        """Run a prompt in its chunks; returns the logits of its last token."""
+        *first, last = [torch.tensor(prompt[chunk]) for chunk in prefill_chunks(len(prompt))]
+        for chunk in first:
+            assert not len(self.step(name, chunk, keep="none", **options))
+        return self.step(name, last, **options)
+
+    def step_batch(self, names: list[str], inputs: torch.Tensor) -> torch.Tensor:
+        for segment in self.segments:
+            inputs = segment.step_batch(names, inputs, caller=self.caller)
+        return inputs
+
+
+def chain_model(model_dir: Path, store: Store, cuts: list[int], owners: dict[tuple[int, int], int]) -> Chain:
+    """Cut a model before each of the layers `cuts`, and put every expert at the node whose index `owners` tells."""
+    spec, pool = store.manifest.model, TensorPool()
+    starts = [0, *cuts]
+    budget = {"device": spec.total_expert_bytes}
+    nodes = [f"n{index}" for index in range(max(len(starts), *(owner + 1 for owner in owners.values())))]
+    held = {name: Residency(store.manifest.layout, budget) for name in nodes}
+    for key, owner in owners.items():
+        held[nodes[owner]].put(key, "device", store.read(store.by_key[key].sha256))
+    segments = []
+    for node, first, after in zip(nodes, starts, [*cuts, spec.num_decoder_layers], strict=False):
+        routes = [Route(ingress=node, layer=k[0], expert=k[1], holder=nodes[owner]) for k, owner in owners.items()]
+        routing = Routing.build(1, layers=spec.layers, experts=spec.experts, local=[], routes=routes)
+        trunk = load_trunk(model_dir, dtype=store.manifest.dtype, first_layer=first, last_layer=after - 1, pool=pool)
+        segments.append(Segment(trunk, held[node], EpochBoard(routing)))
+    return Chain(segments, InProcessCaller(held))
 
 
 def residencies(store: Store, owners: dict[tuple[int, int], str]) -> dict[str, Residency]:

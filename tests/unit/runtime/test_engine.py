@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from runtime.engine import Sampling, generate, sample
+from runtime.engine import Sampling, generate
 from runtime.errors import CallFailed, ContextFull, ExpertUnavailable, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.routing import Routing
 from tests.families import InProcessCaller, all_here, reference, reference_tokens, split_model, spread
@@ -146,18 +146,3 @@ def test_sampling_follows_its_seed(split):
     assert hot[0] == hot[1] != hot[2]
     torch.manual_seed(9)  # the process's own generator plays no part
     assert tokens(split, [5, 6], 16, sampling=Sampling(temperature=1.5, seed=1)) == hot[0]
-
-
-def test_top_p_keeps_the_most_likely_mass():
-    logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
-    drawn = [sample(logits, Sampling(temperature=1, top_p=0.75), position) for position in range(4000)]
-    assert set(drawn) == {1, 2}
-    assert drawn.count(1) / 4000 == pytest.approx(5 / 8, abs=0.03)
-    assert {sample(logits, Sampling(temperature=1, top_p=1e-6), position) for position in range(20)} == {1}
-    assert sample(logits, Sampling(), 0) == 1
-
-
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"temperature": float("nan")}, {"seed": -1}])
-def test_absurd_sampling_is_refused(options):
-    with pytest.raises(InvalidInput, match="is outside|is negative"):
-        Sampling(**options)

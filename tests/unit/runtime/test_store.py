@@ -2,12 +2,13 @@
 
 import errno
 import hashlib
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 
 from runtime import store as store_module
 from runtime.errors import DiskFull, InvalidInput, InvalidStore
@@ -64,6 +65,50 @@ def test_records_are_aligned_and_named_by_content(store):
     assert opened.read(first.sha256, 100, 50) == opened.read(first.sha256)[100:150]
     with pytest.raises(InvalidInput, match="leave its"):
         opened.read(first.sha256, first.bytes, 1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_trunk_records_are_whole_safetensors_files(checkpoint, store, family):
+    opened, weights = store(family), load_file(checkpoint(family) / "model.safetensors")
+    assert list(opened.trunk) == [("embedding", 0), *(("layer", layer) for layer in range(4)), ("head", 3)]
+    found = {}
+    for part in opened.trunk.values():
+        assert part.offset % 4096 == 0
+        assert hashlib.sha256(opened.read(part.sha256)).hexdigest() == part.sha256
+        found |= load(opened.read(part.sha256))
+    wanted = {name.replace("block_sparse_moe", "mlp"): name for name in weights if ".experts." not in name}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], weights[stored]) for name, stored in wanted.items())
+    spec = opened.manifest.model
+    sizes = sum(tensor.nbytes for tensor in found.values())
+    assert sizes <= spec.trunk_bytes == spec.range_bytes(range(4)) <= sizes + spec.num_decoder_layers
+
+
+def test_a_store_has_what_a_node_needs_beside_weights(tmp_path):
+    model = make_checkpoint("olmoe", tmp_path / "model", layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"):
+        (model / name).write_text(name)
+    prepare_store(model, tmp_path / "s")
+    beside = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(left(tmp_path / "s")) == beside | {"manifest.json", "records.bin"}
+    assert (tmp_path / "s" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_a_checkpoint_without_its_whole_trunk_makes_no_store(tmp_path):
+    model = make_checkpoint("olmoe", tmp_path / "model", layers=1)
+    weights = load_file(model / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "q_proj" not in k}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidCheckpoint, match=r"weights are missing: model\.layers\.0\.self_attn\.q_proj\.weight"):
+        prepare_store(model, tmp_path / "s")
+    assert left(tmp_path) == ["model"]
+
+
+def test_a_manifest_that_skips_a_part_is_refused(store, tmp_path):
+    copy = shutil.copytree(store("olmoe").path, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"trunk": manifest["trunk"][:-1]}))
+    with pytest.raises(InvalidStore, match="does not list embedding, layers 0 … 3 and head once"):
+        Store.open(copy)
 
 
 def test_layout_equals_the_manifests(checkpoint, store):
