@@ -1,28 +1,32 @@
-"""One worker's way from a prompt to tokens: the engine of `runtime` with this node's peers and routes.
+"""Making an answer for a client: the thread that drives `ring` with this node's session plane.
 
 Decides what a request may ask for (a prompt, a context within what was planned). Belongs to one thread. Must not know
-who reads the tokens.
+who reads the tokens, nor where they are computed.
 """
 
+import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, assert_never
+from uuid import uuid4
 
+from agent import ring
 from agent.errors import AgentError, NoActivePlan, RequestCancelled
-from agent.peers import PeerCaller
-from runtime.engine import Sampling, Segment, generate
+from agent.segments import SessionPlane
 from runtime.errors import ContextFull
 from runtime.text import TextStream
 from schemas.messages import Finished, Generated, GenerateRequest
 from schemas.outcome import ExitCode
+from schemas.sessions import CloseSession, SessionAlive
+
+TICK_S: Final = 0.05  # how soon a newer path, a cancelled request and the like are noticed
 
 
 @dataclass(frozen=True)
 class Ingress:
-    """What a node needs to take prompts: the trunk in a segment, and the tokenizer."""
+    """What a node needs to take prompts, whoever runs the layers."""
 
-    segment: Segment
     tokenizer: Any
     max_tokens: int
 
@@ -33,71 +37,125 @@ class Generator:
     Parameters
     ----------
     ingress
-        Returns what is needed, or None while this node takes no tokens in; then `why_not` says why.
+        Returns what is needed to take prompts, or None while it is not here.
+    way
+        The path in force for prompts that enter here.
+    patience_s
+        How long a path may make no progress.
     """
 
-    def __init__(self, caller: PeerCaller, ingress: Callable[[], Ingress | None], why_not: Callable[[], str]) -> None:
-        self._caller = caller
+    def __init__(
+        self,
+        plane: SessionPlane,
+        *,
+        ingress: Callable[[], Ingress | None],
+        way: Callable[[], ring.Way],
+        patience_s: float,
+    ) -> None:
+        self._plane = plane
         self._ingress = ingress
-        self._why_not = why_not
+        self._way = way
+        self._patience_s = patience_s
 
     def generate(self, wanted: GenerateRequest, is_cancelled: Callable[[], bool]) -> Iterator[Generated | Finished]:
         """Yield every token with the text that it completes, then how it ended."""
-        ingress = self._ingress()
-        if ingress is None:
-            raise NoActivePlan(self._why_not())
-        prompt = list(ingress.tokenizer(wanted.prompt)["input_ids"])
-        self._check(prompt, wanted, ingress)
-        self._caller.is_cancelled = is_cancelled
-        tokens = generate(
-            ingress.segment,
-            prompt,
-            max_tokens=wanted.max_tokens,
-            sampling=Sampling(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed),
-            combine=wanted.combine,
-            caller=self._caller,
-        )
-        try:
-            yield from self._stream(wanted, tokens, TextStream(ingress.tokenizer), len(prompt), is_cancelled)
-        finally:
-            tokens.close()  # type: ignore[attr-defined]  # frees the session
-            self._caller.forget_all()
-
-    def _check(self, prompt: list[int], wanted: GenerateRequest, ingress: Ingress) -> None:
-        if not prompt:
-            raise AgentError("the prompt has no tokens; give it some text", ExitCode.INVALID)
-        total = len(prompt) + wanted.max_tokens
-        if total > ingress.max_tokens:
-            raise ContextFull(wanted=total, limit=ingress.max_tokens, what="the planned context.tokens")
-
-    def _stream(
-        self,
-        wanted: GenerateRequest,
-        tokens: Iterator[int],
-        text: TextStream,
-        prompt_tokens: int,
-        is_cancelled: Callable[[], bool],
-    ) -> Iterator[Generated | Finished]:
+        ingress, way = self._ingress(), self._way()
+        if ingress is None or way.path is None:
+            raise NoActivePlan(way.why_not)
+        prompt = tuple(ingress.tokenizer(wanted.prompt)["input_ids"])
+        _require_fit(prompt, wanted, ingress)
+        job = ring.Wanted(prompt, wanted.max_tokens, wanted.temperature, wanted.top_p, wanted.seed, wanted.combine)
+        driven = _Driven(self._plane, ring.Ring(job, patience_s=self._patience_s, new_id=lambda: uuid4().hex))
+        text = TextStream(ingress.tokenizer)
         began = first = time.monotonic()
-        count = 0
-        for token in tokens:
-            if count == 0:
-                first = time.monotonic()
-            yield Generated(request=wanted.request, index=count, token=token, text=text.push(token))
-            count += 1
-            if is_cancelled():
-                raise RequestCancelled("the request was cancelled")
-        now = time.monotonic()
+        try:
+            for index, (token, is_first) in enumerate(driven.run(self._way, is_cancelled)):
+                first = time.monotonic() if is_first else first
+                yield Generated(request=wanted.request, index=index, token=token, text=text.push(token))
+        finally:
+            driven.close()
         yield Finished(
             request=wanted.request,
-            reason="length" if count == wanted.max_tokens else "stop",
-            prompt_tokens=prompt_tokens,
-            tokens=count,
+            reason=driven.reason,
+            prompt_tokens=len(prompt),
+            tokens=len(driven.ring.tokens),
             text=text.end(),
-            seconds=now - began,
+            seconds=time.monotonic() - began,
             prefill_s=first - began,
         )
 
     def close(self) -> None:
-        """Close this thread's connections."""
-        self._caller.close()
+        """Nothing is kept between requests."""
+
+
+class _Driven:
+    """A ring and what happens to it: performs its instructions, and waits for events."""
+
+    def __init__(self, plane: SessionPlane, machine: ring.Ring) -> None:
+        self.ring = machine
+        self.reason: Any = "stop"
+        self._plane = plane
+        self._events: queue.SimpleQueue[ring.Event] = queue.SimpleQueue()
+        self._sent = 0
+
+    def run(self, way: Callable[[], ring.Way], is_cancelled: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+        """Yield each token, and whether it is the first one; raises what ends the answer early."""
+        known = way()
+        event: ring.Event = ring.WayIs(known)
+        ticked_at = time.monotonic()
+        while True:
+            now = time.monotonic()
+            for instruction in self.ring.handle(event, now):
+                match instruction:
+                    case ring.Emit(token):
+                        yield token, len(self.ring.tokens) == 1
+                    case ring.Finish(reason):
+                        self.reason = reason
+                        return
+                    case ring.Fail(message, exit_code):
+                        raise AgentError(message, exit_code)
+                    case _:
+                        self._perform(instruction)
+            if is_cancelled():
+                raise RequestCancelled("the request was cancelled")
+            if now - ticked_at >= TICK_S:
+                ticked_at, event = now, ring.Ticked()
+                if (current := way()) != known:
+                    known, event = current, ring.WayIs(current)
+                continue
+            try:
+                event = self._events.get(timeout=TICK_S)
+            except queue.Empty:
+                event = ring.Ticked()
+
+    def _perform(self, instruction: ring.Open | ring.Feed | ring.KeepAlive | ring.Close) -> None:
+        plane = self._plane
+        match instruction:
+            case ring.Open(opening, nodes):
+                plane.attach(opening.session, opening.path, self._events.put)
+                plane.tell(nodes, opening)
+            case ring.Feed(session, node, ids):
+                plane.feed(node, session, ids, fresh=len(ids) if not self._sent else 0)
+                self._sent = len(ids)
+            case ring.KeepAlive(session, nodes):
+                plane.tell(nodes, SessionAlive(session=session))
+            case ring.Close(session, nodes):
+                plane.detach(session)
+                plane.tell(nodes, CloseSession(session=session))
+            case _:
+                assert_never(instruction)
+
+    def close(self) -> None:
+        """Free the session, however the answer ended."""
+        for instruction in self.ring.handle(ring.Cancelled(), time.monotonic()):
+            if isinstance(instruction, ring.Close):
+                self._perform(instruction)
+        self._plane.detach(self.ring.session)
+
+
+def _require_fit(prompt: tuple[int, ...], wanted: GenerateRequest, ingress: Ingress) -> None:
+    if not prompt:
+        raise AgentError("the prompt has no tokens; give it some text", ExitCode.INVALID)
+    total = len(prompt) + wanted.max_tokens
+    if total > ingress.max_tokens:
+        raise ContextFull(wanted=total, limit=ingress.max_tokens, what="the planned context.tokens")

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -54,12 +54,12 @@ class Holdings:
         self._backed: dict[str, int] = {}
         self._reserved = 0  # bytes of the disk tier that are promised to replicas, here already or on their way
 
-    def open(self, known: Mapping[Held, AssignedReplica]) -> None:
-        """Make the directories, and remove records that are none of the `known` replicas'. Modifies.
+    def open(self, known: Mapping[Held, AssignedReplica], parts: Collection[str] = ()) -> None:
+        """Make the directories, and remove records that are none of the `known` replicas' or trunk `parts`'. Modifies.
 
         Files that this class would not have made are left alone. Raises `DataUnusable`.
         """
-        names = {replica.record.sha256 for replica in known.values()}
+        names = {replica.record.sha256 for replica in known.values()}.union(parts)
         try:
             for directory in (self._records, self._backing):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,30 @@ class Holdings:
 
     def find(self, replica: AssignedReplica) -> Record | None:
         """Return a record that is here already, verified; damaged files are removed."""
-        name = replica.record.sha256
+        name, key = replica.record.sha256, (replica.record.layer, replica.record.expert)
+        if (data := self._read_back(name)) is not None:
+            return data
+        if self.residency.holds(key) and _is_intact(data := self.residency.record(key), name):
+            return data
+        return self._from_store(name)
+
+    def find_part(self, name: str) -> bytes | None:
+        """Return a part of the trunk that is here already, verified; damaged files are removed."""
+        data = self._read_back(name)
+        return data if data is not None else self._from_store(name)
+
+    def hold_part(self, name: str, record: bytes) -> None:
+        """Keep a backing copy of a part of the trunk, where there is room. Modifies."""
+        if self.store is None or name not in self.store.by_sha256:
+            self._back(name, record)
+
+    def _from_store(self, name: str) -> bytes | None:
+        if self.store is not None and name in self.store.by_sha256 and _is_intact(data := self.store.read(name), name):
+            return data
+        return None
+
+    def _read_back(self, name: str) -> bytes | None:
+        """Return a record from this node's own files; damaged ones are removed."""
         for file in (self._records / name, self._backing / name):
             data = _read_file(file)
             if data is not None and _is_intact(data, name):
@@ -104,11 +127,6 @@ class Holdings:
                 file.unlink(missing_ok=True)
                 with self._lock:
                     self._backed.pop(name, None)
-        key = (replica.record.layer, replica.record.expert)
-        if self.residency.holds(key) and _is_intact(data := self.residency.record(key), name):
-            return data
-        if self.store is not None and name in self.store.by_sha256 and _is_intact(data := self.store.read(name), name):
-            return data
         return None
 
     def hold(self, replica: AssignedReplica, record: Record) -> None:
@@ -120,13 +138,13 @@ class Holdings:
         if replica.tier in _BACKED:
             self._back(name, record)
 
-    def keep(self, wanted: Mapping[Held, AssignedReplica]) -> None:
-        """Drop every replica and backing copy that is not wanted. Modifies."""
+    def keep(self, wanted: Mapping[Held, AssignedReplica], parts: Collection[str] = ()) -> None:
+        """Drop every replica and backing copy that is not wanted, nor one of the trunk's `parts`. Modifies."""
         for tier, keys in self.residency.held().items():
             for key in keys:
                 if (*key, tier) not in wanted:
                     self.residency.drop(key, tier)
-        names = {replica.record.sha256 for replica in wanted.values()}
+        names = {replica.record.sha256 for replica in wanted.values()}.union(parts)
         with self._lock:
             for name in self._keys.keys() - names:
                 del self._keys[name], self._sizes[name]
@@ -142,7 +160,7 @@ class Holdings:
     def size(self, sha256: str) -> int:
         """Return a record's bytes for a peer; raises KeyError where it is not here."""
         with self._lock:
-            found = self._sizes.get(sha256)
+            found = self._sizes.get(sha256, self._backed.get(sha256))
         if found is None:
             found = self._stored(sha256).by_sha256[sha256].bytes
         return found
@@ -151,7 +169,7 @@ class Holdings:
         """Return bytes of a record for a peer; raises KeyError where it is not here."""
         with self._lock:
             key = self._keys.get(sha256)
-        if key is None:
+        if key is None and sha256 not in self._backed:
             return self._stored(sha256).read(sha256, offset, length)
         for directory in (self._backing, self._records):
             try:
@@ -159,6 +177,8 @@ class Holdings:
                     return os.pread(stream.fileno(), length, offset)
             except FileNotFoundError:
                 continue
+        if key is None:
+            raise KeyError(sha256)
         try:
             return self.residency.record(key)[offset : offset + length]
         except (ExpertUnavailable, RuntimeFault) as error:

@@ -9,15 +9,19 @@ Must not know tensors, sockets or files.
 Every event may come twice, late, or after a restart: what is already true is answered by the same standing.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from agent.sessions import Range, range_of
 from schemas.base import FrozenModel
-from schemas.messages import AssignedReplica, Assignment, PrepareFault, Standing, TierBytes
+from schemas.messages import AssignedReplica, AssignedTrunkPart, Assignment, PrepareFault, Standing, TierBytes
+from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
-from schemas.topology import TIERS, Tier
+from schemas.paths import PathMemory, path_memory
+from schemas.plan import Segment, TrunkPath
+from schemas.topology import TIERS, Context, Tier
 from schemas.units import format_bytes
 
 
@@ -46,16 +50,45 @@ class AgentState(FrozenModel):
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that experts may take per tier: the node's memory, and what trunk and KV cache take of it at an ingress."""
+    """What the node may use, and what the trunk and KV cache of the layers that it runs take of it.
 
+    Attributes
+    ----------
+    trunk_tier
+        Where trunk and KV cache are.
+    spec, context
+        The model as held, and how many tokens of how many sessions every ingress has room for.
+    """
+
+    node: str
     memory: TierBytes
     trunk_tier: Tier
-    trunk_bytes: int
+    spec: ModelSpec
+    context: Context
 
-    def of(self, tier: Tier, *, ingress: bool) -> int:
-        """Return the bytes left for experts; negative where the trunk alone does not fit."""
-        taken = self.trunk_bytes if ingress and tier == self.trunk_tier else 0
-        return int(getattr(self.memory, tier)) - taken
+    def paths(self, assignment: Assignment) -> tuple[TrunkPath, ...]:
+        """Return the paths through this node; an ingress without one runs every layer itself."""
+        known = {path.ingress for path in assignment.paths}
+        if not assignment.ingress or self.node in known:
+            return assignment.paths
+        whole = Segment(node=self.node, first_layer=0, last_layer=self.spec.num_decoder_layers - 1)
+        return (*assignment.paths, TrunkPath(ingress=self.node, segments=(whole,)))
+
+    def path_memory(self, assignments: Iterable[Assignment]) -> PathMemory:
+        """Return what trunk and KV cache of all these assignments take together."""
+        paths = [path for assignment in assignments for path in self.paths(assignment)]
+        return path_memory(self.node, paths, self.spec, self.context)
+
+    def ranges(self, assignments: Iterable[Assignment]) -> Mapping[Range, int]:
+        """Return the layer ranges that this node runs, and the bytes of KV cache of all who enter through each."""
+        users: dict[Range, set[str]] = defaultdict(set)
+        for assignment in assignments:
+            for path in self.paths(assignment):
+                for segment in path.segments:
+                    if segment.node == self.node:
+                        users[range_of(segment)].add(path.ingress)
+        each = self.spec.kv_bytes_per_token_layer * self.context.tokens * self.context.sessions
+        return {key: each * (key[1] - key[0] + 1) * len(ingresses) for key, ingresses in users.items()}
 
 
 @dataclass(frozen=True)
@@ -123,14 +156,13 @@ class Persist:
 
 @dataclass(frozen=True)
 class Obtain:
-    """Get and verify `replicas` (all that must be here, whatever already is), load the trunk where `ingress`.
+    """Get and verify all that these assignments give, whatever is here already, and load their layer ranges.
 
     Replaces an earlier Obtain under way. Answered by `Obtained` or `NotObtained` of (epoch, plan).
     """
 
     epoch: int
     plan: str
-    ingress: bool
     assignments: tuple[Assignment, ...]
 
 
@@ -148,7 +180,7 @@ class Activate:
 
 @dataclass(frozen=True)
 class Keep:
-    """Drop every replica that none of these assignments gives."""
+    """Drop every replica and every layer range that none of these assignments gives."""
 
     assignments: tuple[Assignment, ...]
 
@@ -206,9 +238,9 @@ class AgentMachine:
         return frozenset(a.epoch for a in (*state.kept, *ready, *((state.active,) if state.active else ())))
 
     @property
-    def needs_trunk(self) -> bool:
-        """Whether tokens enter here under any assignment that is in use or under preparation."""
-        return any(assignment.ingress for assignment in self._all())
+    def assignments(self) -> tuple[Assignment, ...]:
+        """All that are in use or under preparation, the newest last."""
+        return self._all()
 
     def take_back(self, state: AgentState, assignment: Assignment, reason: str) -> None:
         """Go back to `state`, the last that could be made durable, and refuse what was to be prepared."""
@@ -319,7 +351,7 @@ class AgentMachine:
         return Persist(self.state)
 
     def _obtain(self, assignment: Assignment) -> Obtain:
-        return Obtain(assignment.epoch, assignment.plan, assignment.ingress, self._all())
+        return Obtain(assignment.epoch, assignment.plan, self._all())
 
     def _all(self) -> tuple[Assignment, ...]:
         """Return the assignments whose replicas may be here, the newest last."""
@@ -336,28 +368,40 @@ def wanted_replicas(assignments: Iterable[Assignment]) -> dict[Held, AssignedRep
     return {(r.record.layer, r.record.expert, r.tier): r for a in assignments for r in a.replicas}
 
 
+def wanted_parts(assignments: Iterable[Assignment]) -> dict[str, AssignedTrunkPart]:
+    """Return the parts of the trunk that must be here, by their sha256."""
+    return {part.record.sha256: part for a in assignments for part in a.trunk}
+
+
 def over_budget(assignments: Iterable[Assignment], budget: Budget) -> str:
-    """Say which tier the replicas of these assignments exceed together, and by how much; empty if they fit."""
+    """Say which tier these assignments exceed together, and by how much; empty if they fit."""
     held = tuple(assignments)
-    ingress = any(a.ingress for a in held)
     used: Counter[Tier] = Counter()
     for replica in wanted_replicas(held).values():
         used[replica.tier] += replica.record.bytes
+    trunk = budget.path_memory(held)
     for tier in TIERS:
-        allowed = budget.of(tier, ingress=ingress)
-        if allowed < 0:
+        memory = int(getattr(budget.memory, tier))
+        left = memory - (trunk.total if tier == budget.trunk_tier else 0)
+        if left < 0:
+            return _trunk_excess(budget, trunk, tier, -left)
+        if used[tier] > left:
             return (
-                f"trunk and KV cache need {format_bytes(budget.trunk_bytes)} of {tier} memory, "
-                f"{format_bytes(-allowed)} more than its {format_bytes(getattr(budget.memory, tier))}; "
-                f"raise memory.{tier} in the agent's config"
-            )
-        if used[tier] > allowed:
-            return (
-                f"{tier} memory: experts need {format_bytes(used[tier])}, {format_bytes(used[tier] - allowed)} more "
-                f"than the {format_bytes(allowed)} left for them; raise memory.{tier} in the agent's config or solve "
+                f"{tier} memory: experts need {format_bytes(used[tier])}, {format_bytes(used[tier] - left)} more "
+                f"than the {format_bytes(left)} left for them; raise memory.{tier} in the agent's config or solve "
                 "with what it says"
             )
     return ""
+
+
+def _trunk_excess(budget: Budget, trunk: PathMemory, tier: Tier, excess: int) -> str:
+    context = budget.context
+    return (
+        f"trunk ({format_bytes(trunk.trunk_bytes)}) and KV cache ({format_bytes(trunk.kv_bytes)} for a context of "
+        f"{context.tokens} tokens in {context.sessions} sessions of every ingress) need {format_bytes(trunk.total)} of "
+        f"{tier} memory, {format_bytes(excess)} more than its {format_bytes(getattr(budget.memory, tier))}; raise "
+        f"memory.{tier} in the agent's config, or plan for less context"
+    )
 
 
 def _name(assignment: Assignment) -> tuple[int, str]:

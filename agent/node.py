@@ -1,8 +1,8 @@
 """One node's daemon: performs what the machine decides, and owns all threads and sockets of the agent.
 
-Threads: this one (control plane, journal, machine) · expert server · weights server · clients and their workers ·
-one preparation at a time. They share values that are replaced whole (fence, routes, endpoints), and locks only where
-`runtime` has them. Decides nothing about epochs.
+Threads: this one (control plane, journal, machine) · expert server · weights server · the session plane's workers ·
+clients and their workers · one preparation at a time. They share values that are replaced whole (fence, routes,
+endpoints, what is on offer), and locks only where `runtime` and `turns` have them. Decides nothing about epochs.
 
 Flow: message or finished work ──► event ──► `AgentMachine.handle` ──► persist, obtain, activate, keep ──► heartbeat.
 """
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final, assert_never
@@ -30,22 +30,29 @@ from agent.holdings import Holdings
 from agent.journal import Journal
 from agent.peers import Patience, PeerCaller
 from agent.preparing import Preparation
+from agent.ranges import Ranges
 from agent.reporting import Identity, Reporter
+from agent.ring import Way
 from agent.routes import EpochRoutes, epoch_routes
+from agent.segments import Offer, SessionPlane
 from agent.serving import ExpertServer, Fence, Work
+from agent.sessions import Sender
 from agent.settings import Settings
 from agent.transfer import WeightsServer
 from agent.transport import Context, bind, make_socket
 from runtime.counters import Counters
+from runtime.engine import Segment
 from runtime.errors import InvalidStore
+from runtime.loading import Trunk, load_tokenizer
+from runtime.models import open_model
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Residency
-from runtime.store import Store, layout_of
+from runtime.store import Store
+from runtime.trunk import PartKey
 from schemas import messages as msg
 from schemas.address import Address
-from schemas.checkpoint import read_checkpoint
 from schemas.model import ModelSpec
-from schemas.topology import TIERS, Tier
+from schemas.topology import TIERS
 from schemas.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -56,6 +63,8 @@ SWITCH_INTERVAL_S: Final = 0.0005  # how long a computing thread may keep anothe
 HELLO_S: Final = 1.0
 CLOSE_S: Final = 1.0  # what a preparation may take to notice that it is stopped
 _POLL_MS: Final = 50
+_MOST_WORKERS: Final = 8  # so many sessions' steps may wait for experts elsewhere while another one runs
+_NO_PLAN: Final = "no plan is active; apply one with planner apply PLAN"
 
 
 class Node:
@@ -63,7 +72,7 @@ class Node:
 
     def __init__(self, settings: Settings, stopped: Callable[[], bool]) -> None:
         self._settings = settings
-        self._is_over = False
+        self._is_over = self._is_silent = False
         self._stopped: Callable[[], bool] = lambda: self._is_over or stopped()
         self._threads: list[threading.Thread] = []
         self._preparation: Preparation | None = None
@@ -75,28 +84,30 @@ class Node:
 
     def _build(self, opened: ExitStack) -> None:
         settings = self._settings
-        checkpoint = read_checkpoint(Path(settings.model))
-        self._spec: ModelSpec = checkpoint.model_spec.held_as(settings.dtype)
-        layout = layout_of(checkpoint, settings.dtype)
-        store = _open_store(settings, self._spec)
+        self._model = open_model(Path(settings.model), settings.dtype)
+        self._spec: ModelSpec = self._model.spec
+        store = _open_store(settings, self._spec) or self._model.store
         data = Path(settings.data)
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
         memory = settings.memory
         self._memory = msg.TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
-        kv_bytes = self._spec.kv_bytes(tokens=settings.context.tokens, sessions=settings.context.sessions)
-        trunk_tier: Tier = "device" if memory.device else "host"
-        budget = m.Budget(self._memory, trunk_tier, self._spec.trunk_bytes + kv_bytes)
-        self._kv_budget = kv_bytes
+        budget = m.Budget(
+            settings.node, self._memory, "device" if memory.device else "host", self._spec, settings.context
+        )
         self._machine = m.AgentMachine(self._journal.state, budget)
         budgets = {tier: getattr(self._memory, tier) for tier in TIERS}
-        self._residency = Residency(layout, budgets, data / "records", max_slots=self._spec.layers * self._spec.experts)
+        self._residency = Residency(
+            self._model.layout, budgets, data / "records", max_slots=self._spec.layers * self._spec.experts
+        )
         self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk)
         self._counters = Counters(self._spec.layers, self._spec.experts)
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
         self._board = EpochBoard(nothing)
         self._routes = EpochRoutes(nothing, {}, frozenset())
         self._ingress: Ingress | None = None
-        self._is_ingress = False
+        self._way = Way(0, None, _NO_PLAN)
+        self._ranges = Ranges(Path(settings.model), settings.dtype, self._make_segment)
+        self._incarnation = uuid.uuid4().hex
         self._work = Work()
         self._peers: Mapping[str, msg.Endpoints] = {}
         self._peers_revision = 0
@@ -106,14 +117,19 @@ class Node:
         self._said_hello_at = self._beat_at = -HELLO_S
         self._last_standing: msg.Standing | None = None
         self._last_refusal = ""
-        endpoints = self._bind()
+        endpoints = self._bind(opened)
         self._line = opened.enter_context(closing(ControlLine(self._context, settings.coordinator, settings.node)))
-        identity = Identity(settings, uuid.uuid4().hex, self._spec, endpoints, self._memory)
+        identity = Identity(settings, self._incarnation, self._spec, endpoints, self._memory)
         self._reporter = Reporter(
-            identity, holdings=self._holdings, counters=self._counters, work=self._work, board=self._board
+            identity,
+            holdings=self._holdings,
+            counters=self._counters,
+            work=self._work,
+            board=self._board,
+            traffic=self._plane.traffic,
         )
 
-    def _bind(self) -> msg.Endpoints:
+    def _bind(self, opened: ExitStack) -> msg.Endpoints:
         """Bind all planes before any thread starts, so that a port in use ends the program cleanly."""
         settings, spec = self._settings, self._spec
         self._limits = Limits(
@@ -123,12 +139,25 @@ class Node:
         expert = make_socket(self._context, router, "expert", frame_bytes=self._limits.call_bytes)
         weights = make_socket(self._context, router, "weights")
         client = make_socket(self._context, router, "control")
+        session = make_socket(self._context, router, "session", frame_bytes=self._limits.call_bytes)
         endpoints = msg.Endpoints(
             address=host,
             expert=bind(expert, Address(host, ports.expert), "expert calls"),
             weights=bind(weights, Address(host, ports.weights), "weights"),
             client=bind(client, Address(host, ports.client), "clients"),
+            session=bind(session, Address(host, ports.session), "sessions"),
         )
+        self._plane = SessionPlane(
+            self._context,
+            session,
+            me=Sender(settings.node, self._incarnation),
+            limits=self._limits,
+            layers=spec.num_decoder_layers,
+            endpoints=lambda: self._peers,
+            make_caller=self._make_caller,
+            stopped=lambda: self._is_silent,
+        )
+        opened.callback(self._plane.close)
         self._threads = [
             ExpertServer(expert, self._residency, self._limits, self._work, self._stopped),
             WeightsServer(weights, self._holdings, self._stopped),
@@ -140,10 +169,19 @@ class Node:
                 stopped=self._stopped,
             ),
         ]
+        self._workers = self._plane.workers(min(_MOST_WORKERS, settings.context.sessions + 1))
         return endpoints
 
     def _make_generator(self) -> Generator:
-        caller = PeerCaller(
+        return Generator(
+            self._plane,
+            ingress=lambda: self._ingress,
+            way=lambda: self._way,
+            patience_s=self._settings.absence_timeout_s,
+        )
+
+    def _make_caller(self) -> PeerCaller:
+        return PeerCaller(
             self._context,
             endpoints=lambda: self._peers,
             routes=lambda: self._routes,
@@ -151,7 +189,9 @@ class Node:
             limits=self._limits,
             patience=Patience(answer_s=self._settings.call_timeout_s, absence_s=self._settings.absence_timeout_s),
         )
-        return Generator(caller, self._ready_ingress, self._why_not)
+
+    def _make_segment(self, trunk: Trunk) -> Segment:
+        return Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=0)
 
     def run(self) -> None:
         """Serve until stopped; then say goodbye."""
@@ -159,8 +199,8 @@ class Node:
         torch.set_num_threads(self._settings.threads)
         state = self._machine.state
         kept = (*state.kept, *((state.active,) if state.active else ()))
-        self._holdings.open(m.wanted_replicas(kept))
-        for thread in self._threads:
+        self._holdings.open(m.wanted_replicas(kept), m.wanted_parts(kept))
+        for thread in (*self._workers, *self._threads):
             thread.start()
         self._handle(m.Started())
         began = time.monotonic()
@@ -168,7 +208,7 @@ class Node:
             for message in self._line.receive(_POLL_MS):
                 self._take(message)
             self._take_outcomes()
-            self._release_trunk()
+            self._release_ranges()
             self._speak()
             self._require_threads()
             if self._is_lonely and time.monotonic() - began > FIRST_CONTACT_S:
@@ -180,7 +220,7 @@ class Node:
 
     def _require_threads(self) -> None:
         """End where a thread has ended by itself: half an agent would look alive and answer nothing."""
-        for thread in self._threads:
+        for thread in (*self._threads, *self._workers):
             if not thread.is_alive() and not self._stopped():
                 raise ThreadLost(
                     f"the thread that serves {thread.name} ended by itself, see above; start the agent again"
@@ -191,11 +231,17 @@ class Node:
         self._is_over = True
         if self._preparation is not None:
             self._preparation.stop()
-            self._preparation.join(CLOSE_S)  # it may be loading a trunk, and ends with the process
-        for thread in self._threads:
+            self._preparation.join(CLOSE_S)  # it may be loading layers, and ends with the process
+        self._join(self._threads)
+        self._is_silent = True  # only now: answers that were cancelled have told the nodes of their paths
+        self._join(self._workers)
+        self._opened.close()
+
+    @staticmethod
+    def _join(threads: Iterable[threading.Thread]) -> None:
+        for thread in threads:
             if thread.ident is not None:
                 thread.join()
-        self._opened.close()
 
     def _take(self, message: msg.Message) -> None:
         match message:
@@ -279,7 +325,8 @@ class Node:
                     self._holdings,
                     self._context,
                     endpoints=self._endpoints_of,
-                    load_trunk=self._load_trunk,
+                    missing_parts=self._missing_parts,
+                    load_ranges=self._load_ranges,
                     report=self._outcomes.put,
                     after=self._preparation,
                 )
@@ -290,7 +337,8 @@ class Node:
                 self._activate(assignment)
             case m.Keep(assignments):
                 self._set_fence()  # first: a call that is let in must find its expert
-                self._holdings.keep(m.wanted_replicas(assignments))
+                self._holdings.keep(m.wanted_replicas(assignments), m.wanted_parts(assignments))
+                self._release_ranges()
             case _:
                 assert_never(instruction)
 
@@ -307,37 +355,49 @@ class Node:
         shape = {"layers": self._spec.layers, "experts": self._spec.experts}
         self._routes = epoch_routes(assignment, self._settings.node, **shape)
         self._board.install(self._routes.routing)
-        self._is_ingress = assignment.ingress
+        path = next((p for p in self._machine.budget.paths(assignment) if p.ingress == self._settings.node), None)
+        self._way = Way(assignment.epoch, path, "" if path else self._why_not())
+        self._offer()
 
     def _set_fence(self) -> None:
         machine = self._machine
         self._work.fence = Fence(machine.state.retired, machine.served_epochs, machine.active_epoch)
 
-    def _load_trunk(self) -> None:
-        """Load trunk and tokenizer, once; called by a preparation."""
-        if self._ingress is not None:
-            return
-        from runtime.engine import Segment
-        from runtime.loading import load_tokenizer, load_trunk
+    def _missing_parts(self, order: m.Obtain) -> Collection[PartKey]:
+        """Return the parts of the trunk that have to come as records; called by a preparation."""
+        if self._model.source is not None:
+            return ()
+        wanted = self._machine.budget.ranges(order.assignments)
+        return self._ranges.missing_parts(wanted.keys(), self._spec.num_decoder_layers)
 
-        path = Path(self._settings.model)
-        trunk = load_trunk(path, dtype=self._settings.dtype)
-        segment = Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=self._kv_budget)
-        self._ingress = Ingress(segment, load_tokenizer(path), self._settings.context.tokens)
+    def _load_ranges(self, order: m.Obtain, records: Mapping[PartKey, bytes]) -> None:
+        """Load layer ranges, and the tokenizer where tokens enter; called by a preparation."""
+        wanted = self._machine.budget.ranges(order.assignments)
+        self._ranges.load(wanted.keys(), records)
+        self._ranges.allow(wanted)
+        if self._ingress is None and any(assignment.ingress for assignment in order.assignments):
+            tokenizer = load_tokenizer(self._model.config_dir)
+            self._ingress = Ingress(tokenizer, self._settings.context.tokens)
 
-    def _release_trunk(self) -> None:
-        """Give trunk and KV cache back once no plan wants tokens to enter here and no answer is under way."""
-        ingress = self._ingress
-        if ingress is not None and not self._machine.needs_trunk and not ingress.segment.num_sessions:
-            log.info("the trunk is released")
-            self._ingress = None
+    def _release_ranges(self) -> None:
+        """Give trunk and KV cache back that no plan gives any more, but for answers that only this node makes."""
+        wanted = self._machine.budget.ranges(self._machine.assignments)
+        if not self._ranges.segments.keys() <= wanted.keys():
+            leaving = self._plane.kept_ranges() if self._way.path is None else frozenset()
+            if self._ranges.keep({*wanted, *leaving}):
+                log.info("layers that no plan gives are released")
+                self._offer()
+                self._plane.retire()
 
-    def _ready_ingress(self) -> Ingress | None:
-        return self._ingress if self._is_ingress else None
+    def _offer(self) -> None:
+        """Tell the session plane what runs here."""
+        active = self._machine.state.active
+        current = self._machine.budget.ranges((active,) if active else ())
+        self._plane.offer = Offer(self._machine.active_epoch, self._ranges.segments, frozenset(current))
 
     def _why_not(self) -> str:
         if self._machine.state.active is None:
-            return "no plan is active; apply one with planner apply PLAN"
+            return _NO_PLAN
         if self._machine.active_epoch == 0:
             return f"{self._settings.node} was restarted and is fetching its experts; try again in a moment"
         return f"{self._settings.node} takes no tokens in under this plan; ask an ingress of the topology"
@@ -367,11 +427,14 @@ class Node:
         )
 
     def _used(self) -> msg.TierBytes:
-        """Bytes taken of each tier: experts, backing copies, and at an ingress trunk and KV cache."""
+        """Bytes taken of each tier: experts, backing copies, and the trunk and KV cache of the layers that run here."""
         used = dict(self._residency.used())
         used["disk"] += self._holdings.backing_bytes
-        if self._ingress is not None:
-            used[self._machine.budget.trunk_tier] += self._machine.budget.trunk_bytes
+        loaded = self._ranges.segments
+        if loaded:
+            budget, kv_bytes = self._machine.budget, sum(segment.kv_budget or 0 for segment in loaded.values())
+            planned = budget.path_memory(self._machine.assignments).kv_bytes
+            used[budget.trunk_tier] += self._spec.range_bytes(self._ranges.layers) + min(kv_bytes, planned or kv_bytes)
         return msg.TierBytes(**used)
 
 

@@ -101,6 +101,7 @@ class PeerCaller:
         self._awaited: set[int] = set()
         self._next_id = 1
         self.is_cancelled: Callable[[], bool] = lambda: False
+        self.when_late: Callable[[], None] = lambda: None  # called when an answer is not there within a slice
 
     def begin(self, call: ExpertCall) -> "Pending":
         """Send a call; its answer is taken with `result`."""
@@ -183,6 +184,7 @@ class PeerCaller:
 
     def _insist(self, pending: "Pending", fault: CallFault | None) -> torch.Tensor:
         """Get the answer although the first try brought a fault, or nothing yet."""
+        self.when_late()
         began = seen = repeated = time.monotonic()
         pause_s = self._patience.repeat_s
         while True:

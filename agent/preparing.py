@@ -1,4 +1,4 @@
-"""Getting an epoch's replicas: what is here, what peers have, and the trunk where tokens enter.
+"""Getting what an epoch gives: replicas and parts of the trunk, from here or from peers; then the layer ranges.
 
 Decides the order: head-room first, then local copies, then peers. Runs in a thread of its own, so that tokens flow
 meanwhile; tells how it ended as an event of the machine. Must not know what comes before or after preparing.
@@ -7,17 +7,18 @@ meanwhile; tells how it ended as an event of the machine. Must not know what com
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from agent.errors import AgentError, CannotPrepare, RecordUnavailable
 from agent.holdings import Holdings
-from agent.machine import NotObtained, Obtain, Obtained, wanted_replicas
+from agent.machine import NotObtained, Obtain, Obtained, wanted_parts, wanted_replicas
 from agent.transfer import Puller, Wanted
 from agent.transport import Context
 from runtime.errors import DiskFull, OverBudget, RuntimeFault
+from runtime.trunk import PartKey
 from schemas.checkpoint import InvalidCheckpoint
-from schemas.messages import AssignedReplica, Endpoints
+from schemas.messages import AssignedReplica, AssignedTrunkPart, Endpoints
 from schemas.outcome import ExitCode
 from schemas.store import RecordLayout
 
@@ -30,12 +31,19 @@ _PAUSE_S: Final = 1.0
 class Preparation(threading.Thread):
     """One `Obtain` under way.
 
+    Parameters
+    ----------
+    missing_parts
+        Returns which parts of the trunk have to come as records: none where the model's directory has its weights.
+    load_ranges
+        Loads the layer ranges of an order, from these records if there are any.
+
     Attributes
     ----------
     moved, to_move
         Bytes obtained and verified, and all that were missing at the start.
     is_loading
-        The trunk is being loaded.
+        Layer ranges are being loaded.
     """
 
     def __init__(
@@ -45,7 +53,8 @@ class Preparation(threading.Thread):
         context: Context,
         *,
         endpoints: Callable[[str], Endpoints | None],
-        load_trunk: Callable[[], None],
+        missing_parts: Callable[[Obtain], Collection[PartKey]],
+        load_ranges: Callable[[Obtain, Mapping[PartKey, bytes]], None],
         report: Callable[[tuple["Preparation", Obtained | NotObtained]], None],
         after: "Preparation | None",
     ) -> None:
@@ -57,7 +66,9 @@ class Preparation(threading.Thread):
         self._holdings = holdings
         self._context = context
         self._endpoints = endpoints
-        self._load_trunk = load_trunk
+        self._missing_parts = missing_parts
+        self._load_ranges = load_ranges
+        self._parts: dict[PartKey, bytes] = {}
         self._report = report
         self._after = after
         self._ended = threading.Event()
@@ -77,7 +88,7 @@ class Preparation(threading.Thread):
         """Obtain everything and report."""
         order = self.order
         if self._after is not None:
-            self._after.join()  # one at a time; it was told to stop, but may be loading a trunk
+            self._after.join()  # one at a time; it was told to stop, but may be loading layers
             self._after = None
         if self.is_stopped:
             return
@@ -96,24 +107,31 @@ class Preparation(threading.Thread):
 
     def _obtain(self) -> None:
         wanted = wanted_replicas(self.order.assignments)
+        keys = self._missing_parts(self.order)
+        parts = {n: part for n, part in wanted_parts(self.order.assignments).items() if _key(part) in keys}
         self._require_layout(self._holdings.residency.layout)
         missing = self._holdings.missing(wanted)
-        self.to_move = sum(replica.record.bytes for replica in missing)
+        self.to_move = sum(replica.record.bytes for replica in missing) + sum(p.record.bytes for p in parts.values())
         self._holdings.require_room(wanted, missing)
-        if self.order.ingress and not self.is_stopped:
-            self.is_loading = True
-            try:
-                self._load_trunk()
-            finally:
-                self.is_loading = False
         for attempt in range(ATTEMPTS):
             try:
-                self._pull(self._find(self._holdings.missing(wanted)))
-                return
+                self._pull(self._find(self._holdings.missing(wanted)), self._find_parts(parts))
+                break
             except RecordUnavailable as error:
                 if attempt == ATTEMPTS - 1 or self._ended.wait(_PAUSE_S):
                     raise
                 log.warning("%s; trying again", error)
+        self._load()
+
+    def _load(self) -> None:
+        if self.is_stopped:
+            return
+        self.is_loading = True
+        try:
+            self._load_ranges(self.order, self._parts)
+        finally:
+            self.is_loading = False
+            self._parts = {}
 
     def _require_layout(self, ours: RecordLayout) -> None:
         for assignment in self.order.assignments:
@@ -137,22 +155,51 @@ class Preparation(threading.Thread):
                 self._hold(replica, record)
         return absent
 
-    def _pull(self, absent: list[AssignedReplica]) -> None:
+    def _find_parts(self, parts: Mapping[str, AssignedTrunkPart]) -> list[AssignedTrunkPart]:
+        """Take the trunk's parts that are here already; return those that are not."""
+        absent = []
+        for name, part in parts.items():
+            if _key(part) in self._parts or self._ended.is_set():
+                continue
+            record = self._holdings.find_part(name)
+            if record is None:
+                absent.append(part)
+            else:
+                self._take_part(part, record)
+        return absent
+
+    def _pull(self, replicas: list[AssignedReplica], parts: list[AssignedTrunkPart]) -> None:
         """Pull what is absent from peers; equal records travel once."""
-        by_name: dict[str, list[AssignedReplica]] = {}
-        for replica in absent:
-            by_name.setdefault(replica.record.sha256, []).append(replica)
+        by_name: dict[str, list[AssignedReplica | AssignedTrunkPart]] = {}
+        everything: list[AssignedReplica | AssignedTrunkPart] = [*replicas, *parts]
+        for each in everything:
+            by_name.setdefault(each.record.sha256, []).append(each)
         wanted = [Wanted(name, each[0].record.bytes, deque(each[0].sources)) for name, each in by_name.items()]
         puller = Puller(self._context, self._endpoints, stopped=self._ended.is_set)
         for record in puller.pull(wanted):
-            for replica in by_name[record.sha256]:
-                self._hold(replica, record.data)
+            for each in by_name[record.sha256]:
+                if isinstance(each, AssignedReplica):
+                    self._hold(each, record.data)
+                else:
+                    self._take_part(each, bytes(record.data))
+
+    def _take_part(self, part: AssignedTrunkPart, record: bytes) -> None:
+        """Take a verified part of the trunk, to be loaded when all are here."""
+        with self._holding:
+            if not self._ended.is_set():
+                self._holdings.hold_part(part.record.sha256, record)
+                self._parts[_key(part)] = record
+                self.moved += len(record)
 
     def _hold(self, replica: AssignedReplica, record: bytes | bytearray | memoryview) -> None:
         with self._holding:
             if not self._ended.is_set():
                 self._holdings.hold(replica, record)
                 self.moved += replica.record.bytes
+
+
+def _key(part: AssignedTrunkPart) -> PartKey:
+    return part.record.part, part.record.layer
 
 
 def _exit_code(error: Exception) -> ExitCode:

@@ -9,6 +9,7 @@ from typing import Final
 
 from agent.holdings import Holdings
 from agent.preparing import Preparation
+from agent.segments import Traffic
 from agent.serving import Work
 from agent.settings import Settings
 from runtime.counters import Counters
@@ -16,6 +17,7 @@ from runtime.routing import EpochBoard
 from schemas import messages as msg
 from schemas.activation import NodeCounts
 from schemas.model import ModelSpec
+from schemas.store import TrunkPart
 
 _RATE_S: Final = 5.0
 
@@ -35,7 +37,14 @@ class Reporter:
     """Makes the agent's messages to the coordinator. Belongs to the thread that sends them."""
 
     def __init__(
-        self, identity: Identity, *, holdings: Holdings, counters: Counters, work: Work, board: EpochBoard
+        self,
+        identity: Identity,
+        *,
+        holdings: Holdings,
+        counters: Counters,
+        work: Work,
+        board: EpochBoard,
+        traffic: Traffic,
     ) -> None:
         self._identity = identity
         self._node = identity.settings.node
@@ -43,6 +52,7 @@ class Reporter:
         self._counters = counters
         self._work = work
         self._board = board
+        self._traffic = traffic
         self._rate = _Rate()
 
     def hello(self, cluster: str, standing: msg.Standing) -> msg.Hello:
@@ -80,7 +90,7 @@ class Reporter:
             held=msg.TierCounts(**held),
             used=used,
             served=msg.Served(
-                tokens=counts.tokens,
+                tokens=self._traffic.entered,
                 device_rows=counts.tier_rows.get("device", 0),
                 host_rows=counts.tier_rows.get("host", 0),
                 disk_rows=counts.tier_rows.get("disk", 0),
@@ -88,7 +98,10 @@ class Reporter:
                 calls=counts.remote_calls,
                 call_wait_s=counts.wait_s,
                 calls_served=ended,
-                tokens_per_s=self._rate.update(now, counts.tokens),
+                steps=counts.steps,
+                step_tokens=counts.tokens,
+                hops=self._traffic.hops,
+                tokens_per_s=self._rate.update(now, self._traffic.entered),
             ),
             moved=preparation.moved if preparation else 0,
             to_move=preparation.to_move if preparation else 0,
@@ -105,7 +118,10 @@ class Reporter:
         records = tuple(
             msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in manifest.records
         )
-        return msg.Catalogue(node=self._node, model=manifest.model, layout=manifest.layout, records=records)
+        trunk = tuple(TrunkPart(part=p.part, layer=p.layer, sha256=p.sha256, bytes=p.bytes) for p in manifest.trunk)
+        return msg.Catalogue(
+            node=self._node, model=manifest.model, layout=manifest.layout, records=records, trunk=trunk
+        )
 
     def counts(self) -> msg.Counts:
         """Return the routing counted since the start."""

@@ -19,11 +19,12 @@ PortOrAny = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Ports(FrozenModel):
-    """Ports of the three planes; 0 takes a free one."""
+    """Ports of the four planes; 0 takes a free one."""
 
     expert: PortOrAny = 0
     weights: PortOrAny = 0
     client: PortOrAny = 0
+    session: PortOrAny = 0
 
 
 class Settings(FrozenModel):
@@ -32,17 +33,18 @@ class Settings(FrozenModel):
     Attributes
     ----------
     model
-        The checkpoint directory: trunk and tokenizer are read from it where tokens enter.
+        The checkpoint directory, a store, or a copy of a store without its records: its trunk then comes from peers.
     store
         A directory made by `agent prepare`; an agent with one is where the others get their first weights.
     data
         Where the agent keeps its journal and records.
     memory, context, dtype
-        As in the topology. Trunk and KV cache at an ingress are taken from `memory` too.
+        As in the topology. Trunk and KV cache of the layers that run here are taken from `memory` too.
     threads
         Threads that torch may use in one operation.
     call_timeout_s, absence_timeout_s
-        How long an expert call may take, and how long a holder without a replica elsewhere may be away.
+        How long an expert call may take, and how long a holder without a replica elsewhere, or a node of a token's
+        path, may be away.
     """
 
     node: NodeId
@@ -82,6 +84,7 @@ def settings_faults(settings: Settings) -> Iterator[Fault]:
     memory = settings.memory
     if memory.device + memory.host + memory.disk == 0:
         yield Fault("memory", "allows nothing: device, host and disk are all 0 bytes; give at least one")
-    ports = [port for port in (settings.ports.expert, settings.ports.weights, settings.ports.client) if port]
+    given = settings.ports
+    ports = [port for port in (given.expert, given.weights, given.client, given.session) if port]
     if len(set(ports)) != len(ports):
         yield Fault("ports", "names one port twice; each plane needs its own")

@@ -1,0 +1,351 @@
+"""One answer as its ingress sees it: a session opened along a path, fed, listened to, healed and closed.
+
+Event in, instructions out; no clock, no I/O, no threads. Decides when the path is given up and opened anew with what
+was said so far (a node restarted, a range retired, a newer epoch's path, silence), when to stop, and with which words.
+Tokens are drawn from (seed, position), so a session that is run again goes on with the same ones. Must not know how
+messages travel, nor what tokens mean.
+
+    opening ─► running ─► closed
+       ▲          │ fault, stall, other path
+       └─ pausing ◄
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, assert_never
+
+from schemas.outcome import ExitCode
+from schemas.plan import TrunkPath
+from schemas.sessions import OpenSession, SessionCode
+from schemas.wire import Combine
+
+ALIVE_S: Final = 1.0  # between two signs of life to the segments
+REPEAT_S: Final = 0.5  # until an open that was not answered is sent again
+PAUSE_S: Final = 0.1  # before a path is opened anew
+STALL_S: Final = 2.0  # without a token while every node says that it has nothing to do
+
+_HOPELESS: Final[frozenset[SessionCode]] = frozenset({"context_full", "not_yours", "refused", "failed"})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer is to be: what follows `prompt`."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    combine: Combine = "partial"
+
+
+@dataclass(frozen=True)
+class Way:
+    """The path in force at this ingress, and its epoch; no path where it takes no tokens in, with the reason."""
+
+    epoch: int
+    path: TrunkPath | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class WayIs:
+    """What the path is now; at the beginning and whenever it may have changed."""
+
+    way: Way
+
+
+@dataclass(frozen=True)
+class OpenedAt:
+    """A node has opened the session."""
+
+    session: str
+    node: str
+
+
+@dataclass(frozen=True)
+class TokenCame:
+    """The last segment sampled a token; `end` says why it is the last one, or nothing."""
+
+    session: str
+    position: int
+    token: int
+    end: Literal["", "length", "stop"]
+
+
+@dataclass(frozen=True)
+class Stood:
+    """A node said how far it is."""
+
+    session: str
+    node: str
+    is_busy: bool
+
+
+@dataclass(frozen=True)
+class Faulted:
+    """A node cannot go on, or (`lost`) cannot be reached."""
+
+    session: str
+    node: str
+    code: SessionCode
+    message: str
+    exit_code: ExitCode = ExitCode.FAILED
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time went by."""
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """The client no longer wants the answer."""
+
+
+Event = WayIs | OpenedAt | TokenCame | Stood | Faulted | Ticked | Cancelled
+
+
+@dataclass(frozen=True)
+class Open:
+    """Open a session at these nodes of its path, or ask them again."""
+
+    opening: OpenSession
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Send the first segment what it runs first."""
+
+    session: str
+    node: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeepAlive:
+    """Tell the nodes that the session is wanted."""
+
+    session: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Close:
+    """Free the session at these nodes."""
+
+    session: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Hand a token to the client."""
+
+    token: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The answer is complete."""
+
+    reason: Literal["length", "stop"]
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The answer ends early."""
+
+    message: str
+    exit_code: ExitCode
+
+
+Instruction = Open | Feed | KeepAlive | Close | Emit | Finish | Fail
+
+
+class Ring:
+    """The state machine of one answer. `handle` modifies it.
+
+    Parameters
+    ----------
+    patience_s
+        How long a path may make no progress.
+    new_id
+        Makes session ids.
+    """
+
+    def __init__(self, wanted: Wanted, *, patience_s: float, new_id: Callable[[], str]) -> None:
+        self.wanted = wanted
+        self.tokens: list[int] = []
+        self.state: Literal["new", "opening", "running", "pausing", "closed"] = "new"
+        self._patience_s = patience_s
+        self._new_id = new_id
+        self._way = Way(0, None)
+        self._path: TrunkPath | None = None  # of the session that is open
+        self._session = ""
+        self._unopened: set[str] = set()
+        self._idle: set[str] = set()
+        self._trouble = ""
+        self._progress_at = self._moved_at = self._said_at = self._tried_at = 0.0
+
+    @property
+    def session(self) -> str:
+        """The session that is open, or was last."""
+        return self._session
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take one event in; return what to do, in order."""
+        return list(self._react(event, now)) if self.state != "closed" else []
+
+    def _react(self, event: Event, now: float) -> Iterator[Instruction]:
+        match event:
+            case WayIs(way):
+                yield from self._way_is(way, now)
+            case Ticked():
+                yield from self._tick(now)
+            case Cancelled():
+                yield from self._close()
+                self.state = "closed"
+            case OpenedAt() | TokenCame() | Stood() | Faulted() if event.session != self._session:
+                pass  # of a session that was given up
+            case OpenedAt(node=node):
+                yield from self._opened(node, now)
+            case TokenCame():
+                yield from self._token(event, now)
+            case Stood():
+                self._stood(event, now)
+            case Faulted():
+                yield from self._faulted(event, now)
+            case _:
+                assert_never(event)
+
+    def _way_is(self, way: Way, now: float) -> Iterator[Instruction]:
+        self._way = way
+        if self.state == "new":
+            self._progress_at = now
+            yield from self._open(now)
+        elif self.state in {"opening", "running"} and way.path is not None and way.path != self._path:
+            yield from self._close()
+            yield from self._open(now)
+
+    def _open(self, now: float) -> Iterator[Instruction]:
+        """Open the current path under a new id, for all that was said so far."""
+        path = self._way.path
+        if path is None:
+            yield from self._fail(self._way.why_not, ExitCode.FAILED)
+            return
+        self.state, self._path, self._session = "opening", path, self._new_id()
+        self._unopened, self._idle = set(_nodes(path)), set()
+        self._moved_at = self._said_at = self._tried_at = now
+        yield Open(self._opening(path), _nodes(path))
+
+    def _opening(self, path: TrunkPath) -> OpenSession:
+        wanted = self.wanted
+        return OpenSession(
+            session=self._session,
+            epoch=self._way.epoch,
+            path=path,
+            prompt_tokens=len(wanted.prompt) + len(self.tokens),
+            resumed=len(self.tokens),
+            max_tokens=len(wanted.prompt) + wanted.max_tokens,
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            seed=wanted.seed,
+            combine=wanted.combine,
+        )
+
+    def _opened(self, node: str, now: float) -> Iterator[Instruction]:
+        self._unopened.discard(node)
+        if self.state != "opening" or self._unopened or self._path is None:
+            return
+        self.state, self._moved_at = "running", now
+        yield Feed(self._session, self._path.segments[0].node, (*self.wanted.prompt, *self.tokens))
+
+    def _token(self, event: TokenCame, now: float) -> Iterator[Instruction]:
+        if self.state != "running" or event.position != len(self.wanted.prompt) + len(self.tokens):
+            return
+        self._progress_at = self._moved_at = now
+        self._idle.clear()
+        self.tokens.append(event.token)
+        yield Emit(event.token)
+        if event.end:
+            yield from self._close()
+            self.state = "closed"
+            yield Finish(event.end)
+
+    def _stood(self, event: Stood, now: float) -> None:
+        if event.is_busy:
+            self._progress_at = self._moved_at = now
+            self._idle.clear()
+        else:
+            self._idle.add(event.node)
+
+    def _faulted(self, event: Faulted, now: float) -> Iterator[Instruction]:
+        if self.state == "pausing":
+            return
+        if event.code in _HOPELESS:
+            yield from self._close()
+            yield from self._fail(event.message, event.exit_code)
+        else:
+            yield from self._pause(f"{self._part(event.node)}: {event.message}", now)
+
+    def _pause(self, trouble: str, now: float) -> Iterator[Instruction]:
+        """Give the session up, to open another in a moment."""
+        self._trouble, self._tried_at = trouble, now
+        yield from self._close()
+        self.state = "pausing"
+
+    def _tick(self, now: float) -> Iterator[Instruction]:
+        if self.state in {"opening", "pausing"} and now - self._progress_at > self._patience_s:
+            yield from self._give_up()
+        elif self.state == "pausing" and now - self._tried_at >= PAUSE_S:
+            yield from self._open(now)
+        elif self.state == "opening" and self._path is not None and now - self._tried_at >= REPEAT_S:
+            self._tried_at = now
+            yield Open(self._opening(self._path), tuple(sorted(self._unopened)))
+        elif self.state == "running":
+            yield from self._watch(now)
+
+    def _watch(self, now: float) -> Iterator[Instruction]:
+        """Look after a session that runs: say that it is wanted, notice that nothing happens in it."""
+        if self._path is None:
+            return
+        nodes = _nodes(self._path)
+        if now - self._moved_at >= STALL_S and self._idle >= set(nodes):
+            yield from self._pause(f"{self._part(nodes[0])}: no token, and no node is at work on one", now)
+        elif now - self._progress_at > self._patience_s:
+            silent = sorted(set(nodes) - self._idle)
+            self._trouble = f"{self._part(silent[0] if silent else nodes[0])}: no answer"
+            yield from self._close()
+            yield from self._give_up()
+        elif now - self._said_at >= ALIVE_S:
+            self._said_at = now
+            yield KeepAlive(self._session, nodes)
+
+    def _give_up(self) -> Iterator[Instruction]:
+        if self.state == "opening":
+            first = min(self._unopened, default="")
+            self._trouble = self._trouble or f"{self._part(first)}: no answer"
+            yield from self._close()
+        text = f"{self._trouble}; given up after {self._patience_s:.0f} s"
+        yield from self._fail(text, ExitCode.FAILED)
+
+    def _part(self, node: str) -> str:
+        """Name a node and the layers it runs for this session."""
+        segments = self._path.segments if self._path is not None else ()
+        layers = ", ".join(f"{s.first_layer} … {s.last_layer}" for s in segments if s.node == node)
+        return f"layers {layers} on {node}" if layers else node
+
+    def _close(self) -> Iterator[Instruction]:
+        if self._path is not None and self.state in {"opening", "running"}:
+            yield Close(self._session, _nodes(self._path))
+
+    def _fail(self, message: str, code: ExitCode) -> Iterator[Instruction]:
+        self.state = "closed"
+        yield Fail(message, code)
+
+
+def _nodes(path: TrunkPath) -> tuple[str, ...]:
+    """Return the nodes of a path, each once, in its order."""
+    return tuple(dict.fromkeys(segment.node for segment in path.segments))

@@ -1,0 +1,72 @@
+"""Steps of sessions as frames and as tensors, and who a connection's identity says it is.
+
+Decides what a tensor from another node must be before a model sees it: frames were checked by `schemas.sessions`, here
+dtype and token ids are held against the trunk. Must not know sockets or sessions.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from agent.sessions import Objection, Sender
+from agent.transport import Buffer
+from runtime.loading import Trunk, torch_dtype
+from schemas.sessions import StepHeader, pack_step
+
+_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_SEPARATOR: Final = "/"  # no node's id has one
+
+
+def sender_name(sender: Sender) -> bytes:
+    """Return the identity of a node's connections to other nodes' session plane."""
+    return f"{sender.node}{_SEPARATOR}{sender.incarnation}".encode()
+
+
+def parse_sender(identity: bytes) -> Sender:
+    """Return who an identity says it is; a sender without a name where it says nothing."""
+    node, _, incarnation = identity.decode(errors="replace").partition(_SEPARATOR)
+    return Sender(node, incarnation) if incarnation else Sender("", identity.hex())
+
+
+def name_of(hidden: torch.Tensor) -> str:
+    """Return the name of a tensor's dtype."""
+    return _NAMES[hidden.dtype]
+
+
+def ids_of(tokens: Sequence[int]) -> torch.Tensor:
+    """Return token ids [T] int64."""
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def frames_of(header: StepHeader, payload: torch.Tensor) -> list[Buffer]:
+    """Return a step's frames; ids [T] travel as int32, hidden states [T, D] as they are."""
+    if header.kind != "hidden":
+        return [pack_step(header), payload.to(torch.int32).numpy()]
+    return [pack_step(header), payload.cpu().contiguous().view(torch.uint8).numpy()]
+
+
+def incoming(header: StepHeader, frame: memoryview) -> torch.Tensor:
+    """Return the tensor of a checked frame: ids [T] int64, or hidden states [T, D].
+
+    They are copied, since where bytes lie in a frame decides in which order a sum over them is made.
+    """
+    if header.kind != "hidden":
+        return torch.frombuffer(frame, dtype=torch.int32).to(torch.int64)
+    return torch.frombuffer(frame, dtype=torch_dtype(header.dtype)).view(header.count, header.hidden_size).clone()
+
+
+def require_fit(header: StepHeader, payload: torch.Tensor, trunk: Trunk) -> None:
+    """Raise `Objection` for what the trunk cannot take."""
+    if header.kind == "hidden":
+        if payload.dtype != trunk.dtype:
+            raise Objection("refused", f"hidden states as {header.dtype}, this node computes in {name_of_trunk(trunk)}")
+        return
+    size = int(trunk.model.config.vocab_size)
+    if int(payload.min()) < 0 or int(payload.max()) >= size:
+        raise Objection("refused", f"token ids beyond the {size} of the model's vocabulary")
+
+
+def name_of_trunk(trunk: Trunk) -> str:
+    """Return the name of the dtype that a trunk computes in."""
+    return _NAMES[trunk.dtype]
