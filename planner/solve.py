@@ -1,7 +1,8 @@
 """Solves a problem from start to end: refuse what counting shows impossible, run a solver, re-check what it claims.
 
-Decides whether a solver's answer is believed. Flow: `Problem` → solver (in a child process, or here) → re-check by
-`feasibility` and `objective` → `Solved`.
+Decides whether a solver's answer is believed, and who decides where the trunk runs: strategies as they were published,
+the joint model of `milp`, else a search that asks the solver for one trunk after another. Flow: `Problem` → solver (in
+a child process, or here) → re-check by `feasibility` and `objective` → `Solved`.
 """
 
 import logging
@@ -9,14 +10,15 @@ from dataclasses import replace
 from typing import Final
 
 from planner.assemble import Solved
-from planner.child import Job, Watch, solve_in_child
+from planner.child import Job, Standing, Watch, solve_in_child
 from planner.errors import BrokenPlacement, InfeasibleProblem, NoPlacementFound
 from planner.feasibility import impossible, violations
 from planner.objective import ObjectiveName, judge, nearest, path_cost, plan_cost
-from planner.problem import Problem
-from planner.solvers.base import Result, SolveLimits, SolveStatus, ignore, with_status
-from planner.solvers.choose import EXACT, STRATEGIES, find_solver
+from planner.problem import Bools, Problem
+from planner.solvers.base import Result, SolveLimits, SolveStatus, StopReason, ignore, with_status
+from planner.solvers.choose import EXACT, PIPELINES, STRATEGIES, find_solver
 from planner.solvers.events import UnsuitedSolver, refuse_large
+from planner.trunk.search import Tools, search_paths
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,12 @@ def solve(
         An exact solver was asked for what its model cannot hold, or not at this size.
     """
     limits = limits or SolveLimits()
-    if found := impossible(problem):
+    if problem.moves and solver in STRATEGIES:
+        problem = problem if solver in PIPELINES else problem.with_trunk(problem.stay_node)
+        problem = replace(problem, moves=False)
+    if problem.moves and solver != "milp":
+        return _move(problem, solver, objective=objective, limits=limits, watch=watch, in_process=in_process)
+    if solver not in PIPELINES and not problem.moves and (found := impossible(problem)):
         raise InfeasibleProblem(found)
     if solver == "cpsat" and problem.balance:
         raise UnsuitedSolver(
@@ -55,6 +62,7 @@ def solve(
         )
     if objective == "latency" and solver in EXACT:
         refuse_large(problem, solver)
+    watch = _counting_paths(problem, objective, watch)
     if in_process or solver in STRATEGIES:
         result = find_solver(solver)(problem, objective=objective, limits=limits, report=ignore)
     else:
@@ -62,6 +70,56 @@ def solve(
     if result.placed is None and result.status is SolveStatus.UNKNOWN and solver not in STRATEGIES:
         result = _stand_in(problem, result, objective=objective, limits=limits)
     return recheck(problem, result, objective=objective, gap=limits.gap)
+
+
+def _move(
+    problem: Problem,
+    solver: str,
+    *,
+    objective: ObjectiveName,
+    limits: SolveLimits,
+    watch: Watch | None,
+    in_process: bool,
+) -> Solved:
+    """Search paths and placement together, asking the solver for the placement of one trunk after another."""
+    if objective == "latency" and solver in EXACT:
+        refuse_large(problem, solver)
+
+    def run(given: Problem, name: str, given_limits: SolveLimits) -> Solved:
+        result = find_solver(name)(given, objective=objective, limits=given_limits, report=ignore)
+        return recheck(given, result, objective=objective, gap=limits.gap)
+
+    def improve(given: Problem, start: Bools | None, time_s: float) -> Solved:
+        return run(given, "auto", replace(limits, time_s=time_s, start=start, tail=0.0))
+
+    def ask(given: Problem, given_limits: SolveLimits) -> Solved:
+        return solve(given, solver, objective=objective, limits=given_limits, in_process=in_process)
+
+    def keep(given: Problem, placed: Bools) -> Solved:
+        result = Result(
+            solver="paths", status=SolveStatus.FEASIBLE, stop_reason=StopReason.FINISHED, seconds=0.0, placed=placed
+        )
+        return recheck(given, result, objective=objective, gap=limits.gap)
+
+    def told(seconds: float, incumbent: float, bound: float | None) -> None:
+        if watch is not None:
+            watch(Standing(seconds, incumbent, bound))
+
+    tools = Tools(quick=lambda given, name: run(given, name, limits), improve=improve, ask=ask, keep=keep)
+    return search_paths(problem, tools, objective=objective, limits=limits, report=told)
+
+
+def _counting_paths(problem: Problem, objective: ObjectiveName, watch: Watch | None) -> Watch | None:
+    """Show what the plan will say, of which a solver knows the waits only."""
+    if watch is None:
+        return None
+    paths = 0.0 if problem.moves else path_cost(problem, objective)
+
+    def told(standing: Standing) -> None:
+        with_paths = [None if value is None else value + paths for value in (standing.incumbent, standing.bound)]
+        watch(Standing(standing.seconds, *with_paths))
+
+    return told
 
 
 def _stand_in(problem: Problem, result: Result, *, objective: ObjectiveName, limits: SolveLimits) -> Result:
@@ -78,6 +136,9 @@ def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: 
     """Hold a result against feasibility and objective code that no solver shares; raises as `solve` does."""
     from planner.solvers.routing import route
 
+    moved = result.trunk_node is not None
+    if result.trunk_node is not None:
+        problem = replace(problem.with_trunk(result.trunk_node), moves=False)
     if result.status is SolveStatus.INFEASIBLE:
         from planner.solvers.milp.explain import explain
 
@@ -93,7 +154,7 @@ def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: 
     if broken or routing is None:
         raise BrokenPlacement(result.solver, broken)
     value = plan_cost(problem, routing, objective)
-    if result.bound is not None:
+    if result.bound is not None and not moved:  # who moves the trunk has counted its paths
         result = replace(result, bound=result.bound + path_cost(problem, objective))
     if result.bound is not None and value < result.bound * (1 - _SAME):
         logger.warning("%s claims bound %g above our objective %g; dropped", result.solver, result.bound, value)

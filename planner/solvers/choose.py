@@ -5,7 +5,8 @@ from typing import Final
 from planner.solvers.base import Solver
 
 EXACT: Final = ("milp", "milp:cbc", "cpsat")
-STRATEGIES: Final = ("uniform", "popularity", "eplb", "dancemoe", "moetuner", "ordermoe")
+PIPELINES: Final = ("pipeline", "pipeline-speed")  # strategies that decide where the trunk runs, too
+STRATEGIES: Final = ("uniform", "popularity", "eplb", "dancemoe", "moetuner", "ordermoe", *PIPELINES)
 SOLVERS: Final = ("auto", "decomposition", *EXACT, *STRATEGIES)
 
 
@@ -54,6 +55,12 @@ def _find_strategy(name: str) -> Solver:
             from planner.solvers.strategies.dancemoe import solve_dancemoe
 
             return solve_dancemoe
+        case _:
+            return _find_other(name)
+
+
+def _find_other(name: str) -> Solver:
+    match name:
         case "moetuner":
             from planner.solvers.strategies.moetuner import solve_moetuner
 
@@ -62,4 +69,16 @@ def _find_strategy(name: str) -> Solver:
             from planner.solvers.strategies.ordermoe import solve_ordermoe
 
             return solve_ordermoe
+        case "pipeline":
+            from planner.solvers.strategies.pipeline import solve_pipeline
+
+            return solve_pipeline
+        case "pipeline-speed":
+            from planner.solvers.strategies.pipeline import solve_pipeline_speed
+
+            return solve_pipeline_speed
+        case "packed":
+            from planner.solvers.strategies.packed import solve_packed
+
+            return solve_packed
     raise ValueError(f"there is no solver {name!r}; there are {', '.join(SOLVERS)}")

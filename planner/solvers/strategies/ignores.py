@@ -9,5 +9,7 @@ IGNORES: Final[Mapping[str, str]] = {
     "eplb": "ignores who asks, links and what moving costs",
     "dancemoe": "ignores links, compute and that a layer waits once for all its remote experts",
     "moetuner": "ignores replicas and that a layer waits once for all its remote experts",
+    "pipeline": "ignores which experts are asked for, links and compute; whole layers only",
+    "pipeline-speed": "ignores which experts are asked for and links; whole layers only",
     "ordermoe": "ignores links and compute; gains by substitution, which 0 % quality rules out",
 }

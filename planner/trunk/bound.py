@@ -1,0 +1,134 @@
+"""A lower bound on what any paths with any placement cost a token.
+
+Decides what is proven without a search. For every set S of nodes that the path of an ingress may visit, each at least
+once::
+
+    cost >= ring(S) + compute(S) + waits(S)
+
+ring(S)
+    The cheapest closed way through all of S.
+compute(S)
+    One layer at each node of S, the others given to them from the fastest on, each as many as its memory could hold
+    with nothing else there.
+waits(S)
+    A layer of which c experts are local to its trunk waits for another node with probability at least
+    ``1 - (sum of the c largest activation shares) / K``, since of K chosen experts all must be local; and all layers
+    together find no more experts local than fit into S beside one trunk and its KV cache. So waits are at least
+    ``r(S) (L - (sum of the slots(S) largest shares of all layers) / K)``, r(S) the cheapest call from S elsewhere.
+
+The least over all S holds for every path. Ingresses are bounded one by one, as if each had the cluster to itself.
+Where sets are too many, all of one size are bounded together. Must not know solvers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from planner.demand import activation_share
+from planner.objective import ObjectiveName
+from planner.problem import Floats, Ints, Problem
+from planner.trunk.rings import MOST_NODES, all_rings, shortest_ways
+
+
+def joint_bound(problem: Problem, objective: ObjectiveName) -> float | None:
+    """Lower bound of the objective over all trunks and placements; None for remote calls, which may be 0."""
+    if objective == "remote-calls":
+        return None
+    shares = problem.share
+    if objective == "latency":
+        shares = np.stack([activation_share(events, problem.experts) for events in problem.events])
+    return float(problem.tokens_per_s @ path_bounds(problem, shares))
+
+
+def path_bounds(problem: Problem, shares: Floats) -> Floats:
+    """Lower bound of the seconds of a token of each ingress, float64 ``[I]``, from activation shares ``[I, L, E]``."""
+    parts = _Parts(problem, shares)
+    best = np.full(len(shares), np.inf)
+    for nodes, ring_s in _sets(problem):
+        if parts.can_run(nodes):
+            best = np.minimum(best, ring_s + parts.compute(nodes) + parts.waits(nodes, parts.slots(nodes)))
+    if problem.num_nodes > MOST_NODES:
+        best = parts.by_size()
+    return np.where(np.isfinite(best), best, 0.0)
+
+
+def _sets(problem: Problem) -> Iterator[tuple[Ints, float]]:
+    if problem.num_nodes <= MOST_NODES:
+        for ring in all_rings(shortest_ways(problem.hop_s)):
+            yield np.array(ring.nodes, dtype=np.int64), ring.hops_s
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What sets of nodes are bounded by, from a problem and the shares that its objective counts."""
+
+    problem: Problem
+    shares: Floats
+
+    @cached_property
+    def most_layers(self) -> Ints:
+        """Layers whose trunk and KV cache fit into each node, int64 ``[N]``."""
+        room, layers = self.problem.room, self.problem.layers
+        each = max(int((room.layer_bytes + room.kv_bytes).min()), 1)
+        return np.minimum(room.own_bytes // each, layers)
+
+    @cached_property
+    def layer_s(self) -> Floats:
+        """Seconds that each node computes a layer at least, float64 ``[N]``."""
+        return np.asarray(self.problem.compute_s.min(axis=1))
+
+    @cached_property
+    def saved(self) -> Floats:
+        """Share of chosen experts that are local with so many slots at most, float64 ``[I, L E + 1]``."""
+        ranked = -np.sort(-self.shares.reshape(len(self.shares), -1), axis=1)
+        zero = np.zeros((len(ranked), 1))
+        return np.asarray(np.concatenate([zero, ranked.cumsum(axis=1)], axis=1) / self.problem.top_k)
+
+    @cached_property
+    def cheapest_call_s(self) -> Floats:
+        """Seconds of the cheapest call from each node to another, float64 ``[N]``; 0 where there is no other."""
+        problem = self.problem
+        away = problem.place_node[None, :] != np.arange(problem.num_nodes)[:, None]
+        least = np.where(away, problem.cost_s, np.inf).min(axis=1, initial=np.inf)
+        return np.where(np.isfinite(least), least, 0.0)
+
+    def can_run(self, nodes: Ints) -> bool:
+        """Whether a path can visit all these nodes and no others."""
+        most = self.most_layers[nodes]
+        return len(nodes) <= self.problem.layers <= int(most.sum()) and bool((most > 0).all())
+
+    def compute(self, nodes: Ints, *, each: bool = True) -> float:
+        """Seconds of compute at least; with `each`, every node runs a layer."""
+        spent = float(self.layer_s[nodes].sum()) if each else 0.0
+        left = self.problem.layers - len(nodes) * each
+        for node in nodes[np.argsort(self.layer_s[nodes], kind="stable")].tolist():
+            here = min(int(self.most_layers[node]) - each, left)
+            spent, left = spent + here * float(self.layer_s[node]), left - here
+        return spent
+
+    def slots(self, nodes: Ints) -> int:
+        """Experts that fit beside one trunk and its KV cache at most."""
+        room = self.problem.room
+        outside = min(room.both_bytes, room.input_bytes + room.head_bytes)
+        taken = int((room.layer_bytes + room.kv_bytes).sum()) + outside
+        return int(max(int(room.room_bytes[nodes].sum()) - taken, 0)) // self.problem.expert_bytes
+
+    def waits(self, nodes: Ints, slots: int) -> Floats:
+        """Seconds of waits at least, float64 ``[I]``."""
+        missed = self.saved[:, -1] - self.saved[:, min(slots, self.saved.shape[1] - 1)]
+        return np.asarray(float(self.cheapest_call_s[nodes].min()) * np.maximum(missed, 0.0))
+
+    def by_size(self) -> Floats:
+        """Bound all sets of one size together, float64 ``[I]``: the shortest hops, the largest and fastest nodes."""
+        problem = self.problem
+        everyone = np.arange(problem.num_nodes)
+        onward = np.where(np.eye(problem.num_nodes, dtype=bool), np.inf, shortest_ways(problem.hop_s)).min(axis=1)
+        hops, largest = np.sort(onward).cumsum(), np.argsort(-problem.room.room_bytes.sum(axis=1), kind="stable")
+        best = np.full(len(self.shares), np.inf)
+        for size in range(1, min(problem.num_nodes, problem.layers) + 1):
+            ring_s = float(hops[size - 1]) if size > 1 else 0.0
+            slots = self.slots(largest[:size])
+            best = np.minimum(best, ring_s + self.compute(everyone, each=False) + self.waits(everyone, slots))
+        return best

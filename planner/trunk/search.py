@@ -1,0 +1,316 @@
+"""Paths and placement together: trunks worth trying, each with a placement of its own, improved in turn.
+
+Decides which trunks are tried, how long, and which is the best: the one on which a token takes least, all on the same
+figures. For the paths that are decided the placement is a problem for any solver; for a placement the best paths are
+found exactly (`viterbi`). Must not know solvers: it is given tools. Flow: starts → quick placements → the most
+promising improved in turn → the asked solver on those that may still win → `Solved`, under the joint bound.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+from planner.assemble import Solved
+from planner.errors import InfeasibleProblem, PlannerError
+from planner.feasibility import impossible
+from planner.objective import ObjectiveName
+from planner.problem import Bools, Ints, Problem
+from planner.solvers.base import SolveLimits, StopReason, with_status
+from planner.trunk.bound import joint_bound
+from planner.trunk.starts import find_starts
+from planner.trunk.trials import STAY, Trial
+from planner.trunk.viterbi import better_paths
+
+STARTS: Final = 10  # trunks that are tried by estimate, beside the one at the ingress and the pipelines
+_PIPELINES: Final = ("pipeline", "pipeline-speed")
+_QUICK_SHARE: Final = 0.3  # of the time, to try starts
+_TURN_SHARE: Final = 0.6  # of the time, until which paths and placements are improved in turn
+_IMPROVED: Final = 3  # trunks that are improved in turn
+_FINALISTS: Final = 3  # trunks on which the asked solver has its say
+_SAME: Final = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """How placements are made for a trunk that is decided; each raises a `PlannerError` where it finds none.
+
+    Attributes
+    ----------
+    quick
+        A heuristic by name.
+    improve
+        A search of some seconds, from a placement where there is one.
+    ask
+        The solver that was asked for.
+    keep
+        A placement as it is, re-checked.
+    """
+
+    quick: Callable[[Problem, str], Solved]
+    improve: Callable[[Problem, Bools | None, float], Solved]
+    ask: Callable[[Problem, SolveLimits], Solved]
+    keep: Callable[[Problem, Bools], Solved]
+
+
+Report = Callable[[float, float, float | None], None]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A trunk with the best placement so far; `proven` where no placement of that trunk is better."""
+
+    name: str
+    solved: Solved
+    proven: bool = False
+
+    @property
+    def mean_s(self) -> float:
+        return self.solved.judgement.predicted_latency_s
+
+    def least_s(self) -> float:
+        """Seconds that a token takes at least with this trunk, as far as it is known."""
+        bound = self.solved.result.bound
+        if bound is None or self.solved.objective_name != "latency":
+            return 0.0
+        return bound / float(self.solved.problem.tokens_per_s.sum())
+
+
+def search_paths(
+    problem: Problem,
+    tools: Tools,
+    *,
+    objective: ObjectiveName,
+    limits: SolveLimits,
+    report: Report,
+    clock: Callable[[], float] = time.monotonic,
+) -> Solved:
+    """Find paths and a placement; the result's problem has the trunk where it is to run.
+
+    Parameters
+    ----------
+    limits
+        `start` is a placement for the trunk that the problem has.
+    report
+        Hears of seconds, objective and bound on the way.
+
+    Raises
+    ------
+    InfeasibleProblem
+        Where no trunk that was tried leaves room for all experts.
+    """
+    search = _Search(problem, tools, objective=objective, limits=limits, report=report, clock=clock)
+    return search.run()
+
+
+class _Search:
+    """State of one search. Every method modifies it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        tools: Tools,
+        *,
+        objective: ObjectiveName,
+        limits: SolveLimits,
+        report: Report,
+        clock: Callable[[], float],
+    ) -> None:
+        self.problem, self.tools, self.objective, self.limits = replace(problem, moves=False), tools, objective, limits
+        self.report, self.clock, self.began = report, clock, clock()
+        self.bound = joint_bound(problem, objective)
+        self.entries: list[_Entry] = []
+        self.failed: dict[str, PlannerError] = {}
+
+    def run(self) -> Solved:
+        self._begin()
+        if not self.entries:
+            raise self._nothing()
+        for entry in self._ranked()[:_IMPROVED]:
+            self._alternate(entry)
+        self._ask()
+        return self._outcome()
+
+    def _begin(self) -> None:
+        """Give every start a quick placement."""
+        for name in _PIPELINES:
+            self._try(name, partial(self.tools.quick, self.problem, name))
+        if self.limits.start is not None:
+            self._try("the plan in force", lambda: self.tools.keep(self.problem, self._start()))
+        for number, start in enumerate(find_starts(self.problem, STARTS)):
+            if number and self.entries and (self._over(_QUICK_SHARE) or self._closed()):
+                break
+            self._place(start.name, start.trunk_node)
+        if STAY not in self._names() and not self.problem.room.fits(self.problem.stay_node):
+            self._try(STAY, lambda: self.tools.quick(self.problem.with_trunk(self.problem.stay_node), "packed"))
+
+    def _start(self) -> Bools:
+        if self.limits.start is None:
+            raise AssertionError("asked only where there is a start")
+        return self.limits.start
+
+    def _names(self) -> set[str]:
+        return {entry.name for entry in self.entries} | self.failed.keys()
+
+    def _place(self, name: str, trunk_node: Ints) -> None:
+        """Try a trunk with each quick heuristic; where calls wait for others, both are of use."""
+        moved = self.problem.with_trunk(trunk_node)
+        if missing := impossible(moved):
+            self.failed[name] = InfeasibleProblem(missing)
+            return
+        for heuristic in ("packed", "dancemoe"):
+            entry = self._try(name, partial(self.tools.quick, moved, heuristic))
+            if entry is not None and not entry.solved.judgement.wait_s.any():
+                entry.proven = True
+                return
+        if name not in {entry.name for entry in self.entries} and not self._over(_QUICK_SHARE):
+            self._try(name, partial(self.tools.improve, moved, None, 0.1 * self.limits.time_s))
+
+    def _try(self, name: str, make: Callable[[], Solved]) -> _Entry | None:
+        """Enter what is made under a name, where it is better than what has that name."""
+        try:
+            solved = make()
+        except PlannerError as error:
+            self.failed.setdefault(name, error)
+            return None
+        return self._enter(name, solved)
+
+    def _enter(self, name: str, solved: Solved) -> _Entry:
+        known = next((entry for entry in self.entries if entry.name == name), None)
+        if known is None:
+            known = _Entry(name, solved)
+            self.entries.append(known)
+        elif solved.judgement.predicted_latency_s < known.mean_s:
+            known.solved = solved
+        best = self._ranked()[0].solved
+        if best is solved and best.result.objective is not None:
+            self.report(self.clock() - self.began, best.result.objective, self.bound)
+        return known
+
+    def _ranked(self) -> list[_Entry]:
+        return sorted(self.entries, key=lambda entry: entry.mean_s)
+
+    def _alternate(self, entry: _Entry) -> None:
+        """Improve the placement for the paths, then the paths for the placement, until neither gets better."""
+        while not self._over(_TURN_SHARE) and not self._closed():
+            before = entry.mean_s
+            if not entry.proven and self._may_win(entry):
+                self._improve(entry)
+            self._follow(entry)
+            if entry.mean_s > before * (1 - _SAME):
+                return
+
+    def _improve(self, entry: _Entry) -> None:
+        left = _TURN_SHARE * self.limits.time_s - (self.clock() - self.began)
+        given = max(left / _IMPROVED, 0.02 * self.limits.time_s)
+        try:
+            better = self.tools.improve(entry.solved.problem, entry.solved.placed, given)
+        except PlannerError:
+            return
+        self._take(entry, better)
+
+    def _take(self, entry: _Entry, better: Solved) -> None:
+        """Keep what is better, or what is as good and has a bound of its own."""
+        if better.judgement.predicted_latency_s < entry.mean_s * (1 + _SAME) or entry.solved.result.bound is None:
+            worse = better.judgement.predicted_latency_s > entry.mean_s
+            bound = better.result.bound
+            entry.solved = replace(entry.solved, result=replace(entry.solved.result, bound=bound)) if worse else better
+            gap = better.result.gap
+            entry.proven = not worse and gap is not None and gap <= self.limits.gap
+            self._enter(entry.name, entry.solved)
+
+    def _follow(self, entry: _Entry) -> None:
+        """Move the trunk to where the placement wants it: within the memory it leaves, else with a new placement."""
+        solved = entry.solved
+        for within_memory in (True, False):
+            trunk = better_paths(solved.problem, solved.placed, within_memory=within_memory)
+            if (trunk == solved.problem.trunk_node).all() or not self.problem.room.fits(trunk):
+                continue
+            found = self._moved(solved, trunk, within_memory=within_memory)
+            if found is not None and found.judgement.predicted_latency_s < entry.mean_s * (1 - _SAME):
+                name = entry.name if entry.name not in {STAY, *_PIPELINES} else f"from {entry.name}"
+                self._enter(name, found)
+                entry.name, entry.solved, entry.proven = self._split(entry, name), found, False
+                return
+
+    def _split(self, entry: _Entry, name: str) -> str:
+        """Leave a start that readers ask for as it was tried, and go on under another name."""
+        if name != entry.name:
+            self.entries = [other for other in self.entries if other.name != name]
+            self.entries.append(_Entry(entry.name, entry.solved, entry.proven))
+        return name
+
+    def _moved(self, solved: Solved, trunk: Ints, *, within_memory: bool) -> Solved | None:
+        moved = self.problem.with_trunk(trunk)
+        if impossible(moved):
+            return None
+        try:
+            return self.tools.keep(moved, solved.placed) if within_memory else self.tools.quick(moved, "packed")
+        except PlannerError:
+            return None
+
+    def _ask(self) -> None:
+        """Let the asked solver place for the trunks that may still win, the best first."""
+        finalists = [entry for entry in self._ranked() if not entry.proven and self._may_win(entry)][:_FINALISTS]
+        for number, entry in enumerate(finalists):
+            left = self.limits.time_s - (self.clock() - self.began)
+            if self._closed() or left < 0.02 * self.limits.time_s or not self._may_win(entry):
+                continue
+            given = left if number == len(finalists) - 1 else left / 2
+            try:
+                better = self.tools.ask(
+                    entry.solved.problem, replace(self.limits, time_s=given, start=entry.solved.placed, tail=0.0)
+                )
+            except PlannerError:
+                continue
+            self._take(entry, better)
+
+    def _may_win(self, entry: _Entry) -> bool:
+        return entry is self._ranked()[0] or entry.least_s() < self._ranked()[0].mean_s * (1 - _SAME)
+
+    def _closed(self) -> bool:
+        """Whether the best is proven to be the best, or as near as was asked for."""
+        best = self._ranked()[0].solved.result.objective
+        return self.bound is not None and best is not None and best - self.bound <= self.limits.gap * best
+
+    def _over(self, share: float) -> bool:
+        return self.clock() - self.began > share * self.limits.time_s
+
+    def _outcome(self) -> Solved:
+        best = self._ranked()[0]
+        solved = self._with_tail(best.solved)
+        late = self._over(1.0)
+        result = replace(
+            solved.result,
+            bound=self.bound,
+            seconds=self.clock() - self.began,
+            stop_reason=StopReason.TIME if late else StopReason.FINISHED,
+            trunk_node=solved.problem.trunk_node,
+        )
+        return replace(
+            solved, result=with_status(result, self.limits.gap), asked_gap=self.limits.gap, trials=tuple(self._trials())
+        )
+
+    def _with_tail(self, solved: Solved) -> Solved:
+        """Shorten the longest waits on the chosen paths, where that was asked for."""
+        if not self.limits.tail or not solved.judgement.wait_s.any():
+            return solved
+        given = max(self.limits.time_s - (self.clock() - self.began), 0.1 * self.limits.time_s)
+        return self.tools.ask(solved.problem, replace(self.limits, time_s=given, start=solved.placed))
+
+    def _trials(self) -> Iterator[Trial]:
+        for entry in self._ranked():
+            seen = entry.solved.judgement
+            yield Trial(entry.name, seen.latency_s, seen.predicted_latency_s)
+        placed = {entry.name for entry in self.entries}
+        for name, error in self.failed.items():
+            if name not in placed:
+                yield Trial(name, note=str(error))
+
+    def _nothing(self) -> PlannerError:
+        """Return why nothing fits: of all that was tried, what misses least."""
+        found = [error for error in self.failed.values() if isinstance(error, InfeasibleProblem)]
+        if not found:
+            return next(iter(self.failed.values()))
+        return min(found, key=lambda error: sum(one.value - one.limit for one in error.violations))
