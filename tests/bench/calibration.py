@@ -96,6 +96,7 @@ class Experts:
 
     def __post_init__(self) -> None:
         store = Store.open(self.store_dir)
+        self.model = store.manifest.model
         self._held = {}
         for tier in TIERS:
             budget, records = {tier: 1 << 30}, self.store_dir.parent / "records"
@@ -105,7 +106,7 @@ class Experts:
 
     def measure(self) -> None:
         """Time calls for one token at one and at two experts, tiers in turn; modifies."""
-        model = spec()
+        model = self.model
         hidden = torch.randn(1, model.hidden_size)
         for layer in range(model.layers):
             for first in range(0, model.experts, 2):

@@ -25,7 +25,8 @@ from runtime.recorder import Trace, record_pieces
 from runtime.store import prepare_store
 from tests.bench.calibration import Experts, Loopback, Measured, loopback
 from tests.bench.lab import Lab, NoLab
-from tests.bench.quickstart import PROMPTS, Site, lines_of, load, running_site
+from tests.bench.quickstart import PROMPTS, SCENE
+from tests.bench.site import Site, running_site
 from tests.cluster import MODEL, spec
 
 ASKED = 0.15
@@ -38,17 +39,19 @@ ARMS = {"default": (), "dancemoe": ("--solver", "dancemoe")}
 def main(rounds: int, tokens: int) -> None:
     """Measure, simulate, compare."""
     torch.set_num_threads(1)
-    topology = load()
+    topology = SCENE.topology()
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         path = Path(directory)
         prepare_store(MODEL, path / "store", dtype="float32")
         try:
-            lab = stack.enter_context(Lab(len(topology.nodes), lines_of(topology)))
+            lab = stack.enter_context(Lab(len(topology.nodes), SCENE.lines()))
         except NoLab as error:
             raise click.ClickException(str(error)) from error
         print_links(lab, "nothing running yet")
         sites = {
-            name: stack.enter_context(running_site(Site(lab, path / name, path / "store", 7400 + number), *options))
+            name: stack.enter_context(
+                running_site(Site(lab, SCENE, path / name, path / "store", 7400 + number), *options)
+            )
             for number, (name, options) in enumerate(ARMS.items())
         }
         plain = stack.enter_context(loopback(path, path / "store"))
@@ -66,10 +69,10 @@ def measure(
     sites: dict[str, Site], plain: Loopback, experts: Experts, *, rounds: int, tokens: int
 ) -> dict[str, dict[str, Measured]]:
     """Decode every prompt on every cluster in turn; by arm and ingress. The first round warms up and is not kept."""
-    found = {name: {node.id: Measured() for node in load().nodes} for name in sites}
+    found = {name: {node.id: Measured() for node in SCENE.topology().nodes} for name in sites}
     for turn in range(rounds + 1):
         for number in range(len(PROMPTS["code"])):
-            for node in load().nodes:
+            for node in SCENE.topology().nodes:
                 assert node.ingress
                 prompt = PROMPTS[node.ingress.workload][number]
                 for name, site in sites.items():
@@ -87,7 +90,7 @@ def record(path: Path, measured: dict[str, Measured]) -> dict[str, tuple[str, Pa
     """Record the routing of the tokens that were decoded, prompts left out, as a trace; (workload, file) by ingress."""
     model, tokenizer, shape = load_whole(MODEL, dtype="float32"), load_tokenizer(MODEL), spec()
     traces = {}
-    for node in load().nodes:
+    for node in SCENE.topology().nodes:
         assert node.ingress
         workload, answers = node.ingress.workload, measured[node.id].answers
         prompts = [tokenizer(prompt)["input_ids"] for prompt in answers]
@@ -108,10 +111,10 @@ def record(path: Path, measured: dict[str, Measured]) -> dict[str, tuple[str, Pa
 
 def print_links(lab: Lab, when: str) -> None:
     """Say what the emulator makes of each link."""
-    topology = load()
+    topology = SCENE.topology()
     click.echo(f"\n{load_average()}, {when}")
     click.echo("link                declared round trip   measured (TCP, 900 B each way)")
-    for link, (pair, line) in zip(topology.links, lines_of(topology).items(), strict=True):
+    for link, (pair, line) in zip(topology.links, SCENE.lines().items(), strict=True):
         declared = 2 * line.delay_s + 2 * 900 / line.bandwidth
         took = lab.round_trip_s(*pair)
         click.echo(f"{' – '.join(link.between):20s}{declared * 1e3:12.3f} ms{took * 1e3:16.3f} ms")
@@ -150,7 +153,7 @@ def print_agreement(
 
 def print_plans(measured: dict[str, dict[str, Measured]], simulated: dict[str, dict[str, float]]) -> None:
     """Compare the two plans on real agents, ingresses weighted by their token rates as in the objective."""
-    rates = {node.id: node.ingress.tokens_per_s for node in load().nodes if node.ingress}
+    rates = {node.id: node.ingress.tokens_per_s for node in SCENE.topology().nodes if node.ingress}
     click.echo("\nms per token on real agents   default   dancemoe  ratio  simulated ratio")
     took = {arm: {node: each.token_s for node, each in found.items()} for arm, found in measured.items()}
     for node in rates:
