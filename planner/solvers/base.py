@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from planner.objective import ObjectiveName, nearest, placement_cost
-from planner.problem import Bools, Floats, Problem
+from planner.problem import Bools, Floats, Ints, Problem
 
 DEFAULT_GAP: Final = 1e-7
 LATENCY_GAP: Final = 1e-5  # of the latency objective, which is proven by search and seldom closed further
@@ -71,6 +71,8 @@ class Result:
         Value of the incumbent; proven lower bound of the objective. None where not known.
     slot_price
         What one more slot of each place saves at most, in the objective's unit, float64 ``[P]``; None where not known.
+    trunk_node
+        Where a solver that decides it runs the trunk, int64 ``[I, L]``; None: where the problem has it.
     """
 
     solver: str
@@ -82,6 +84,7 @@ class Result:
     bound: float | None = None
     detail: str = ""
     slot_price: Floats | None = None
+    trunk_node: Ints | None = None
 
     @property
     def gap(self) -> float | None:
