@@ -29,11 +29,12 @@ from planner.options import (
     seed_option,
     tail_option,
     time_option,
+    trunk_option,
     usable_objective,
     warn_short_traces,
 )
 from planner.simulate.cli import COMMANDS as SIMULATE_COMMANDS
-from planner.solvers.choose import SOLVERS
+from planner.solvers.choose import PIPELINES, SOLVERS
 from schemas.activation import ActivationCounts, TraceHeader
 from schemas.base import FrozenModel
 from schemas.checkpoint import InvalidCheckpoint
@@ -62,6 +63,7 @@ def cli() -> None:
 @click.argument("topology", type=EXISTING)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Plan file (plan.json).")
 @click.option("--solver", type=click.Choice(SOLVERS), default="auto", show_default=True)
+@trunk_option
 @objective_option
 @time_option
 @gap_option
@@ -86,6 +88,7 @@ def solve(
     topology: Path,
     output: Path | None,
     solver: str,
+    trunk: Any,
     objective: Any,
     time_limit: float,
     gap: float | None,
@@ -107,6 +110,10 @@ def solve(
         raise click.UsageError("--horizon and --max-move are about moving from a plan: give --current PLAN too")
     if balance and objective != "additive-latency":
         raise click.UsageError("--balance adds to waits that add up: give --objective additive-latency too")
+    if trunk == "stay" and solver in PIPELINES:
+        raise click.UsageError(
+            f"--trunk stay: {solver} runs the trunk where it keeps the layers; leave one of them out"
+        )
     if tail and solver not in {"auto", "decomposition"}:
         raise click.UsageError(f"--tail: {solver} places on its own; use --solver auto or decomposition")
     if tail and (objective != "latency" or counters is not None):
@@ -119,6 +126,7 @@ def solve(
     start = time.monotonic()
     try:
         inputs = load_inputs(topology, counters)
+        inputs = inputs.with_trunk_mode(trunk) if trunk else inputs
         warn_short_traces(inputs)
         objective = usable_objective(inputs, objective)
         request = Request(
@@ -169,7 +177,7 @@ def _infeasible_document(error: InfeasibleProblem, solver: str, seconds: float) 
 @click.argument("topology", type=EXISTING)
 @click.option(
     "--strategies",
-    default="uniform,popularity,eplb,dancemoe,moetuner,ordermoe,auto",
+    default="uniform,popularity,eplb,dancemoe,moetuner,ordermoe,pipeline,pipeline-speed,auto",
     show_default=True,
     help="Solvers, comma-separated.",
 )
@@ -258,7 +266,7 @@ def validate(topology: Path, *, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("plan", type=EXISTING)
-@click.option("-v", "--verbose", count=True, help="Also why, and every expert; twice for every step.")
+@click.option("-v", "--verbose", count=True, help="Also why, every expert and every layer; twice for every step.")
 @json_option
 def show(plan: Path, verbose: int, *, as_json: bool) -> None:
     """Summarise a plan: what changes, and what it promises."""
@@ -270,16 +278,33 @@ def show(plan: Path, verbose: int, *, as_json: bool) -> None:
 
 
 def _show(plan: Plan, verbose: int) -> None:
+    from planner.journey_report import path_lines, path_table
     from planner.report import console, layer_table, node_table, plan_lines, reason_lines, step_lines
 
-    out = console(sys.stdout)
+    out, paths = console(sys.stdout), plan.summary.paths or ()
     _print_lines(plan_lines(plan))
+    _print_lines(path_lines(paths))
     out.print(node_table(plan))
     if verbose:
         _print_lines(reason_lines(plan))
         out.print(layer_table(plan))
+        for path in paths:
+            out.print(path_table(path))
     if verbose > 1:
         _print_lines(step_lines(plan))
+
+
+@cli.command()
+@click.argument("plan", type=EXISTING)
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html")
+def report(plan: Path, output: Path) -> None:
+    """Write a plan as a page to look at: the way of a token as a picture, nodes, layers, and why."""
+    from planner.page import plan_page
+
+    if not output.absolute().parent.is_dir():
+        raise click.UsageError(f"--output {output}: there is no directory {output.absolute().parent}")
+    write_atomic(output, plan_page(load_plan(plan)))
+    click.echo(f"wrote {output}")
 
 
 @cli.command()

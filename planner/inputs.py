@@ -5,8 +5,9 @@ Must not know how the problem is solved.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from planner.demand import Trace, activation_share, counted_share, counter_faults, read_trace
 from planner.problem import Events, Problem, build_problem
@@ -45,6 +46,11 @@ class Inputs:
             ingress = [node.id for node in self.topology.nodes if node.ingress]
             shares = [counted.get(node, share) for node, share in zip(ingress, shares, strict=True)]
         return build_problem(self.topology, self.model, chosen, shares)
+
+    def with_trunk_mode(self, mode: Literal["stay", "move"]) -> "Inputs":
+        """Return the inputs with the trunk at the ingress, or where the planner decides, whatever the topology says."""
+        topology = self.topology.model_copy(update={"trunk": self.topology.trunk.model_copy(update={"mode": mode})})
+        return replace(self, topology=topology)
 
     def events(self, traces: Mapping[str, Trace]) -> tuple[Events, ...]:
         """Chosen experts ``[T, L, K]`` of each ingress, in the order of nodes."""

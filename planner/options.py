@@ -42,6 +42,11 @@ tail_option = click.option(
     metavar="SHARE",
     help="Then shorten the wait of this share of tokens, the slowest (0.05), for at most 2 % of the mean.",
 )
+trunk_option = click.option(
+    "--trunk",
+    type=click.Choice(["stay", "move"]),
+    help="Run attention and KV cache at the ingress, or decide where; as the topology's trunk.mode says by default.",
+)
 seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 
 

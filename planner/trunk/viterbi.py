@@ -78,7 +78,8 @@ def _path(problem: Problem, placed: Bools, trunk: Ints, ingress: int, cost: Floa
         free = problem.room.own_bytes
     allowed = np.where(needs <= np.maximum(free, 0)[:, None], cost, np.inf)
     allowed[trunk[ingress], np.arange(problem.layers)] = cost[trunk[ingress], np.arange(problem.layers)]
-    best, least = trunk[ingress].copy(), _seconds(problem, cost, trunk[ingress])
+    best: Ints = trunk[ingress].copy()
+    least = _seconds(problem, cost, best)
     price = np.zeros(problem.num_nodes)
     step = least / max(float(np.abs(needs).max()) * problem.layers, 1.0)
     for turn in range(_STEPS):
@@ -97,8 +98,7 @@ def _usable(problem: Problem, placed: Bools) -> Ints:
     """Nodes that paths may use: those of the paths there are, and where there are many, those that hold most."""
     held = np.bincount(problem.place_node, weights=placed.sum(axis=(1, 2)), minlength=problem.num_nodes)
     most = np.argsort(-held, kind="stable")[:_MOST_NODES]
-    usable: Ints = np.unique(np.concatenate([most, problem.trunk_node.ravel()]))
-    return usable
+    return np.asarray(np.unique(np.concatenate([most, problem.trunk_node.ravel()])))
 
 
 def _seconds(problem: Problem, cost: Floats, path: Ints) -> float:
