@@ -41,7 +41,7 @@ class Column:
 
 COLUMNS: Final = (
     Column("any_remote_share", "token-layers that wait", format_share),
-    Column("predicted_latency_s", "wait per token", format_seconds),
+    Column("predicted_latency_s", "time per token", format_seconds),
     Column("bytes_per_token", "bytes per token", format_bytes),
 )
 

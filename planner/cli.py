@@ -283,7 +283,7 @@ def _show(plan: Plan, verbose: int) -> None:
 
     out, paths = console(sys.stdout), plan.summary.paths or ()
     _print_lines(plan_lines(plan))
-    _print_lines(path_lines(paths))
+    _print_lines(path_lines(paths, why=verbose > 0))
     out.print(node_table(plan))
     if verbose:
         _print_lines(reason_lines(plan))

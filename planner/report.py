@@ -57,13 +57,16 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{summary.status} by {summary.solver} in {summary.seconds:.2f} s: {summary.objective_name} "
         f"{summary.objective:.6g}, {gap_text(summary.gap)}"
     )
+    takes, whole = "waits", " for experts elsewhere"
+    if summary.paths is not None:
+        takes, whole = "takes", ", compute and hops of its path included"
     yield (
-        f"a token waits {_seconds(summary.predicted_latency_s)} for experts elsewhere; "
+        f"a token {takes} {_seconds(summary.predicted_latency_s)}{whole}; "
         f"{share_text(summary.remote_call_share)} of calls are remote, "
         f"{share_text(summary.any_remote_share)} of token-layers have one"
     )
     if summary.queued_latency_s is not None:
-        yield f"with queues at busy nodes a token waits {format_seconds(summary.queued_latency_s)}"
+        yield f"with queues at busy nodes a token {takes} {format_seconds(summary.queued_latency_s)}"
     yield from _load_lines(plan)
     if summary.movement is not None:
         yield movement_text(summary.movement)
@@ -110,7 +113,7 @@ def node_table(plan: Plan) -> Table:
     tiers = [tier for tier in TIERS if any(held[node.id, tier] for node in plan.summary.nodes)]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("node", no_wrap=True)
-    for heading in (*tiers, "experts of room", "compute", "remote calls", "any remote", "wait"):
+    for heading in (*tiers, "experts of room", "compute", "remote calls", "any remote", "per token"):
         table.add_column(heading, justify="right")
     for node in plan.summary.nodes:
         room = f"{format_bytes(node.bytes)} of {format_bytes(node.capacity)}"
@@ -154,7 +157,8 @@ def step_lines(plan: Plan) -> Iterator[str]:
     """Yield every step in order."""
     for step in plan.steps:
         if step.action == "switch":
-            yield f"stage {step.stage}: switch to epoch {plan.base_epoch + step.stage}"
+            paths = ", tokens take their new paths" if step.stage == (plan.trunk_stage or 1) else ""
+            yield f"stage {step.stage}: switch to epoch {plan.base_epoch + step.stage}{paths}"
             continue
         source = f" from {step.source or 'a store'}" if step.action == "replicate" else ""
         what = f"layer {step.layer} expert {step.expert} on {step.node} ({step.tier})"
@@ -200,7 +204,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "remote_call_share": ("remote calls", share_text),
         "any_remote_share": ("any remote", share_text),
-        "predicted_latency_s": ("wait per token", format_seconds),
+        "predicted_latency_s": ("time per token", format_seconds),
         "bytes_per_token": ("bytes per token", format_bytes),
         "simulated_mean_s": ("simulated mean", format_seconds),
         "simulated_p95_s": ("simulated p95", format_seconds),

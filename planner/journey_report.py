@@ -1,0 +1,81 @@
+"""A token's way as text: one line for each path, a table for every layer.
+
+Decides wording and columns only; the figures are those of the plan.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from planner.journey import Leg, legs_of
+from schemas.plan import PathSummary
+from schemas.units import format_seconds
+
+
+def path_lines(paths: Sequence[PathSummary], *, why: bool = False) -> Iterator[str]:
+    """Yield the ways of tokens, ingresses with the same one together, and where asked why each is as it is."""
+    for way, alike in groupby(sorted(paths, key=_way), key=_way):
+        together = tuple(alike)
+        totals = sorted(sum(leg.total_s for leg in legs_of(path)) for path in together)
+        ends = dict.fromkeys(format_seconds(total) for total in (totals[0], totals[-1]))
+        yield f"tokens of {', '.join(path.ingress for path in together)}: {way}, {' … '.join(ends)} each"
+        for path in together if why else ():
+            yield f"  {path.ingress}: {path.why or cost_text(legs_of(path))}"
+
+
+def _way(path: PathSummary) -> str:
+    return route_text(legs_of(path))
+
+
+def route_text(legs: Sequence[Leg]) -> str:
+    """Write a way: ``layers 0 … 7 on a → 8 … 25 on b → back``."""
+    way = " → ".join(f"{layers_text(leg)} on {leg.node}" for leg in legs)
+    return f"layers {way}{' → back' if any(leg.hops for leg in legs) else ''}"
+
+
+def layers_text(leg: Leg) -> str:
+    """Write the layers of a leg."""
+    return str(leg.first_layer) if leg.first_layer == leg.last_layer else f"{leg.first_layer} … {leg.last_layer}"
+
+
+def cost_text(legs: Sequence[Leg]) -> str:
+    """Write what a way takes and of what."""
+    compute, waits, hops = (sum(getattr(leg, name) for leg in legs) for name in ("compute_s", "wait_s", "hop_s"))
+    return (
+        f"{format_seconds(compute + waits + hops)} a token: {format_seconds(compute)} of compute, "
+        f"{format_seconds(waits)} of waits, {format_seconds(hops)} of hops"
+    )
+
+
+def leg_table(paths: Sequence[PathSummary]) -> Table:
+    """Return one row for each node that tokens of an ingress visit."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("tokens of", "layers", "run on"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("compute", "waits", "hop onward", "together"):
+        table.add_column(heading, justify="right")
+    for path in paths:
+        for leg in legs_of(path):
+            times = (leg.compute_s, leg.wait_s, leg.hop_s, leg.total_s)
+            table.add_row(path.ingress, layers_text(leg), leg.node, *map(format_seconds, times))
+        table.add_section()
+    return table
+
+
+def path_table(path: PathSummary) -> Table:
+    """Return one row for each decoder layer of a path, with the seconds since the token entered."""
+    table = Table(
+        title=f"a token of {path.ingress}, layer by layer", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("run on", no_wrap=True)
+    for heading in ("compute", "wait", "hop onward", "so far"):
+        table.add_column(heading, justify="right")
+    passed = 0.0
+    for layer in path.layers:
+        passed += layer.compute_s + layer.wait_s + layer.hop_s
+        times = (layer.compute_s, layer.wait_s, layer.hop_s, passed)
+        table.add_row(str(layer.layer), layer.node, *("" if time == 0 else format_seconds(time) for time in times))
+    return table
