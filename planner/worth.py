@@ -72,7 +72,7 @@ def choose_move(solved: Solved, now: InForce | None, terms: MovingTerms, *, gap:
     if now is None:
         return Choice(solved, True, "the placement in force does not fit this topology", 0.0)
     target = solved if terms.max_bytes is None else _capped(solved, now, terms.max_bytes)
-    if not target.problem.moves and not _same_paths(target.problem, now.problem):
+    if not now.problem.moves and not _same_paths(target.problem, now.problem):
         return Choice(target, True, "tokens shall not take the paths in force", 0.0)
     before = _as_solved(target, now.placed, now.problem)
     if before is None:
@@ -131,7 +131,7 @@ def _same_paths(one: Problem, other: Problem) -> bool:
 def _as_solved(solved: Solved, placed: Bools, problem: Problem) -> Solved | None:
     """Return another placement, on a problem with another trunk maybe, under a solve's bound; None where it is broken.
 
-    The bound holds for every trunk where the solver was free to choose one.
+    The bound holds for every trunk where that was for the solver to choose.
     """
     routing = route(problem, placed, solved.objective_name)
     if routing is None or violations(problem, placed, routing):

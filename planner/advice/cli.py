@@ -126,7 +126,7 @@ def _solve_with(solver: str, objective: ObjectiveName, limits: SolveLimits) -> A
 @seed_option
 @json_option
 def explain(*, topology: Path, objective: Any, time_limit: float, gap: float | None, seed: int, as_json: bool) -> None:
-    """Say what binds at each node and link, what memory is worth, and what more of it or faster links would bring.
+    """Say what binds, what a token's path costs and why, and what more memory or faster links would bring.
 
     Solves once, and again for every what-if; the time limit is for each.
     """
@@ -137,7 +137,8 @@ def explain(*, topology: Path, objective: Any, time_limit: float, gap: float | N
     solve = _solve_with("decomposition", objective, limits_of(objective, time_limit, gap, seed))
     found = find(inputs, solve(inputs.problem()), solve)
     if as_json:
-        print_json(asdict(found))
+        paths = [path.model_dump(mode="json") for path in found.paths]
+        print_json({**asdict(replace(found, paths=())), "paths": paths})
     else:
         _show(found)
 
@@ -146,6 +147,7 @@ def _show(found: Explanation) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from planner.journey_report import leg_table, path_lines
     from planner.report import console
 
     out = console(sys.stdout)
@@ -159,6 +161,9 @@ def _show(found: Explanation) -> None:
     for link in found.links:
         links.add_row(" - ".join(link.between), "yes" if link.binds else "no", format_share(link.utilisation))
     out.print(links)
+    for line in path_lines(found.paths, why=True):
+        click.echo(line)
+    out.print(leg_table(found.paths))
     changes = Table("what if", "estimate per token", "solved again", box=SIMPLE_HEAD, pad_edge=False)
     for item in found.what_ifs:
         estimate = "-" if item.estimate_s is None else f"{format_seconds(item.estimate_s)} less"

@@ -1,7 +1,8 @@
-"""Why each node got what it got, and what more memory or faster links would bring.
+"""Why each node got what it got, what a token's path costs, and what more memory or faster links would bring.
 
 Decides the figures: prices of memory from the duals of a solve, and what-ifs that are both estimated (from prices, or
-from the placement as it is) and checked by solving again. Must not know how they are shown.
+from placement and paths as they are) and checked by solving again, paths included where they are the planner's to
+choose. Must not know how they are shown.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from planner.assemble import Solved
 from planner.inputs import Inputs
 from planner.objective import link_load, node_load, plan_cost
 from planner.problem import Problem
+from planner.trunk.story import path_summaries
+from schemas.plan import PathSummary
 from schemas.topology import Topology
 
 _BINDS: Final = 0.98  # of a limit
@@ -50,7 +53,8 @@ class WhatIf:
     Attributes
     ----------
     estimate_s
-        From prices, the most that it can bring (memory); with the placement as it is, the least (links). None unknown.
+        From prices, the most that it can bring with paths as they are (memory); with placement and paths as they are,
+        the least (links). None unknown.
     checked_s
         After solving again; what search did not find is missing in it.
     """
@@ -67,6 +71,7 @@ class Explanation:
     nodes: tuple[NodePrice, ...]
     links: tuple[LinkPrice, ...]
     what_ifs: tuple[WhatIf, ...]
+    paths: tuple[PathSummary, ...] = ()
 
 
 Solve = Callable[[Problem], Solved]
@@ -77,7 +82,8 @@ def explain(inputs: Inputs, solved: Solved, solve: Solve) -> Explanation:
     return Explanation(
         nodes=tuple(_nodes(solved)),
         links=tuple(_links(solved)),
-        what_ifs=(*_more_memory(solved, solve), *_faster_links(inputs, solved, solve)),
+        what_ifs=(*_more_memory(inputs, solved, solve), *_faster_links(inputs, solved, solve)),
+        paths=path_summaries(solved.problem, solved.routing, solved.trials),
     )
 
 
@@ -126,7 +132,7 @@ def _links(solved: Solved) -> Iterator[LinkPrice]:
         )
 
 
-def _more_memory(solved: Solved, solve: Solve) -> Iterator[WhatIf]:
+def _more_memory(inputs: Inputs, solved: Solved, solve: Solve) -> Iterator[WhatIf]:
     problem = solved.problem
     count = problem.layers * problem.experts
     for node in range(problem.num_nodes):
@@ -135,15 +141,19 @@ def _more_memory(solved: Solved, solve: Solve) -> Iterator[WhatIf]:
         if not len(places) or lacking <= 0:
             continue
         slots = min(max(1, int(_MORE * problem.node_slots[node])), lacking)
-        capacity = problem.capacity_bytes.copy()
-        capacity[places[0]] += slots * problem.expert_bytes
         price = _price(solved, node)
-        again = solve(replace(problem, capacity_bytes=capacity))
+        again = solve(_with_more_memory(inputs.problem(), int(places[0]), slots))
         yield WhatIf(
             change=f"{slots} more experts in {problem.place_name(int(places[0]))}",
             estimate_s=None if price is None else price * slots,
-            checked_s=_waits(solved) - _waits(again),
+            checked_s=_takes(solved) - _takes(again),
         )
+
+
+def _with_more_memory(problem: Problem, place: int, slots: int) -> Problem:
+    memory = problem.room.room_bytes.copy()
+    memory[problem.place_node[place], problem.place_tier[place]] += slots * problem.expert_bytes
+    return replace(problem, room=replace(problem.room, room_bytes=memory)).with_trunk(problem.trunk_node)
 
 
 def _faster_links(inputs: Inputs, solved: Solved, solve: Solve) -> Iterator[WhatIf]:
@@ -154,8 +164,8 @@ def _faster_links(inputs: Inputs, solved: Solved, solve: Solve) -> Iterator[What
         again = solve(faster)
         yield WhatIf(
             change=f"link {solved.problem.link_name(link)} twice as fast",
-            estimate_s=_waits(solved) - kept if solved.objective_name != "remote-calls" else None,
-            checked_s=_waits(solved) - _waits(again),
+            estimate_s=_takes(solved) - kept if solved.objective_name != "remote-calls" else None,
+            checked_s=_takes(solved) - _takes(again),
         )
 
 
@@ -166,7 +176,7 @@ def _with_faster_link(topology: Topology, number: int) -> Topology:
     return topology.model_copy(update={"links": links})
 
 
-def _waits(solved: Solved) -> float:
+def _takes(solved: Solved) -> float:
     """Objective per token: seconds, for the latency objectives."""
     if solved.result.objective is None:
         raise AssertionError("only a placement with an objective is explained")
