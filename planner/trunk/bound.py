@@ -11,10 +11,11 @@ compute(S)
     One layer at each node of S, the others given to them from the fastest on, each as many as its memory could hold
     with nothing else there.
 waits(S)
-    A layer of which c experts are local to its trunk waits for another node with probability at least
-    ``1 - (sum of the c largest activation shares) / K``, since of K chosen experts all must be local; and all layers
-    together find no more experts local than fit into S beside one trunk and its KV cache. So waits are at least
-    ``r(S) (L - (sum of the slots(S) largest shares of all layers) / K)``, r(S) the cheapest call from S elsewhere.
+    Every event is blamed on its chosen experts, in parts that add up to 1: ``m[l,e]`` is the blame that expert e of
+    layer l has over all events. An event is local only if all its experts are, so a layer that lacks the experts D
+    waits for another node with probability at least ``sum of m over D``. All layers together find no more experts local
+    than fit into S beside one trunk and its KV cache, so waits are at least ``r(S)`` times the sum of all m but the
+    slots(S) largest, r(S) the cheapest call from S elsewhere. Any blame is valid; the more equal, the better.
 
 The least over all S holds for every path. Ingresses are bounded one by one, as if each had the cluster to itself.
 Where sets are too many, all of one size are bounded together. Must not know solvers.
@@ -23,29 +24,65 @@ Where sets are too many, all of one size are bounded together. Must not know sol
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
-from planner.demand import activation_share
-from planner.objective import ObjectiveName
-from planner.problem import Floats, Ints, Problem
+from planner.objective import ObjectiveName, path_seconds
+from planner.problem import Events, Floats, Ints, Problem
 from planner.trunk.rings import MOST_NODES, all_rings, shortest_ways
+
+_ROUNDS: Final = 25  # of spreading blame
+_MOST_TERMS: Final = 20_000_000  # chosen experts looked at, in all rounds
 
 
 def joint_bound(problem: Problem, objective: ObjectiveName) -> float | None:
     """Lower bound of the objective over all trunks and placements; None for remote calls, which may be 0."""
     if objective == "remote-calls":
         return None
-    shares = problem.share
+    return float(problem.tokens_per_s @ path_bounds(problem, blame_of(problem, objective)))
+
+
+def blame_of(problem: Problem, objective: ObjectiveName) -> Floats:
+    """Blame of each expert for an ingress's waits, float64 ``[I, L, E]``; 1 for each layer."""
     if objective == "latency":
-        shares = np.stack([activation_share(events, problem.experts) for events in problem.events])
-    return float(problem.tokens_per_s @ path_bounds(problem, shares))
+        return np.stack([_blame(events, problem.experts) for events in problem.events])
+    return np.asarray(problem.share / problem.top_k)
 
 
-def path_bounds(problem: Problem, shares: Floats) -> Floats:
-    """Lower bound of the seconds of a token of each ingress, float64 ``[I]``, from activation shares ``[I, L, E]``."""
-    parts = _Parts(problem, shares)
-    best = np.full(len(shares), np.inf)
+def _blame(events: Events, experts: int) -> Floats:
+    """Spread the blame as equally over experts as events allow, by scaling it in turn (Sinkhorn), ``[L, E]``."""
+    tokens, layers, _ = events.shape
+    flat = np.arange(layers)[None, :, None] * experts + events.astype(np.int64)
+    weight = np.ones(layers * experts)
+    blame = weight
+    for _ in range(int(np.clip(_MOST_TERMS // flat.size, 1, _ROUNDS))):
+        part = weight[flat]
+        part /= part.sum(axis=2, keepdims=True)
+        blame = np.bincount(flat.ravel(), weights=part.ravel(), minlength=len(weight)) / tokens
+        weight = np.clip(weight / np.maximum(blame * experts, 1e-3), 1e-9, 1e9)
+    return blame.reshape(layers, experts)
+
+
+def trunk_bound(problem: Problem, blame: Floats) -> float:
+    """Seconds that a token takes at least with the trunk where the problem has it, whatever the placement: the mean.
+
+    As ``waits(S)``, with the room that each node really has beside its trunks.
+    """
+    parts = _Parts(problem, blame)
+    seconds = path_seconds(problem)
+    for ingress, path in enumerate(problem.trunk_node):
+        for node in np.unique(path).tolist():
+            missed = np.sort(blame[ingress, path == node].ravel())
+            lacking = len(missed) - int(problem.node_slots[node])
+            seconds[ingress] += float(parts.cheapest_call_s[node] * missed[: max(lacking, 0)].sum())
+    return float(problem.tokens_per_s @ seconds / problem.tokens_per_s.sum())
+
+
+def path_bounds(problem: Problem, blame: Floats) -> Floats:
+    """Lower bound of the seconds of a token of each ingress, float64 ``[I]``, from blame ``[I, L, E]``."""
+    parts = _Parts(problem, blame)
+    best = np.full(len(blame), np.inf)
     for nodes, ring_s in _sets(problem):
         if parts.can_run(nodes):
             best = np.minimum(best, ring_s + parts.compute(nodes) + parts.waits(nodes, parts.slots(nodes)))
@@ -62,10 +99,10 @@ def _sets(problem: Problem) -> Iterator[tuple[Ints, float]]:
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """What sets of nodes are bounded by, from a problem and the shares that its objective counts."""
+    """What sets of nodes are bounded by, from a problem and the blame ``[I, L, E]`` of its experts."""
 
     problem: Problem
-    shares: Floats
+    blame: Floats
 
     @cached_property
     def most_layers(self) -> Ints:
@@ -80,11 +117,10 @@ class _Parts:
         return np.asarray(self.problem.compute_s.min(axis=1))
 
     @cached_property
-    def saved(self) -> Floats:
-        """Share of chosen experts that are local with so many slots at most, float64 ``[I, L E + 1]``."""
-        ranked = -np.sort(-self.shares.reshape(len(self.shares), -1), axis=1)
-        zero = np.zeros((len(ranked), 1))
-        return np.asarray(np.concatenate([zero, ranked.cumsum(axis=1)], axis=1) / self.problem.top_k)
+    def missed(self) -> Floats:
+        """Layers in which a token misses an expert, at least, where so many slots are missing, ``[I, L E + 1]``."""
+        ranked = np.sort(self.blame.reshape(len(self.blame), -1), axis=1)
+        return np.concatenate([np.zeros((len(ranked), 1)), ranked.cumsum(axis=1)], axis=1)
 
     @cached_property
     def cheapest_call_s(self) -> Floats:
@@ -117,8 +153,8 @@ class _Parts:
 
     def waits(self, nodes: Ints, slots: int) -> Floats:
         """Seconds of waits at least, float64 ``[I]``."""
-        missed = self.saved[:, -1] - self.saved[:, min(slots, self.saved.shape[1] - 1)]
-        return np.asarray(float(self.cheapest_call_s[nodes].min()) * np.maximum(missed, 0.0))
+        lacking = max(self.problem.layers * self.problem.experts - slots, 0)
+        return np.asarray(float(self.cheapest_call_s[nodes].min()) * self.missed[:, lacking])
 
     def by_size(self) -> Floats:
         """Bound all sets of one size together, float64 ``[I]``: the shortest hops, the largest and fastest nodes."""
@@ -126,7 +162,7 @@ class _Parts:
         everyone = np.arange(problem.num_nodes)
         onward = np.where(np.eye(problem.num_nodes, dtype=bool), np.inf, shortest_ways(problem.hop_s)).min(axis=1)
         hops, largest = np.sort(onward).cumsum(), np.argsort(-problem.room.room_bytes.sum(axis=1), kind="stable")
-        best = np.full(len(self.shares), np.inf)
+        best = np.full(len(self.blame), np.inf)
         for size in range(1, min(problem.num_nodes, problem.layers) + 1):
             ring_s = float(hops[size - 1]) if size > 1 else 0.0
             slots = self.slots(largest[:size])

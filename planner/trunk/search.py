@@ -18,7 +18,7 @@ from planner.feasibility import impossible
 from planner.objective import ObjectiveName
 from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import SolveLimits, StopReason, with_status
-from planner.trunk.bound import joint_bound
+from planner.trunk.bound import blame_of, joint_bound, trunk_bound
 from planner.trunk.starts import find_starts
 from planner.trunk.trials import STAY, Trial
 from planner.trunk.viterbi import better_paths
@@ -63,6 +63,7 @@ class _Entry:
 
     name: str
     solved: Solved
+    floor_s: float
     proven: bool = False
 
     @property
@@ -73,8 +74,8 @@ class _Entry:
         """Seconds that a token takes at least with this trunk, as far as it is known."""
         bound = self.solved.result.bound
         if bound is None or self.solved.objective_name != "latency":
-            return 0.0
-        return bound / float(self.solved.problem.tokens_per_s.sum())
+            return self.floor_s
+        return max(self.floor_s, bound / float(self.solved.problem.tokens_per_s.sum()))
 
 
 def search_paths(
@@ -120,6 +121,7 @@ class _Search:
         self.problem, self.tools, self.objective, self.limits = replace(problem, moves=False), tools, objective, limits
         self.report, self.clock, self.began = report, clock, clock()
         self.bound = joint_bound(problem, objective)
+        self.blame = blame_of(problem, "latency")
         self.entries: list[_Entry] = []
         self.failed: dict[str, PlannerError] = {}
 
@@ -156,6 +158,8 @@ class _Search:
     def _place(self, name: str, trunk_node: Ints) -> None:
         """Try a trunk with each quick heuristic; where calls wait for others, both are of use."""
         moved = self.problem.with_trunk(trunk_node)
+        if name != STAY and self.entries and trunk_bound(moved, self.blame) >= self._ranked()[0].mean_s:
+            return
         if missing := impossible(moved):
             self.failed[name] = InfeasibleProblem(missing)
             return
@@ -179,14 +183,18 @@ class _Search:
     def _enter(self, name: str, solved: Solved) -> _Entry:
         known = next((entry for entry in self.entries if entry.name == name), None)
         if known is None:
-            known = _Entry(name, solved)
+            known = _Entry(name, solved, trunk_bound(solved.problem, self.blame))
             self.entries.append(known)
         elif solved.judgement.predicted_latency_s < known.mean_s:
             known.solved = solved
+        self._tell(solved)
+        return known
+
+    def _tell(self, solved: Solved) -> None:
+        """Report what is now the best."""
         best = self._ranked()[0].solved
         if best is solved and best.result.objective is not None:
             self.report(self.clock() - self.began, best.result.objective, self.bound)
-        return known
 
     def _ranked(self) -> list[_Entry]:
         return sorted(self.entries, key=lambda entry: entry.mean_s)
@@ -230,16 +238,14 @@ class _Search:
             found = self._moved(solved, trunk, within_memory=within_memory)
             if found is not None and found.judgement.predicted_latency_s < entry.mean_s * (1 - _SAME):
                 name = entry.name if entry.name not in {STAY, *_PIPELINES} else f"from {entry.name}"
-                self._enter(name, found)
-                entry.name, entry.solved, entry.proven = self._split(entry, name), found, False
+                if name != entry.name:  # a start that readers ask for stays as it was tried
+                    self.entries = [other for other in self.entries if other.name != name]
+                    self.entries.append(replace(entry))
+                    entry.name = name
+                entry.solved, entry.proven = found, False
+                entry.floor_s = trunk_bound(found.problem, self.blame)
+                self._tell(found)
                 return
-
-    def _split(self, entry: _Entry, name: str) -> str:
-        """Leave a start that readers ask for as it was tried, and go on under another name."""
-        if name != entry.name:
-            self.entries = [other for other in self.entries if other.name != name]
-            self.entries.append(_Entry(entry.name, entry.solved, entry.proven))
-        return name
 
     def _moved(self, solved: Solved, trunk: Ints, *, within_memory: bool) -> Solved | None:
         moved = self.problem.with_trunk(trunk)
