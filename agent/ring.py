@@ -263,7 +263,12 @@ class Ring:
         yield Feed(self._session, self._path.segments[0].node, (*self.wanted.prompt, *self.tokens))
 
     def _token(self, event: TokenCame, now: float) -> Iterator[Instruction]:
-        if self.state != "running" or event.position != len(self.wanted.prompt) + len(self.tokens):
+        expected = len(self.wanted.prompt) + len(self.tokens)
+        if self.state != "running" or event.position < expected:
+            return
+        if event.position > expected:
+            last = self._path.segments[-1].node if self._path is not None else ""
+            yield from self._pause(f"{self._part(last)}: a token was lost on its way", now)
             return
         self._progress_at = self._moved_at = now
         self._idle.clear()
@@ -303,7 +308,7 @@ class Ring:
             yield from self._open(now)
         elif self.state == "opening" and self._path is not None and now - self._tried_at >= REPEAT_S:
             self._tried_at = now
-            yield Open(self._opening(self._path), tuple(sorted(self._unopened)))
+            yield Open(self._opening(self._path), _nodes(self._path))  # which tells the others that it is wanted
         elif self.state == "running":
             yield from self._watch(now)
 

@@ -203,6 +203,8 @@ class Registry:
             raise Objection("not_yours", f"a session from {message.path.ingress} cannot be opened by {sender.node}")
         if known := self.at(message.session):
             self._require_owner(known[0], sender)
+            for entry in known:
+                entry.heard_at = now
             return []
         self._require_sound(message)
         if message.epoch > epoch:

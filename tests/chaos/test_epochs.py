@@ -19,11 +19,16 @@ from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge
 from schemas import messages as msg
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, sorted_replicas
-from schemas.plan import Plan
-from tests.small_plans import CATALOGUE, KEYS, plan_through
+from schemas.plan import Plan, Segment, TrunkPath
+from schemas.topology import Context
+from tests.small_plans import CATALOGUE, KEYS, MODEL, plan_through
 
 NODES = ("a", "b", "c")
-BUDGET = am.Budget(msg.TierBytes(device=16 * 32, disk=0), "device", 16)
+SPEC = MODEL.model_copy(update={"trunk_layer_bytes": 8})
+
+
+def budget_of(node: str, slots: int = 32) -> am.Budget:
+    return am.Budget(node, msg.TierBytes(device=16 * slots, disk=0), "device", SPEC, Context())
 
 
 def make_plan(state: ClusterState, seed: int) -> Plan:
@@ -31,7 +36,20 @@ def make_plan(state: ClusterState, seed: int) -> Plan:
     draw = random.Random(seed)
     stages = [_some_placement(draw) for _ in range(draw.choice((1, 1, 2, 3)))]
     ingresses = draw.choice((["a"], ["a", "b"]))
-    return plan_through(*stages, before=state.placement, base_epoch=state.epoch, ingresses=ingresses)
+    plan = plan_through(*stages, before=state.placement, base_epoch=state.epoch, ingresses=ingresses)
+    changes = {
+        "trunk": tuple(_some_path(draw, node) for node in ingresses),
+        "trunk_stage": draw.randint(1, len(stages)),
+    }
+    return plan.model_copy(update=changes).sealed()
+
+
+def _some_path(draw: random.Random, ingress: str) -> TrunkPath:
+    first, second = draw.choice(NODES), draw.choice(NODES)
+    if first == second:
+        return TrunkPath(ingress=ingress, segments=(Segment(node=first, first_layer=0, last_layer=1),))
+    segments = (Segment(node=node, first_layer=layer, last_layer=layer) for layer, node in enumerate((first, second)))
+    return TrunkPath(ingress=ingress, segments=tuple(segments))
 
 
 def _some_placement(draw: random.Random) -> tuple[Replica, ...]:
@@ -49,8 +67,9 @@ class SimulatedAgent:
         self.start()
 
     def start(self) -> None:
-        self.machine = am.AgentMachine(self.journal, BUDGET)
+        self.machine = am.AgentMachine(self.journal, budget_of(self.node))
         self.held: set[am.Held] = set()
+        self.ranges: set[tuple[int, int]] = set()
         self.order: am.Obtain | None = None
         self.steps: list[int] = []
         self.fresh = True
@@ -67,8 +86,10 @@ class SimulatedAgent:
                     self.order = None
                 case am.Keep(assignments):
                     self.held &= am.wanted_replicas(assignments).keys()
+                    self.ranges &= self.machine.budget.ranges(assignments).keys()
                 case am.Activate(assignment):
                     assert am.wanted_replicas([assignment]).keys() <= self.held, "active without its replicas"
+                    assert self.machine.budget.ranges([assignment]).keys() <= self.ranges, "active without its layers"
 
     def obtain(self, fails: bool) -> None:
         order, self.order = self.order, None
@@ -78,6 +99,7 @@ class SimulatedAgent:
             self.handle(am.NotObtained(order.epoch, order.plan, ExitCode.INFEASIBLE, "the disk is full"))
             return
         self.held |= am.wanted_replicas(order.assignments).keys()
+        self.ranges |= self.machine.budget.ranges(order.assignments).keys()
         self.handle(am.Obtained(order.epoch, order.plan))
 
     def take(self, message: msg.Message) -> None:
@@ -209,7 +231,7 @@ class Epochs(RuleBasedStateMachine):
             state = agent.machine.state
             given = [*state.kept, *(a for a in (state.active, state.pending) if a)]
             assert agent.held <= am.wanted_replicas(given).keys()
-            assert 16 * len(agent.held) <= BUDGET.of("device", ingress=False)
+            assert 16 * len(agent.held) <= 16 * 32
 
     @invariant()
     def epochs_agree(self) -> None:
@@ -237,6 +259,13 @@ class Epochs(RuleBasedStateMachine):
             if wanted or node == "a" or agent.machine.active_epoch:  # whoever had a part knows that it is over
                 assert agent.machine.active_epoch == agent.journal.retired == state.epoch
             assert agent.held == wanted
+            runs = {
+                (s.first_layer, s.last_layer)
+                for path in self.coordinator.state.paths
+                for s in path.segments
+                if s.node == node
+            }
+            assert agent.ranges == runs
 
     def settle(self) -> None:
         for _ in range(300):
@@ -270,7 +299,7 @@ def test_plan_beyond_budget_is_given_up_with_the_reason() -> None:
     plan = plan_through(sorted_replicas(everything))
     for node in NODES:
         agent = world.agents[node]
-        agent.machine.budget = am.Budget(msg.TierBytes(device=16 * 6), "device", 16)
+        agent.machine.budget = budget_of(node, 6)
     world.tell(cm.PlanProposed(plan))
     world.settle()
     assert world.coordinator.state.phase == "aborted"

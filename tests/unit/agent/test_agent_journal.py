@@ -10,9 +10,10 @@ from agent import machine as m
 from agent.errors import JournalUnusable, JournalUnwritable
 from agent.journal import Journal
 from schemas import messages as msg
-from tests.small_plans import BYTES, CATALOGUE, LAYOUT
+from schemas.topology import Context
+from tests.small_plans import BYTES, CATALOGUE, LAYOUT, MODEL
 
-BUDGET = m.Budget(msg.TierBytes(device=6 * BYTES), "device", 0)
+BUDGET = m.Budget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, Context())
 
 
 def assignment(epoch, experts):

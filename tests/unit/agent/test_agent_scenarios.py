@@ -8,10 +8,13 @@ import pytest
 from agent import machine as m
 from schemas import messages as msg
 from schemas.outcome import ExitCode
+from schemas.plan import Segment, TrunkPath
+from schemas.topology import Context
 from tests.scenario_files import check
-from tests.small_plans import BYTES, CATALOGUE, LAYOUT
+from tests.small_plans import BYTES, CATALOGUE, LAYOUT, MODEL
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
+SPEC = MODEL.model_copy(update={"trunk_layer_bytes": 8, "kv_bytes_per_token_layer": 1})
 RECORDS = dict(enumerate(CATALOGUE.records))  # e0 to e5
 
 
@@ -23,7 +26,8 @@ class Story:
         self.start()
 
     def start(self) -> None:
-        self.machine = m.AgentMachine(self.journal, m.Budget(msg.TierBytes(device=3 * BYTES), "device", 0))
+        budget = m.Budget("a", msg.TierBytes(device=3 * BYTES), "device", SPEC, Context(tokens=2))
+        self.machine = m.AgentMachine(self.journal, budget)
 
     def act(self, words: list[str]) -> Iterator[str]:
         match words:
@@ -75,11 +79,25 @@ def event(words: list[str]) -> m.Event:
     raise ValueError(f"no such event: {words}")
 
 
-def assignment(epoch: int, plan: str, experts: list[str]) -> msg.Assignment:
-    replicas = tuple(msg.AssignedReplica(record=RECORDS[int(expert)], tier="device") for expert in experts)
+def assignment(epoch: int, plan: str, given: list[str]) -> msg.Assignment:
+    """Experts by number, and `a` or `b` followed by the layers that this node runs for that ingress: ``b:1-1``."""
+    paths = tuple(path(each) for each in given if ":" in each)
+    replicas = tuple(msg.AssignedReplica(record=RECORDS[int(e)], tier="device") for e in given if ":" not in e)
     return msg.Assignment(
-        cluster="test", plan=digest(plan), epoch=epoch, ingress=False, layout=LAYOUT, replicas=replicas
-    )
+        cluster="test", plan=digest(plan), epoch=epoch, ingress=any(p.ingress == "a" for p in paths), layout=LAYOUT,
+        replicas=replicas, paths=paths,
+    )  # fmt: skip
+
+
+def path(text: str) -> TrunkPath:
+    ingress, _, layers = text.partition(":")
+    first, last = map(int, layers.split("-"))
+    segments = [
+        Segment(node="a" if first <= layer <= last else "z", first_layer=layer, last_layer=layer) for layer in (0, 1)
+    ]
+    if (first, last) == (0, 1):
+        segments = [Segment(node="a", first_layer=0, last_layer=1)]
+    return TrunkPath(ingress=ingress, segments=tuple(segments))
 
 
 def digest(plan: str) -> str:
@@ -88,7 +106,9 @@ def digest(plan: str) -> str:
 
 
 def held(assignments: tuple[msg.Assignment, ...]) -> str:
-    names = (f"e{3 * layer + expert}" for layer, expert, _ in sorted(m.wanted_replicas(assignments)))
+    names = [f"e{3 * layer + expert}" for layer, expert, _ in sorted(m.wanted_replicas(assignments))]
+    budget = m.Budget("a", msg.TierBytes(), "device", SPEC, Context(tokens=2))
+    names += (f"{first}-{last}/{kv}" for (first, last), kv in sorted(budget.ranges(assignments).items()))
     return " ".join(names) or "nothing"
 
 
