@@ -186,6 +186,11 @@ def _infeasible_document(error: InfeasibleProblem, solver: str, seconds: float) 
     "--simulate", "simulated", is_flag=True, help="Also replay the held-out events: mean and 95th percentile."
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the comparison (FILE.svg).")
+@click.option(
+    "--trunk",
+    type=click.Choice(["stay", "move", "both"]),
+    help="Where solvers that are no published strategies may run it (as the topology says); both: a row for each.",
+)
 @objective_option
 @time_option
 @gap_option
@@ -198,6 +203,7 @@ def compare(
     holdout: tuple[str, ...],
     simulated: bool,
     plot: Path | None,
+    trunk: Any,
     objective: Any,
     time_limit: float,
     gap: float | None,
@@ -213,7 +219,12 @@ def compare(
     inputs = load_inputs(topology)
     warn_short_traces(inputs)
     split = held_out(inputs, holdout)
-    trial = Trial(objective=objective, limits=limits_of(objective, time_limit, gap, seed), simulated=simulated)
+    trial = Trial(
+        objective=objective,
+        limits=limits_of(objective, time_limit, gap, seed),
+        simulated=simulated,
+        trunk=("stay", "move") if trunk == "both" else (trunk or inputs.topology.trunk.mode,),
+    )
     rows = list(compare_strategies(inputs, split, names, trial))
     if plot:
         from planner.chart import comparison_svg

@@ -1,25 +1,30 @@
 """Placements side by side, judged on events that none of them has seen.
 
-Decides which tokens place and which judge. Flow: traces → split → each strategy's `Solved` → judged on the rest.
+Decides which tokens place and which judge, and who may move the trunk: published strategies have it where they were
+published with it, ours where it is asked for. Flow: traces → split → each strategy's `Solved` → judged on the rest.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
+
+import numpy as np
 
 from planner.demand import Trace, read_trace
 from planner.errors import PlannerError
 from planner.inputs import Inputs
-from planner.objective import ObjectiveName, judge
-from planner.problem import Events, Problem
+from planner.objective import ObjectiveName, Routing, judge
+from planner.problem import Problem
 from planner.simulate import Arrivals, build_network, simulate
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
+from planner.solvers.choose import STRATEGIES
 from planner.solvers.strategies.ignores import IGNORES
 from schemas.files import Fault, InvalidFile
 
+TrunkMode = Literal["stay", "move"]
 _PLACING_SHARE: Final = 0.7
 
 
@@ -71,14 +76,25 @@ def named_trace(inputs: Inputs, text: str) -> tuple[str, Trace]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
-    """How every strategy is run; `simulated` replays the held-out events too, which takes seconds each."""
+    """How every strategy is run.
+
+    Attributes
+    ----------
+    simulated
+        Replay the held-out events too, which takes seconds each.
+    trunk
+        Where solvers that are no published strategies may run it: one row for each.
+    """
 
     objective: ObjectiveName
     limits: SolveLimits
     simulated: bool = False
+    trunk: tuple[TrunkMode, ...] = ("stay",)
 
 
-FIGURES: Final = ("remote_call_share", "any_remote_share", "predicted_latency_s", "bytes_per_token")
+FIGURES: Final = (
+    "remote_call_share", "any_remote_share", "predicted_latency_s", "wait_s", "hops_per_token", "bytes_per_token",
+)  # fmt: skip
 SIMULATED: Final = ("simulated_mean_s", "simulated_p95_s")
 
 
@@ -87,26 +103,39 @@ def compare_strategies(inputs: Inputs, split: Split, names: Sequence[str], trial
 
     `ignores` says what a strategy leaves out; `gap` is that on the events which placed, where one is proven.
     """
-    problem = inputs.problem(split.placing)
     for name in names:
-        yield _row(inputs, problem, inputs.events(split.judging), name, trial)
+        modes = ("move",) if name in STRATEGIES else trial.trunk  # the published say themselves where it runs
+        for mode in modes:
+            row = _row(inputs.with_trunk_mode(mode), split, name, trial)
+            yield {**row, "strategy": name if len(modes) == 1 else f"{name} --trunk {mode}"}
 
 
-def _row(inputs: Inputs, problem: Problem, judging: Sequence[Events], name: str, trial: Trial) -> dict[str, Any]:
+def _row(inputs: Inputs, split: Split, name: str, trial: Trial) -> dict[str, Any]:
     row: dict[str, Any] = {"strategy": name, **dict.fromkeys(FIGURES), "gap": None}
     row.update(dict.fromkeys(SIMULATED) if trial.simulated else {})
     row["ignores"] = IGNORES.get(name, "")
     start = time.monotonic()
     try:
-        solved = solve(problem, name, objective=trial.objective, limits=trial.limits)
+        solved = solve(inputs.problem(split.placing), name, objective=trial.objective, limits=trial.limits)
     except PlannerError as error:
         return {**row, "seconds": time.monotonic() - start, "note": str(error)}
-    judged = solved.problem.judged_on(judging)
-    seen = judge(judged, solved.routing)
-    values = (seen.remote_call_share, seen.any_remote_share, seen.predicted_latency_s, seen.mean_bytes_per_token)
-    row.update(zip(FIGURES, values, strict=True))
+    judged = solved.problem.judged_on(inputs.events(split.judging))
+    row.update(zip(FIGURES, _figures(judged, solved.routing), strict=True))
     if trial.simulated:
         arrivals = Arrivals(seed=trial.limits.seed)
         found = simulate(judged, solved.routing, build_network(inputs.topology), arrivals)
         row.update(zip(SIMULATED, (found.total.mean_s, found.total.p95_s), strict=True))
     return {**row, "gap": solved.result.gap, "seconds": solved.result.seconds, "note": ""}
+
+
+def _figures(problem: Problem, routing: Routing) -> tuple[float, ...]:
+    seen, weights = judge(problem, routing), problem.tokens_per_s / problem.tokens_per_s.sum()
+    hops = (problem.trunk_node != np.roll(problem.trunk_node, -1, axis=1)).sum(axis=1)
+    return (
+        seen.remote_call_share,
+        seen.any_remote_share,
+        seen.predicted_latency_s,
+        float(weights @ seen.wait_s),
+        float(weights @ hops),
+        seen.mean_bytes_per_token,
+    )

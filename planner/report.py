@@ -205,6 +205,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "remote_call_share": ("remote calls", share_text),
         "any_remote_share": ("any remote", share_text),
         "predicted_latency_s": ("time per token", format_seconds),
+        "wait_s": ("of it waits", format_seconds),
+        "hops_per_token": ("hops", lambda hops: f"{hops:.3g}"),
         "bytes_per_token": ("bytes per token", format_bytes),
         "simulated_mean_s": ("simulated mean", format_seconds),
         "simulated_p95_s": ("simulated p95", format_seconds),
