@@ -3,6 +3,7 @@
 Decides which columns are worth keeping. Must not know how they are made or chosen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -101,13 +102,23 @@ class LayerPool:
         return keep
 
 
-def sweep(pool: LayerPool, hold: Bools, price: Floats, places: list[int], slack: float) -> Bools:
+def sweep(
+    pool: LayerPool,
+    hold: Bools,
+    price: Floats,
+    places: list[int],
+    slack: float,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Bools:
     """Decide one place of a layer after another anew, the others as they are; return the placement it ends in.
 
     Each place first holds the whole layer and then drops one expert after another; every placement on the way becomes
     a column, the best at these prices is where the next place starts from.
     """
     for place in places:
+        if should_stop():
+            break
         full = pool.repair.with_place(hold, place)
         path = relink(pool.guide, full, pool.repair.without_place(full, place, price), price)
         pool.add_path(path, slack)

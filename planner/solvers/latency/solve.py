@@ -255,19 +255,29 @@ class _Run:
             pool.add(hold)
         for number in range(1 + min(self.schedule.anchors, self.instance.num_places)):
             for layer in self.rng.permutation(len(self.pools)):
-                if self._over(0.65):
+                if self._late_for_columns():
                     return
                 self._sweep(int(layer), ranked[layer], number)
+
+    def _late_for_columns(self) -> bool:
+        return self._over(0.65)
 
     def _sweep(self, layer: int, ranked: list[int], number: int) -> None:
         """Sweep one layer from the incumbent (number 0) or from its anchor of that number."""
         pool, slack = self.pools[layer], self.schedule.slack * self.layers[layer].range()
         if number == 0:
-            sweep(pool, self.hold[layer], self.price, ranked, slack)
+            sweep(pool, self.hold[layer], self.price, ranked, slack, should_stop=self._late_for_columns)
         elif number <= len(ranked):
             anchor = ranked[number - 1]
             places = [*(place for place in ranked if place != anchor), anchor]
-            sweep(pool, pool.repair.anchored(anchor, self.price), self.price, places, slack)
+            sweep(
+                pool,
+                pool.repair.anchored(anchor, self.price),
+                self.price,
+                places,
+                slack,
+                should_stop=self._late_for_columns,
+            )
 
     def _choose(self) -> None:
         """Choose a column for each layer; the prices that the columns support are those of the next round."""

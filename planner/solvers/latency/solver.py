@@ -29,10 +29,13 @@ from planner.solvers.base import (
 from planner.solvers.decomposition.solver import solve_decomposition
 from planner.solvers.latency.adapter import instance_of, keeps_limits
 from planner.solvers.latency.solve import Limits, Outcome, Progress, Schedule, solve_latency, violations
+from planner.solvers.latency.splits import split_bound
 from planner.solvers.latency.tail import Tail, shorten_tail
 from planner.solvers.routing import route
 
 _ADDITIVE_SHARE: Final = 0.2  # of the time, for a start
+_MANY_PLACES: Final = 24  # above, the relaxation is too slow to prove much in the time there is
+_SPLIT_SHARE: Final = 0.5  # of the time, for a bound there
 _ADDITIVE_GAP: Final = 1e-3
 
 _STOPS: Final = {
@@ -60,13 +63,19 @@ def solve_by_events(
         return replace(added_up, solver="latency")
     floor = _floor(problem, added_up.bound)
     report(Bound(floor))
+    instance, keeps = instance_of(problem), keeps_limits(problem)
+    starts = [limits.start, added_up.placed]
+    if instance.num_places > _MANY_PLACES:
+        time_s = _SPLIT_SHARE * limits.time_s
+        proven, met = split_bound(problem, time_s=time_s, first=added_up.placed, seed=limits.seed)
+        floor, starts = max(floor, proven), [*starts, *met]
+        report(Bound(floor))
     best, value = None, None
-    for placed in (limits.start, added_up.placed):
+    for placed in starts:
         cost = None if placed is None else _checked_cost(problem, placed, objective)
         if placed is not None and cost is not None and (value is None or cost < value):
             best, value = placed, cost
             report(Incumbent(placed, cost))
-    instance, keeps = instance_of(problem), keeps_limits(problem)
     warm = best if best is not None and not violations(instance, best) else None
     outcome = solve_latency(
         instance,
