@@ -18,6 +18,7 @@ from planner.problem import Bools, Problem
 from planner.solvers.base import Result, SolveLimits, SolveStatus, StopReason, ignore, with_status
 from planner.solvers.choose import EXACT, PIPELINES, STRATEGIES, find_solver
 from planner.solvers.events import UnsuitedSolver, refuse_large
+from planner.solvers.milp.joint import refuse_large_joint
 from planner.trunk.search import Tools, search_paths
 
 logger = logging.getLogger(__name__)
@@ -60,14 +61,21 @@ def solve(
         raise UnsuitedSolver(
             "cpsat: the heaviest node of a layer is not in its model; use --solver milp or decomposition"
         )
-    if objective == "latency" and solver in EXACT:
+    if problem.moves:
+        refuse_large_joint(problem, objective)
+    elif objective == "latency" and solver in EXACT:
         refuse_large(problem, solver)
     watch = _counting_paths(problem, objective, watch)
     if in_process or solver in STRATEGIES:
         result = find_solver(solver)(problem, objective=objective, limits=limits, report=ignore)
     else:
         result = solve_in_child(Job(problem, solver, objective, limits), watch)
-    if result.placed is None and result.status is SolveStatus.UNKNOWN and solver not in STRATEGIES:
+    if (
+        result.placed is None
+        and result.status is SolveStatus.UNKNOWN
+        and solver not in STRATEGIES
+        and not problem.moves
+    ):
         result = _stand_in(problem, result, objective=objective, limits=limits)
     return recheck(problem, result, objective=objective, gap=limits.gap)
 
@@ -136,7 +144,7 @@ def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: 
     """Hold a result against feasibility and objective code that no solver shares; raises as `solve` does."""
     from planner.solvers.routing import route
 
-    moved = result.trunk_node is not None
+    moves = problem.moves  # then the solver has counted what paths cost
     if result.trunk_node is not None:
         problem = replace(problem.with_trunk(result.trunk_node), moves=False)
     if result.status is SolveStatus.INFEASIBLE:
@@ -154,7 +162,7 @@ def recheck(problem: Problem, result: Result, *, objective: ObjectiveName, gap: 
     if broken or routing is None:
         raise BrokenPlacement(result.solver, broken)
     value = plan_cost(problem, routing, objective)
-    if result.bound is not None and not moved:  # who moves the trunk has counted its paths
+    if result.bound is not None and not moves:
         result = replace(result, bound=result.bound + path_cost(problem, objective))
     if result.bound is not None and value < result.bound * (1 - _SAME):
         logger.warning("%s claims bound %g above our objective %g; dropped", result.solver, result.bound, value)

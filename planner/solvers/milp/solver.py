@@ -16,7 +16,11 @@ Backend = Callable[[Model, SolveLimits, Report], Answer]
 
 
 def solve_highs(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:
-    """Solve with HiGHS."""
+    """Solve with HiGHS; for paths and placement together where the trunk may move."""
+    if problem.moves:
+        from planner.solvers.milp.joint import solve_joint
+
+        return solve_joint(problem, objective=objective, limits=limits, report=report)
     return _solve("milp", run_highs, problem, objective=objective, limits=limits, report=report)
 
 
