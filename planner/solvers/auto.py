@@ -3,6 +3,7 @@
 Decides from counts alone. Must not know how any of them works.
 """
 
+import time
 from dataclasses import replace
 from typing import Final
 
@@ -34,10 +35,13 @@ def _then_for_the_slowest(
     """Solve, and where `tail` asks for it shorten the slowest waits in the time that is left."""
     if not limits.tail or objective != "latency":
         return solver(problem, objective=objective, limits=limits, report=report)
+    begun = time.monotonic()
     from planner.solvers.latency.solver import shortened
 
     part = replace(limits, time_s=(1 - TAIL_SHARE) * limits.time_s)
-    return shortened(problem, solver(problem, objective=objective, limits=part, report=report), limits)
+    found = solver(problem, objective=objective, limits=part, report=report)
+    left = 0.95 * limits.time_s - (time.monotonic() - begun)
+    return shortened(problem, found, replace(limits, time_s=left))
 
 
 def _decomposed(problem: Problem, *, objective: ObjectiveName, limits: SolveLimits, report: Report) -> Result:

@@ -102,7 +102,7 @@ def solve_by_events(
 
 
 def shortened(problem: Problem, result: Result, limits: SolveLimits) -> Result:
-    """Return the result with the slowest tokens' wait shortened, in what is left of the time, and its bound as it was.
+    """Return the result with the slowest tokens' wait shortened, within the limits, and its bound as it was.
 
     Its objective is that of the new placement, up to 2 % above the best that was found.
     """
@@ -113,7 +113,7 @@ def shortened(problem: Problem, result: Result, limits: SolveLimits) -> Result:
         instance_of(problem),
         result.placed,
         Tail(share=limits.tail),
-        time_s=0.95 * limits.time_s - result.seconds,
+        time_s=limits.time_s,
         seed=limits.seed,
         acceptable=keeps_limits(problem),
     )
