@@ -106,20 +106,31 @@ def solve(
     from planner.propose import Request, propose
     from planner.worth import MovingTerms
 
-    if current is None and (horizon is not None or max_move is not None):
-        raise click.UsageError("--horizon and --max-move are about moving from a plan: give --current PLAN too")
-    if balance and objective != "additive-latency":
-        raise click.UsageError("--balance adds to waits that add up: give --objective additive-latency too")
-    if trunk == "stay" and solver in PIPELINES:
-        raise click.UsageError(
-            f"--trunk stay: {solver} runs the trunk where it keeps the layers; leave one of them out"
-        )
-    if tail and solver not in {"auto", "decomposition"}:
-        raise click.UsageError(f"--tail: {solver} places on its own; use --solver auto or decomposition")
-    if tail and (objective != "latency" or counters is not None):
-        raise click.UsageError(
-            "--tail is about the waits of recorded tokens: use --objective latency and no --counters"
-        )
+    contradictions = (
+        (
+            current is None and (horizon is not None or max_move is not None),
+            "--horizon and --max-move are about moving from a plan: give --current PLAN too",
+        ),
+        (
+            balance and objective != "additive-latency",
+            "--balance adds to waits that add up: give --objective additive-latency too",
+        ),
+        (
+            trunk == "stay" and solver in PIPELINES,
+            f"--trunk stay: {solver} runs the trunk where it keeps the layers; leave one of them out",
+        ),
+        (
+            tail and solver not in {"auto", "decomposition"},
+            f"--tail: {solver} places on its own; use --solver auto or decomposition",
+        ),
+        (
+            tail and (objective != "latency" or counters is not None),
+            "--tail is about the waits of recorded tokens: use --objective latency and no --counters",
+        ),
+    )
+    for contradicts, told in contradictions:
+        if contradicts:
+            raise click.UsageError(told)
     target = output if output or as_json else Path("plan.json")
     if target and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--output {target}: there is no directory {target.absolute().parent}")
