@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
+from runtime.importance import NOBODY, Substitution
 from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
 
@@ -60,6 +61,8 @@ class Dispatcher:
     ----------
     turn
         Which of the routing's variants layer 0 uses; the next layer uses the next.
+    substitution
+        Chooses other experts than the router did, where some are not at hand; exact if None.
     spent_s
         Time in `run` so far, so that the rest of the step's time is the trunk's.
     """
@@ -70,6 +73,7 @@ class Dispatcher:
     counts: Counts
     combine: Combine = "partial"
     turn: int = 0
+    substitution: Substitution | None = None
     spent_s: float = field(default=0.0, init=False)
 
     def run(
@@ -90,9 +94,14 @@ class Dispatcher:
             [T, D] in the dtype of `hidden`.
         """
         began = perf_counter()
-        rows = _sorted_rows(top_k_index, top_k_weights)
         tables = self.routing.tables
-        holder = tables[(self.turn + layer) % len(tables), layer, rows.expert]
+        holders = tables[(self.turn + layer) % len(tables), layer]  # [E]
+        if self.substitution is None:
+            rows = _sorted_rows(top_k_index, top_k_weights)
+        else:
+            at_hand = (holders == LOCAL) & self.residency.at_hand(layer, len(holders))
+            rows = _present_rows(*self.substitution.apply(layer, top_k_index, top_k_weights, at_hand))
+        holder = holders[rows.expert]
         if not self.routing.is_complete and (holder < LOCAL).any():
             missing = int(rows.expert[holder < LOCAL][0])
             raise ExpertUnavailable(layer, missing, f"any node in epoch {self.routing.epoch}")
@@ -205,3 +214,10 @@ def _sorted_rows(top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Rows
     order = chosen.argsort(kind="stable")
     weight = top_k_weights.reshape(-1)[torch.from_numpy(order)].float()
     return Rows(order % num_tokens, chosen[order], weight)
+
+
+def _present_rows(top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Rows:
+    """Sort choices into rows, without those that nobody computes."""
+    rows = _sorted_rows(top_k_index, top_k_weights)
+    first = int((rows.expert == NOBODY).sum())
+    return rows if not first else Rows(rows.token[first:], rows.expert[first:], rows.weight[first:])

@@ -8,20 +8,22 @@ Several sessions' next tokens may also run in one forward (`step_batch`). Must n
 is the caller's business.
 """
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 from uuid import uuid4
 
 import torch
 
-from runtime.batching import BatchCache, decode_mask
+from runtime.caches import BatchCache, decode_mask, session_cache
 from runtime.counters import Counters
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
+from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import Trunk
 from runtime.routing import EpochBoard
 from runtime.sampling import Sampling, prefill_chunks, sample
@@ -59,6 +61,9 @@ class Segment:
     ----------
     kv_budget
         Bytes that the KV caches of all open sessions may take; no limit if None.
+    importance
+        Lets decode steps use other experts than the router's choice, within a budget; exact if None. Prompts and
+        steps that combine in order are exact.
     """
 
     def __init__(
@@ -69,12 +74,15 @@ class Segment:
         *,
         counters: Counters | None = None,
         kv_budget: int | None = None,
+        importance: Importance | None = None,
     ) -> None:
         self.trunk = trunk
         self.residency = residency
         self.board = board
         self.counters = counters or Counters(trunk.spec.layers, trunk.spec.experts)
         self.kv_budget = kv_budget
+        self.importance = importance
+        self._taps = RouterTaps(trunk.model)
         self._sessions: dict[str, _Session] = {}
         self._kv_used = 0
         self._turn = 0
@@ -111,14 +119,12 @@ class Segment:
         KvBudgetExceeded
             It does not fit beside the open sessions.
         """
-        from transformers import DynamicCache
-
         if max_tokens > self.trunk.max_context:
             raise ContextFull(wanted=max_tokens, limit=self.trunk.max_context, what="the model's context")
         needed = self.kv_bytes(max_tokens)
         session = _Session(
             name=session_id,
-            cache=DynamicCache(config=self.trunk.model.config),
+            cache=session_cache(self.trunk.model.config, max_tokens),
             positions=torch.arange(max_tokens, device=self.trunk.device)[None],
             max_tokens=max_tokens,
             kv_bytes=needed,
@@ -177,10 +183,15 @@ class Segment:
         with session.lock:
             session.require(len(inputs))
             positions = session.positions[:, session.seen : session.seen + len(inputs)]
-            run = self._decode if len(inputs) == 1 and self._needs_no_mask else self._prefill
+            is_decode = len(inputs) == 1
+            run = self._decode if is_decode and self._needs_no_mask else self._prefill
+            is_exact = self.importance is None or not is_decode or combine == "ordered"
             dispatcher = self._begin(caller, combine)
             try:
-                hidden = self._forward(dispatcher, lambda: run(inputs[None], positions, session.cache), keep)
+                if is_exact:
+                    hidden = self._forward(dispatcher, lambda: run(inputs[None], positions, session.cache), keep)
+                else:
+                    hidden = self._within(dispatcher, lambda caches: run(inputs[None], positions, *caches), [session])
             finally:
                 self.board.end(dispatcher.routing)
             session.seen += len(inputs)
@@ -223,7 +234,7 @@ class Segment:
                 session.require(1)
             dispatcher = self._begin(caller, "partial")
             try:
-                hidden = self._forward(dispatcher, lambda: self._decode_batch(inputs, sessions), "all")
+                hidden = self._within(dispatcher, lambda caches: self._decode_batch(inputs, sessions, caches), sessions)
             finally:
                 self.board.end(dispatcher.routing)
             for session in sessions:
@@ -242,7 +253,28 @@ class Segment:
         self._turn += 1  # a lost update between threads only repeats a variant
         return Dispatcher(self.residency, routing, caller or NoCaller(), self.counters.fresh(), combine, self._turn)
 
-    def _forward(self, dispatcher: Dispatcher, layers: Callable[[], torch.Tensor], keep: Keep) -> torch.Tensor:
+    def _within(
+        self, dispatcher: Dispatcher, layers: Callable[[list[Any]], torch.Tensor], sessions: Sequence[_Session]
+    ) -> torch.Tensor:
+        """Run one token of each session, exactly or as far as the quality budget allows; `layers` takes caches."""
+        caches = [session.cache for session in sessions]
+
+        def forward(substitution: Substitution | None, is_trial: bool) -> torch.Tensor:
+            if substitution is None:
+                return self._forward(dispatcher, lambda: layers(caches), "all")
+            used = copy.deepcopy(caches) if is_trial else caches
+            other = replace(dispatcher, substitution=substitution, counts=self.counters.fresh())
+            with self._taps.open(substitution.see):
+                return self._forward(other, lambda: layers(used), "all", is_counted=not is_trial)
+
+        if self.importance is None:
+            return forward(None, False)
+        is_whole = self.trunk.has_embedding and self.trunk.has_head
+        return self.importance.run(self._taps, forward, tokens=len(sessions), can_sample=is_whole)
+
+    def _forward(
+        self, dispatcher: Dispatcher, layers: Callable[[], torch.Tensor], keep: Keep, *, is_counted: bool = True
+    ) -> torch.Tensor:
         """Run `layers`, which returns [B, T, D], and the head where the range has it; count the step."""
         began, counts = perf_counter(), dispatcher.counts
         active = self.trunk.dispatch.set(dispatcher.run)
@@ -255,7 +287,10 @@ class Segment:
         finally:
             self.trunk.dispatch.reset(active)
         counts.trunk_s = perf_counter() - began - dispatcher.spent_s
-        self.counters.add(counts)
+        if dispatcher.substitution is not None:
+            dispatcher.substitution.count(counts)
+        if is_counted:
+            self.counters.add(counts)
         return hidden
 
     def _head(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
@@ -277,7 +312,7 @@ class Segment:
         """Run the layers for one token: what the model's forward does where no mask is needed, and no more."""
         return self._run_layers(inputs, positions, cache, [None] * len(self._windows))
 
-    def _decode_batch(self, inputs: torch.Tensor, sessions: Sequence[_Session]) -> torch.Tensor:
+    def _decode_batch(self, inputs: torch.Tensor, sessions: Sequence[_Session], caches: list[Any]) -> torch.Tensor:
         """Run the layers for one token of each session, each with its own positions and cache."""
         positions = torch.cat([session.positions[:, session.seen : session.seen + 1] for session in sessions])
         lengths = [session.seen + 1 for session in sessions]
@@ -285,7 +320,7 @@ class Segment:
             window: decode_mask(lengths, window, additive=self._additive, device=self.trunk.device)
             for window in set(self._windows)
         }
-        cache = BatchCache([session.cache for session in sessions])
+        cache = BatchCache(caches)
         return self._run_layers(inputs[:, None], positions, cache, [by_window[window] for window in self._windows])
 
     def _run_layers(

@@ -6,7 +6,7 @@ Bits also depend on how many threads a matrix product uses: nodes whose results 
 Must not know who called, nor which node it runs on.
 """
 
-import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -123,19 +123,28 @@ def compute_rows(
     with torch.inference_mode(), residency.borrow(layer, experts) as borrowed:
         if tier_rows is not None:
             _count_tiers(tier_rows, borrowed, bounds)
+        if combine == "partial":
+            return _partial_sums(math, rows, hidden, bounds, borrowed)
         weight = rows.weight.unsqueeze(1)
-        if hidden.shape[0] == 1:  # a row per expert, nothing to gather
-            weighted = [math(lent.weights, hidden) * weight[row : row + 1] for row, lent in enumerate(borrowed)]
-            if combine == "partial":
-                return functools.reduce(torch.add, weighted).float()
-            return torch.cat(weighted).to(hidden.dtype)
         token = torch.from_numpy(rows.token).to(hidden.device)
         groups = zip(bounds[:-1], bounds[1:], borrowed, strict=True)
         weighted = [math(lent.weights, hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
-        if combine == "ordered":
-            return torch.cat(weighted).to(hidden.dtype)
-        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        return total.index_add_(0, token, torch.cat(weighted).float())
+        return torch.cat(weighted).to(hidden.dtype)
+
+
+def _partial_sums(
+    math: ExpertMath, rows: Rows, hidden: torch.Tensor, bounds: list[int], borrowed: list[Borrowed]
+) -> torch.Tensor:
+    """Return the weighted sum of each token's rows, [T, D] float32."""
+    if hidden.shape[0] == 1:  # a row per expert, nothing to gather
+        answers = torch.cat([math(lent.weights, hidden) for lent in borrowed])
+        return rows.weight.unsqueeze(0) @ answers.float()
+    token = torch.from_numpy(rows.token).to(hidden.device)
+    gathered = hidden[token]
+    groups = zip(borrowed, itertools.pairwise(bounds), strict=True)
+    answers = torch.cat([math(lent.weights, gathered[start:end]) for lent, (start, end) in groups])
+    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    return total.index_add_(0, token, answers.float() * rows.weight.unsqueeze(1))
 
 
 def _group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from runtime.models import TOKENIZER_FILES, open_model
+from runtime.quick import quicken
 from runtime.skeleton import (
     LOAD_LOCK,
     Held,
@@ -164,6 +165,7 @@ def load_trunk(
     _bind(model, spec, dispatch)
     _cut(model, first_layer, last, spec.num_decoder_layers)
     model.eval().requires_grad_(False).to(device)
+    quicken(model)
     return Trunk(model, spec, held, torch.device(device), first_layer, last, dispatch)
 
 

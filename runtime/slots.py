@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.errors import ExpertUnavailable, InvalidInput, OverBudget, RuntimeFault, writing
 from runtime.tensors import torch_dtype
@@ -187,6 +188,11 @@ class Residency:
         """Return the fastest tier that holds `key`; None if none does."""
         replica = self._fastest.get(key)
         return None if replica is None else replica.tier
+
+    def at_hand(self, layer: int, experts: int) -> NDArray[np.bool_]:
+        """Whether each expert of a layer can be computed without reading its record first, bool [E]."""
+        found = (self._fastest.get((layer, expert)) for expert in range(experts))
+        return np.array([replica is not None and replica.tier != "disk" for replica in found])
 
     def held(self) -> dict[Tier, list[Key]]:
         """Return the sorted keys held in each tier."""

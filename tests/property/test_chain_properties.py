@@ -37,7 +37,7 @@ def forced(chain, ids, prompt, **options):
     family=st.sampled_from(FAMILIES[:5]),
     cuts=st.sets(st.integers(1, LAYERS - 1), max_size=4),
     nodes=st.integers(1, 5),
-    prompts=st.lists(st.integers(1, 80), min_size=1, max_size=4),
+    prompts=st.lists(st.integers(1, 140), min_size=1, max_size=4),
     seed=st.integers(0, 1 << 30),
 )
 def test_a_chain_is_the_whole_model(family, cuts, nodes, prompts, seed):

@@ -13,7 +13,7 @@ from runtime.errors import ContextFull, InvalidInput, UnknownSession
 from runtime.sampling import PREFILL_CHUNK, Sampling
 from tests.families import FAMILIES, chain_model, make_store
 
-DRAWN = torch.randint(2, 256, (4, 120), generator=torch.Generator().manual_seed(3)).tolist()
+DRAWN = torch.randint(2, 256, (4, 160), generator=torch.Generator().manual_seed(3)).tolist()
 PROMPTS = [DRAWN[0][: PREFILL_CHUNK + 9], DRAWN[1][:3], DRAWN[2][:20], DRAWN[3][:15]]  # windows are 16
 STEPS = 12
 SPLITS = {2: [1], 3: [1, 3], 4: [1, 2, 3]}

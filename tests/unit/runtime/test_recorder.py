@@ -8,9 +8,9 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from runtime import recorder
 from runtime.errors import InvalidInput
 from runtime.recorder import import_route_csv, read_texts, record_trace
+from runtime.routers import routers_of
 from schemas.activation import read_trace_header
 from tests.families import FAMILIES, reference
 
@@ -37,7 +37,7 @@ def test_the_chosen_come_first_then_the_next_best(checkpoint, letters, family):
     trace = record_trace(checkpoint(family), [text], workload="w", candidates=8)
     model = reference(checkpoint(family))
     chosen = []
-    for router in recorder._routers(model):
+    for router in routers_of(model):
         router.register_forward_hook(lambda _, __, output: chosen.append(output[2]))
     model(torch.tensor([Letters()(text)["input_ids"]]))
     want = torch.stack(chosen, dim=1).numpy()  # [T, L, K]

@@ -1,4 +1,4 @@
-"""The KV caches of several sessions as the one cache that a batched forward writes to and reads from.
+"""KV caches: one session's, written in place, and those of several sessions as the one cache of a batched forward.
 
 Decides how rows of different lengths lie in one tensor (each from the start, zeros behind) and what each row may attend
 to: all that its own cache returns, which for one new token of a sliding window is the window itself. Axes: B sessions,
@@ -6,9 +6,55 @@ H heads, S longest cache. Must not know layers' arithmetic.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+
+
+def session_cache(config: Any, max_tokens: int) -> Any:
+    """Return an empty cache of transformers' own kind for a session of at most `max_tokens`."""
+    from transformers import DynamicCache
+
+    made = DynamicCache(config=config)
+    kind, full = _reserved_layer()
+    made.layers = [kind(max_tokens) if type(layer) is full else layer for layer in made.layers]
+    return made
+
+
+@cache
+def _reserved_layer() -> tuple[Any, type]:
+    """Return the cache layer that writes in place, and the one it replaces; transformers is imported when needed."""
+    from transformers.cache_utils import DynamicLayer
+
+    class ReservedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
+        """Keys and values of one layer in memory for all tokens to come: a new token copies itself, not the others."""
+
+        def __init__(self, max_tokens: int) -> None:
+            super().__init__()
+            self._max_tokens = max_tokens
+            self._seen = 0
+
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+            super().lazy_initialization(key_states, value_states)
+            self._all_keys, self._all_values = (
+                states.new_empty((*states.shape[:2], self._max_tokens, states.shape[3]))
+                for states in (key_states, value_states)
+            )
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Append new states [1, H, T, d]; return all, [1, H, S, d]."""
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            seen, self._seen = self._seen, self._seen + key_states.shape[2]
+            self._all_keys[:, :, seen : self._seen] = key_states
+            self._all_values[:, :, seen : self._seen] = value_states
+            self.keys, self.values = self._all_keys[:, :, : self._seen], self._all_values[:, :, : self._seen]
+            return self.keys, self.values
+
+    return ReservedLayer, DynamicLayer
 
 
 class BatchCache:
