@@ -26,7 +26,9 @@ def path_lines(paths: Sequence[PathSummary], *, why: bool = False) -> Iterator[s
 
 
 def _way(path: PathSummary) -> str:
-    return route_text(legs_of(path))
+    legs = legs_of(path)
+    stays = len(legs) == 1 and legs[0].node == path.ingress
+    return "every layer where they enter" if stays else route_text(legs)
 
 
 def route_text(legs: Sequence[Leg]) -> str:

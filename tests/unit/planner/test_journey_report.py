@@ -35,7 +35,7 @@ def test_ingresses_with_the_same_way_share_a_line():
     alike = [MOVING, MOVING.model_copy(update={"ingress": "c", "why": "it is near"}), STAYING]
     assert list(path_lines(alike)) == [
         "tokens of a, c: layers 0 on a → 1 on b → back, 12 ms each",
-        "tokens of b: layers 0 … 1 on b, 22 ms each",
+        "tokens of b: every layer where they enter, 22 ms each",
     ]
     lines = list(path_lines(alike, why=True))
     assert lines[1:3] == [f"  a: {cost_text(legs_of(MOVING))}", "  c: it is near"]

@@ -171,7 +171,6 @@ SPOILED = {
     "no trace": ({"workloads": {"a": "a.safetensors"}}, "has no trace"),
     "trace not there": ({"workloads": {"a": "x", "b": "b", "c": "c"}}, "x"),
     "no model": ({"model": "nowhere"}, "neither a checkpoint directory nor a model spec file"),
-    "move": ({"trunk": {"mode": "move"}}, "not in this version"),
     "quality": ({"quality": {"budget": "1 %"}}, "not in this version"),
     "pin outside": ({"pins": [{"layer": 9, "expert": 0, "node": "a"}]}, "layer 9 expert 0 is not in tiny"),
     "pin and ban": (
@@ -237,7 +236,7 @@ def test_a_current_plan_of_another_cluster_or_model_is_refused(planner, workspac
     ("arguments", "message"),
     [
         (("--solver", "quantum"), "'milp'"),
-        (("--solver", "pipeline"), "'milp'"),
+        (("--solver", "pipeline", "--trunk", "stay"), "--trunk stay: pipeline runs the trunk"),
         (("--horizon", "1 h"), "--current"),
         (("--current", "plan.json", "--horizon", "1"), "--current"),
         (("--objective", "speed"), "additive-latency"),
