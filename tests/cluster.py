@@ -368,9 +368,13 @@ def make_plan(
     current: Plan | None = None,
     tier: str = "device",
     ingresses: Iterable[str] | None = None,
+    paths: Iterable[TrunkPath] = (),
     **changes: Any,
 ) -> Plan:
-    """Make a plan by hand in one stage: `holders(layer, expert)` names the nodes of each expert, as node or node/tier."""
+    """Make a plan by hand in one stage: `holders(layer, expert)` names the nodes of each expert, as node or node/tier.
+
+    Tokens that enter at `ingresses` stay there; the others take `paths`.
+    """
     model = spec(cluster.dtype)
     keys = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
     placement = sorted_replicas(
@@ -390,15 +394,20 @@ def make_plan(
         Step(stage=1, action="drop", layer=r.layer, expert=r.expert, node=r.node, tier=r.tier, bytes=size)
         for r in sorted_replicas(before - set(placement))
     ]
-    entries = tuple(cluster.nodes[:1] if ingresses is None else ingresses)
+    given = tuple(paths)
+    entries = tuple((() if given else cluster.nodes[:1]) if ingresses is None else ingresses)
+    trunk = (*(_stay(node, model) for node in entries), *given)
     by_key: dict[tuple[int, int], list[str]] = {}
     for replica in placement:
         by_key.setdefault(replica.key, []).append(replica.node)
+    runs = {
+        (s.node, layer) for path in trunk for s in path.segments for layer in range(s.first_layer, s.last_layer + 1)
+    }
     routes = [
         Route(ingress=node, layer=key[0], expert=key[1], holder=nodes[0])
-        for node in entries
+        for node in sorted({node for node, _ in runs})
         for key, nodes in by_key.items()
-        if node not in nodes
+        if (node, model.moe_layer_indices[key[0]]) in runs and node not in nodes
     ]
     base = current.epoch if current else 0
     document = {
@@ -410,7 +419,7 @@ def make_plan(
         "dtype": cluster.dtype,
         "placement": placement,
         "routes": sorted_routes(routes),
-        "trunk": tuple(_stay(node, model) for node in entries),
+        "trunk": tuple(sorted(trunk, key=lambda path: path.ingress)),
         "steps": tuple(steps),
         "summary": Summary(status="feasible", solver="hand", objective_name="none", objective=0.0, seconds=0.0),
         **changes,
@@ -421,6 +430,16 @@ def make_plan(
 def _stay(node: str, model: ModelSpec) -> TrunkPath:
     segment = Segment(node=node, first_layer=0, last_layer=model.num_decoder_layers - 1)
     return TrunkPath(ingress=node, segments=(segment,))
+
+
+def ring(ingress: str, *parts: str) -> TrunkPath:
+    """A path of ``node:first-last``."""
+    segments = []
+    for part in parts:
+        node, _, layers = part.partition(":")
+        first, _, last = layers.partition("-")
+        segments.append(Segment(node=node, first_layer=int(first), last_layer=int(last)))
+    return TrunkPath(ingress=ingress, segments=tuple(segments))
 
 
 def spread(nodes: list[str], shift: int = 0) -> Callable[[int, int], Iterable[str]]:

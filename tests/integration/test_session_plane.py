@@ -1,0 +1,385 @@
+"""Session planes with real sockets and real segments, several in one process: rings, healing, memory, strangers."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+
+from agent import sessions
+from agent.errors import AgentError, RequestCancelled
+from agent.generation import Generator, Ingress
+from agent.peers import Patience, PeerCaller
+from agent.ring import Way
+from agent.routes import EpochRoutes
+from agent.segments import Offer, SessionPlane
+from agent.sessions import Sender
+from agent.transport import bind, make_socket
+from runtime.engine import Segment as Runner
+from runtime.errors import ContextFull
+from runtime.loading import TensorPool, load_tokenizer, load_trunk
+from runtime.routing import EpochBoard, Routing
+from runtime.slots import Residency
+from runtime.store import Store
+from schemas import messages as msg
+from schemas.address import Address
+from schemas.plan import TrunkPath
+from schemas.sessions import CloseSession, OpenSession, SessionAlive, StepHeader, encode_session, pack_step
+from schemas.wire import Limits
+from tests.cluster import MODEL, PROMPTS, ring, spec, wait_for
+from tests.integration.conftest import NUM_TOKENS
+
+LIMITS = Limits(4, 16, 2, 192, 1024)
+SESSIONS = 4
+Reference = dict[str, list[int]]
+
+
+TWO = ring("a", "a:0-1", "b:2-3")
+
+
+class Node:
+    """One node's plane with its worker threads and segments."""
+
+    def __init__(self, world: "World", name: str) -> None:
+        self.context = zmq.Context()
+        self.over = threading.Event()
+        socket = make_socket(self.context, zmq.ROUTER, "session", frame_bytes=LIMITS.call_bytes)
+        port = bind(socket, Address("127.0.0.1", 0), "session")
+        self.endpoints = msg.Endpoints(address="127.0.0.1", expert=1, weights=1, client=1, session=port)
+        self.plane = SessionPlane(
+            self.context, socket, me=Sender(name, f"{time.monotonic_ns()}"), limits=LIMITS, layers=4,
+            endpoints=lambda: world.endpoints, make_caller=lambda: world.make_caller(self.context),
+            stopped=self.over.is_set,
+        )  # fmt: skip
+        self.workers = self.plane.workers(2)
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        self.over.set()
+        for worker in self.workers:
+            worker.join()
+        self.plane.close()
+        self.context.destroy(linger=0)
+
+
+class World:
+    """Nodes a, b and c, every expert at each of them, and the path of what enters at a."""
+
+    def __init__(self, store: Path) -> None:
+        opened = Store.open(store)
+        self.model = spec()
+        self.residency = Residency(opened.manifest.layout, {"device": self.model.total_expert_bytes})
+        for key, record in opened.by_key.items():
+            self.residency.put(key, "device", opened.read(record.sha256))
+        self.board = EpochBoard(Routing.all_local(1, layers=4, experts=16))
+        self.pool = TensorPool()
+        self.endpoints: dict[str, msg.Endpoints] = {}
+        self.nodes: dict[str, Node] = {}
+        self.ingress = Ingress(load_tokenizer(MODEL), 1024)
+        self.ranges = {
+            (a, b): load_trunk(MODEL, dtype="float32", first_layer=a, last_layer=b, pool=self.pool)
+            for a, b in [(0, 3), (0, 1), (2, 3), (1, 2), (0, 0), (3, 3)]
+        }
+        for name in "abc":
+            self.start(name)
+        self.use(TWO)
+
+    def start(self, name: str) -> None:
+        self.nodes[name] = Node(self, name)
+        self.endpoints = {**self.endpoints, name: self.nodes[name].endpoints}
+        self.offer(name, 1)
+
+    def offer(self, name: str, epoch: int, *, without: tuple[tuple[int, int], ...] = ()) -> None:
+        segments = {
+            key: Runner(trunk, self.residency, self.board, kv_budget=self.kv_budget(*key))
+            for key, trunk in self.ranges.items()
+            if key not in without
+        }
+        known = self.nodes[name].plane.offer.segments
+        segments = {key: known.get(key, segment) for key, segment in segments.items()}
+        self.nodes[name].plane.offer = Offer(epoch, segments, frozenset(segments))
+
+    def kv_budget(self, first: int, last: int) -> int:
+        return self.model.kv_bytes_per_token_layer * (last - first + 1) * 1024 * SESSIONS
+
+    def make_caller(self, context: zmq.Context) -> PeerCaller:
+        nothing = Routing.all_local(1, layers=4, experts=16)
+        return PeerCaller(
+            context, endpoints=dict, routes=lambda: EpochRoutes(nothing, {}, frozenset()), residency=self.residency,
+            limits=LIMITS, patience=Patience(),
+        )  # fmt: skip
+
+    def use(self, path: TrunkPath, epoch: int = 1) -> None:
+        self.way = Way(epoch, path)
+
+    def generate(
+        self, prompt: str, count: int = NUM_TOKENS, *, enough: int | None = None,
+        seen: Callable[[int], None] = lambda _: None, patience_s: float = 20.0, **options: object,
+    ) -> list[int]:  # fmt: skip
+        """Answer a prompt; cancel after `enough` tokens; tell `seen` how many there are."""
+        generator = Generator(
+            self.nodes["a"].plane, ingress=lambda: self.ingress, way=lambda: self.way, patience_s=patience_s
+        )
+        request = msg.GenerateRequest(request="r", prompt=prompt, max_tokens=count, **options)  # type: ignore[arg-type]
+        tokens: list[int] = []
+        try:
+            for message in generator.generate(request, lambda: enough is not None and len(tokens) >= enough):
+                if isinstance(message, msg.Generated):
+                    tokens.append(message.token)
+                    seen(len(tokens))
+        except RequestCancelled:
+            assert enough is not None
+        return tokens
+
+    def kv_used(self) -> int:
+        return sum(s.kv_used for node in self.nodes.values() for s in node.plane.offer.segments.values())
+
+    def require_clean(self) -> None:
+        """Nothing is held for any session any more."""
+
+        def left() -> list[object]:
+            planes = [node.plane for node in self.nodes.values()]
+            return [
+                (p._registry.snapshot(), p._open, p._fronts) for p in planes if p.num_sessions or p._open or p._fronts
+            ]
+
+        wait_for(lambda: not self.kv_used() and not left(), timeout_s=10, what=lambda: f"nothing left of {left()}")
+
+    def stop(self) -> None:
+        for node in self.nodes.values():
+            node.stop()
+
+
+@contextmanager
+def made(store: Path) -> Iterator[World]:
+    world = World(store)
+    try:
+        yield world
+    finally:
+        world.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(store: Path) -> Iterator[World]:
+    with made(store) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared: World) -> Iterator[World]:
+    shared.use(TWO)
+    yield shared
+    shared.require_clean()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ring("a", "a:0-3"),
+        ring("a", "b:0-3"),
+        TWO,
+        ring("a", "b:0-1", "c:2-3"),
+        ring("a", "b:0-0", "c:1-2", "b:3-3"),
+        ring("a", "a:0-0", "b:1-2", "a:3-3"),
+    ],
+    ids=lambda path: " ".join(f"{s.node}{s.first_layer}-{s.last_layer}" for s in path.segments),
+)
+def test_any_ring_gives_one_node_tokens(world: World, reference: Reference, path: TrunkPath) -> None:
+    world.use(path)
+    assert world.generate(PROMPTS[0], combine="ordered") == reference[PROMPTS[0]]
+    assert world.generate(PROMPTS[1]) == reference[PROMPTS[1]]
+
+
+def test_sampling_does_not_depend_on_the_path(world: World) -> None:
+    options = {"temperature": 0.9, "top_p": 0.9, "seed": 7}
+    first = world.generate(PROMPTS[2], **options)
+    world.use(ring("a", "b:0-1", "c:2-3"))
+    assert world.generate(PROMPTS[2], **options) == first
+
+
+def test_answers_that_meet_at_a_node_keep_their_own_tokens(
+    world: World, one_node: Callable[[str, int], list[int]]
+) -> None:
+    answers: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = world.generate(PROMPTS[number % 3], 40 + number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(SESSIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: one_node(PROMPTS[number % 3], 40 + number) for number in range(SESSIONS)}
+
+
+@pytest.mark.parametrize("combine", ["partial", "ordered"])
+def test_another_path_in_mid_answer(world: World, reference: Reference, combine: str) -> None:
+    def turn(count: int) -> None:
+        if count == 20:
+            world.use(ring("a", "b:0-1", "c:2-3"), 1)
+        if count == 40:
+            world.use(ring("a", "a:0-3"), 1)
+
+    assert world.generate(PROMPTS[0], seen=turn, combine=combine) == reference[PROMPTS[0]]
+
+
+def test_a_node_that_starts_anew_in_mid_answer(store: Path, reference: Reference) -> None:
+    """Under a new port and without memory of any session; tokens on their way to it are lost."""
+
+    def restart(count: int) -> None:
+        if count == 20:
+            world.nodes["b"].stop()
+            world.start("b")
+
+    with made(store) as world:
+        assert world.generate(PROMPTS[0], seen=restart) == reference[PROMPTS[0]]
+        world.require_clean()
+
+
+def test_a_range_that_is_retired_in_mid_answer(store: Path, reference: Reference) -> None:
+    """The segment says so at once; the ingress goes on along its newer path as soon as it has one."""
+
+    def retire(count: int) -> None:
+        if count == 20:
+            world.offer("b", 2, without=((2, 3),))
+            world.nodes["b"].plane.retire()
+            threading.Timer(0.5, lambda: world.use(ring("a", "a:0-1", "c:2-3"), 1)).start()
+
+    with made(store) as world:
+        assert world.generate(PROMPTS[0], seen=retire) == reference[PROMPTS[0]]
+        world.require_clean()
+
+
+def test_a_node_that_stays_away_is_named(store: Path) -> None:
+    with made(store) as world:
+        world.nodes["b"].stop()
+        began = time.monotonic()
+        with pytest.raises(AgentError, match="layers 2 … 3 on b: cannot be reached; given up after 2 s"):
+            world.generate(PROMPTS[0], patience_s=2.0)
+        assert time.monotonic() - began < 6
+        world.nodes["b"] = Node(world, "b")
+        world.offer("b", 1)
+        world.require_clean()
+
+
+def test_memory_is_as_before_after_many_sessions_a_third_of_them_cancelled(world: World, reference: Reference) -> None:
+    def ask(first: int) -> None:
+        for number in range(first, 48, SESSIONS):
+            enough = number % 5 if number % 3 == 0 else None
+            got = world.generate(PROMPTS[number % 3], 6, enough=enough)
+            assert got == reference[PROMPTS[number % 3]][: len(got)]
+            done.append(len(got) == 6)
+
+    done: list[bool] = []
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(SESSIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(done), done.count(True) >= 32) == (48, True)
+    world.require_clean()
+
+
+def test_sessions_beyond_the_kv_budget_wait_for_room_or_say_that_there_is_none(world: World) -> None:
+    ingress, world.ingress = world.ingress, Ingress(world.ingress.tokenizer, 4096)
+    with pytest.raises(AgentError, match="exceed the model's context of 2048"):
+        world.generate(PROMPTS[0], 3000)
+    world.ingress = ingress
+    with pytest.raises(ContextFull, match=r"exceed the planned context\.tokens of 1024"):
+        world.generate(PROMPTS[0], 1024)
+    holding = [Stranger(world, "a") for _ in range(SESSIONS)]
+    for number, peer in enumerate(holding, start=1):
+        assert peer.ask(opening(f"{number:032x}", most=1024))["type"] == "opened"
+    with pytest.raises(AgentError, match=r"layers 2 … 3 on b: KV cache: .* would exceed the budget of"):
+        world.generate(PROMPTS[0], 900, patience_s=1.0)
+    for number, peer in enumerate(holding, start=1):
+        peer.tell(CloseSession(session=f"{number:032x}"))
+        peer.stop(wait_s=0.2)
+
+
+def test_a_session_whose_ingress_is_gone_is_freed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "LEASE_S", 0.5)
+    peer = Stranger(world, "a")
+    assert peer.ask(opening("1" * 32))["type"] == "opened"
+    assert world.kv_used()
+    peer.stop()
+    world.require_clean()
+
+
+class Stranger:
+    """Whoever speaks to b's session plane by hand, under any name."""
+
+    def __init__(self, world: World, node: str, incarnation: str = "") -> None:
+        self.context = zmq.Context()
+        name = f"{node}/{incarnation or time.monotonic_ns()}".encode()
+        self.socket = make_socket(self.context, zmq.DEALER, "session", frame_bytes=1 << 20, identity=name)
+        self.socket.connect(f"tcp://127.0.0.1:{world.endpoints['b'].session}")
+
+    def tell(self, *frames: object) -> None:
+        self.socket.send_multipart([f if isinstance(f, bytes) else encode_session(f) for f in frames])  # type: ignore[arg-type]
+
+    def ask(self, *frames: object) -> dict[str, object]:
+        self.tell(*frames)
+        assert self.socket.poll(5000), "no answer"
+        return json.loads(self.socket.recv())  # type: ignore[no-any-return]
+
+    def stop(self, wait_s: float = 0.0) -> None:
+        time.sleep(wait_s)
+        self.context.destroy(linger=0)
+
+
+def opening(session: str, *, path: TrunkPath = TWO, most: int = 100, epoch: int = 1) -> OpenSession:
+    return OpenSession(session=session, epoch=epoch, path=path, prompt_tokens=3, max_tokens=most)
+
+
+def test_strangers_get_a_typed_answer_and_change_nothing(world: World, reference: Reference) -> None:
+    peer, other = Stranger(world, "a"), Stranger(world, "z")
+    mine, unknown = "1" * 32, "2" * 32
+    assert peer.ask(opening(mine))["type"] == "opened"
+    used = world.kv_used()
+
+    def code(who: Stranger, *frames: object) -> object:
+        answer = who.ask(*frames)
+        assert answer["type"] == "session_fault"
+        assert answer["node"] == "b"
+        return answer["code"]
+
+    step = pack_step(StepHeader(mine, 1, 0, 1, "hidden", 192))
+    assert code(other, opening(unknown)) == "not_yours"
+    assert code(other, opening(mine)) == "not_yours"
+    assert code(peer, opening(unknown, path=ring("z", "b:0-3"))) == "not_yours"
+    assert code(other, CloseSession(session=mine)) == "not_yours"
+    assert code(other, SessionAlive(session=mine)) == "not_yours"
+    assert code(other, step, bytes(768)) == "not_yours"
+    assert code(peer, SessionAlive(session=unknown)) == "unknown_session"
+    assert code(peer, CloseSession(session=unknown)) == "unknown_session"
+    assert code(peer, pack_step(StepHeader(unknown, 1, 0, 1, "hidden", 192)), bytes(768)) == "unknown_session"
+    assert code(peer, pack_step(StepHeader(unknown, 0, 0, 1, "token")), bytes(4)) == "unknown_session"
+    assert code(peer, opening(unknown, epoch=9)) == "not_ready"
+    assert code(peer, opening(unknown, path=ring("a", "b:0-2", "c:3-3"))) == "stale_epoch"
+    assert code(peer, opening(unknown, path=ring("a", "c:0-3"))) == "refused"
+    assert code(peer, opening(unknown, most=4000)) == "context_full"
+    assert code(peer, b"no message") == "refused"
+    assert code(peer, step, bytes(767)) == "refused"
+    assert code(peer, step[:-1], bytes(768)) == "refused"
+    assert code(peer, b"a", b"b", b"c") == "refused"
+    before = peer.ask(opening("3" * 32, path=ring("a", "b:0-1", "c:2-3")))
+    assert before["type"] == "opened"
+    assert code(peer, pack_step(StepHeader("3" * 32, 0, 0, 3, "ids")), b"\xff" * 12) == "refused"
+    peer.tell(CloseSession(session="3" * 32))
+    last = Stranger(world, "a", "another start")
+    assert code(last, CloseSession(session=mine)) == "not_yours"
+    assert peer.ask(SessionAlive(session=mine)) == {
+        "type": "session_standing", "session": mine, "position": 0, "is_busy": False
+    }  # fmt: skip
+    assert world.kv_used() == used
+    assert world.generate(PROMPTS[0]) == reference[PROMPTS[0]]
+    peer.tell(CloseSession(session=mine))
+    for each in (peer, other, last):
+        each.stop(wait_s=0.1)
