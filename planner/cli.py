@@ -26,6 +26,7 @@ from planner.options import (
     limits_of,
     objective_option,
     print_json,
+    refuse,
     seed_option,
     tail_option,
     time_option,
@@ -106,7 +107,7 @@ def solve(
     from planner.propose import Request, propose
     from planner.worth import MovingTerms
 
-    contradictions = (
+    refuse(
         (
             current is None and (horizon is not None or max_move is not None),
             "--horizon and --max-move are about moving from a plan: give --current PLAN too",
@@ -128,9 +129,6 @@ def solve(
             "--tail is about the waits of recorded tokens: use --objective latency and no --counters",
         ),
     )
-    for contradicts, told in contradictions:
-        if contradicts:
-            raise click.UsageError(told)
     target = output if output or as_json else Path("plan.json")
     if target and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--output {target}: there is no directory {target.absolute().parent}")

@@ -4,7 +4,6 @@ Decides wording and columns only; the figures are those of the plan.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -16,8 +15,10 @@ from schemas.units import format_seconds
 
 def path_lines(paths: Sequence[PathSummary], *, why: bool = False) -> Iterator[str]:
     """Yield the ways of tokens, ingresses with the same one together, and where asked why each is as it is."""
-    for way, alike in groupby(sorted(paths, key=_way), key=_way):
-        together = tuple(alike)
+    alike: dict[str, list[PathSummary]] = {}
+    for path in paths:
+        alike.setdefault(_way(path), []).append(path)
+    for way, together in alike.items():
         totals = sorted(sum(leg.total_s for leg in legs_of(path)) for path in together)
         ends = dict.fromkeys(format_seconds(total) for total in (totals[0], totals[-1]))
         yield f"tokens of {', '.join(path.ingress for path in together)}: {way}, {' … '.join(ends)} each"

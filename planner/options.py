@@ -66,6 +66,13 @@ class Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
             self.fail(str(error), param, ctx)
 
 
+def refuse(*contradictions: tuple[object, str]) -> None:
+    """Raise the first usage error whose condition holds."""
+    for holds, told in contradictions:
+        if holds:
+            raise click.UsageError(told)
+
+
 def limits_of(
     objective: ObjectiveName, time_limit: float, gap: float | None, seed: int, tail: float = 0.0
 ) -> SolveLimits:
