@@ -15,7 +15,7 @@ from planner.solvers.terms import exact_terms
 
 TINY_SHARES: Final = 3_000  # shares of calls up to which the exact model is as quick as any
 TINY_ROWS: Final = 4_000  # rows of events up to which it takes seconds for the latency objective
-TAIL_SHARE: Final = 0.4  # of the time, to shorten the slowest waits
+TAIL_SHARE: Final = 0.5  # of the time, to shorten the slowest waits
 EXACT_SHARE: Final = 0.5  # of the time, before the latency solver takes over
 
 
