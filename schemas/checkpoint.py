@@ -267,9 +267,9 @@ def _trunk_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 
 def _kv_elements(checkpoint: Checkpoint) -> int:
-    """Elements the KV cache keeps per token and layer (transformers caches DeepSeek's keys and values expanded)."""
+    """Elements the KV cache keeps per token and layer (of DeepSeek the latent, as transformers does since 5.23)."""
     config, heads = checkpoint.config, _setting(checkpoint, "num_attention_heads")
-    if config.get("qk_nope_head_dim") is not None:
-        return heads * sum(_setting(checkpoint, n) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    if config.get("kv_lora_rank") is not None:
+        return _setting(checkpoint, "kv_lora_rank") + _setting(checkpoint, "qk_rope_head_dim")
     head_dim = config.get("head_dim") or _setting(checkpoint, "hidden_size") // heads
     return 2 * (config.get("num_key_value_heads") or heads) * int(head_dim)

@@ -8,7 +8,7 @@ import torch
 from runtime.engine import Sampling, generate
 from runtime.errors import CallFailed, ContextFull, ExpertUnavailable, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.routing import Routing
-from tests.families import InProcessCaller, all_here, reference, reference_tokens, split_model, spread
+from tests.families import FAMILIES, InProcessCaller, all_here, reference, reference_tokens, split_model, spread
 
 NEVER = frozenset()
 
@@ -34,6 +34,15 @@ def test_kv_memory_is_accounted_bounded_and_freed(checkpoint, store):
     segment.close("a")
     assert (segment.kv_used, segment.num_sessions) == (0, 0)
     segment.open("b", 33)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_session_reserves_what_its_cache_takes(checkpoint, store, family):
+    segment = split_model(checkpoint(family), store(family), all_here(store(family))).segment
+    segment.open("a", 12)
+    segment.step("a", torch.arange(5, 17))
+    layers = segment._sessions["a"].cache.layers
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == segment.kv_used
 
 
 def test_context_is_bounded(split):
