@@ -30,6 +30,9 @@ class Counts:
         (token, layer, expert) evaluations, and those computed elsewhere.
     tier_rows
         Local evaluations by the tier that the expert was found in.
+    replaced_rows, spared_events, lost_mass
+        Evaluations that another expert made, or none; (token, layer) pairs that wait for nobody because of it; and the
+        share of the router's top-K mass that was given up, summed over pairs.
     local_calls, remote_calls
         Groups of evaluations computed at once: by layer here, by layer and holder elsewhere.
     trunk_s, local_s, wait_s
@@ -43,6 +46,9 @@ class Counts:
     remote_events: int = 0
     rows: int = 0
     remote_rows: int = 0
+    replaced_rows: int = 0
+    spared_events: int = 0
+    lost_mass: float = 0.0
     tier_rows: dict[Tier, int] = field(default_factory=dict)
     local_calls: int = 0
     remote_calls: int = 0
@@ -65,6 +71,11 @@ class Counts:
     def any_remote_share(self) -> float | None:
         """Share of (token, layer) pairs with at least one expert computed elsewhere; None before the first."""
         return self.remote_events / self.events if self.events else None
+
+    @property
+    def lost_mass_share(self) -> float | None:
+        """Mean share of the top-K router mass given up by a (token, layer) pair; None before the first."""
+        return self.lost_mass / self.events if self.events else None
 
     def count_layer(
         self, layer: int, expert: NDArray[np.integer[Any]], *, tokens: int, remote_rows: int, remote_tokens: int
@@ -94,7 +105,7 @@ class Counts:
 
 _PLAIN = (
     *("tokens", "steps", "events", "remote_events", "rows", "remote_rows", "local_calls", "remote_calls"),
-    *("trunk_s", "local_s", "wait_s"),
+    *("replaced_rows", "spared_events", "lost_mass", "trunk_s", "local_s", "wait_s"),
 )
 
 

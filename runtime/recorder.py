@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import InvalidInput, writing
 from runtime.route_csv import read_route_table, route_shape
+from runtime.routers import rank_experts, router_rule, routers_of
 from schemas.activation import TRACE_FORMAT
 from schemas.checkpoint import read_checkpoint
 from schemas.model import HeldDtype
@@ -190,11 +191,13 @@ class Choice(NamedTuple):
 def record_pieces(model: Any, pieces: list[list[int]], *, width: int, progress: Progress | None = None) -> list[Choice]:
     """Run every piece through the model and collect what its routers chose, layer by layer."""
     layers: list[tuple[NDArray[np.int16], NDArray[np.float16]]] = []
+    rule = router_rule(model.config)
 
     def on_router(router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        layers.append(rank_candidates(model.config.model_type, router, output[0], output[2], width=width))
+        ids, scores = rank_experts(rule, router, output[0], output[2], width=width)
+        layers.append((ids.numpy().astype(np.int16), scores.numpy().astype(np.float16)))
 
-    hooks = [router.register_forward_hook(on_router) for router in _routers(model)]
+    hooks = [router.register_forward_hook(on_router) for router in routers_of(model)]
     total, done, recorded = sum(len(piece) for piece in pieces), 0, []
     try:
         with torch.inference_mode():
@@ -210,39 +213,6 @@ def record_pieces(model: Any, pieces: list[list[int]], *, width: int, progress: 
         for hook in hooks:
             hook.remove()
     return recorded
-
-
-def _routers(model: Any) -> list[torch.nn.Module]:
-    """Return the routers in layer order."""
-    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
-
-
-def rank_candidates(
-    family: str, router: Any, logits: torch.Tensor, chosen: torch.Tensor, *, width: int
-) -> tuple[NDArray[np.int16], NDArray[np.float16]]:
-    """Rank the experts of one layer: the chosen ones best first, then the next best.
-
-    Parameters
-    ----------
-    router
-        The router module (DeepSeek-V3 ranks with its correction bias).
-    logits, chosen
-        [T, E] and [T, K] as the router returned them.
-    width
-        C.
-
-    Returns
-    -------
-    expert_ids, scores
-        [T, C] int16 and float16.
-    """
-    logits = logits.float()
-    scores = torch.sigmoid(logits) if family == "deepseek_v3" else torch.softmax(logits, dim=-1)
-    rank_by = scores + router.e_score_correction_bias if family == "deepseek_v3" else scores
-    # every score lies in 0 … 1 and a correction is small beside 1e6, so that the chosen come first whatever they score
-    rank_by = rank_by.double().scatter_add(1, chosen, torch.full(chosen.shape, 1e6, dtype=torch.float64))
-    order = torch.sort(rank_by, dim=-1, descending=True, stable=True).indices[:, :width]
-    return order.numpy().astype(np.int16), scores.gather(1, order).numpy().astype(np.float16)
 
 
 class ImportedTrace(NamedTuple):

@@ -98,22 +98,23 @@ class SmoeMargin:
 
 @dataclass(frozen=True)
 class MassBudget:
-    """Ours: missing experts are replaced while the router mass lost stays within `share` of the top-K mass.
+    """Ours: missing experts are replaced while the router mass lost stays within a share of the top-K mass.
 
-    The lowest score goes first, and gets the best resident outside of the top K.
+    The lowest score goes first, and gets the best resident outside of the top K. `shares` are per layer; one number
+    holds for all.
 
     Where a wait is shared, as it is for a layer that calls other nodes, replacing some of the missing experts buys
     nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes").
     """
 
-    share: float
+    shares: tuple[float, ...]
     whole: bool = False
 
     def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
         """Replace what the budget allows."""
         missing = [c for c in range(top_k - 1, -1, -1) if not resident[ids[c]]]
         spare = [c for c in range(top_k, len(ids)) if resident[ids[c]]]
-        budget = self.share * float(scores[:top_k].sum())
+        budget = self.shares[layer % len(self.shares)] * float(scores[:top_k].sum())
         stand_in: dict[int, int] = {}
         for candidate in missing:
             if not spare or scores[candidate] - scores[spare[0]] > budget:
@@ -121,7 +122,7 @@ class MassBudget:
                     stand_in.clear()
                     break
                 continue
-            budget -= float(scores[candidate] - scores[spare[0]])
+            budget -= max(0.0, float(scores[candidate] - scores[spare[0]]))
             stand_in[candidate] = spare.pop(0)
         picked = sorted(stand_in.get(candidate, candidate) for candidate in range(top_k))
         return _kept(ids, scores, np.array(picked), top_k)
@@ -247,8 +248,8 @@ class PrecisionByRank:
 
 ROUTINGS: Final[Mapping[str, Callable[[float], Routing]]] = {
     "exact": lambda _: Exact(),
-    "mass": MassBudget,
-    "mass-whole": lambda share: MassBudget(share, whole=True),
+    "mass": lambda share: MassBudget((share,)),
+    "mass-whole": lambda share: MassBudget((share,), whole=True),
     "smoe": lambda margin: SmoeMargin((margin,)),
     "cache-prior": CachePrior,
     "drop-cold": DropCold,

@@ -46,7 +46,7 @@ def test_a_csv_is_taken_as_its_layers_ran(tmp_path):
 def test_substitution_loads_less_and_says_what_it_gave_up(tmp_path):
     recording = read_recording(trace_file(tmp_path))
     exact = replay(recording, 10, Lru(3, 8))
-    cheap = replay(recording, 10, Lru(3, 8), MassBudget(0.3))
+    cheap = replay(recording, 10, Lru(3, 8), MassBudget((0.3,)))
     assert exact.lost_mass == 0 < cheap.lost_mass < 0.3
     assert cheap.loads < exact.loads
     assert belady(recording, 10).hits >= exact.hits

@@ -44,16 +44,16 @@ def test_smoe_margins_are_per_layer():
 
 
 def test_mass_budget_replaces_the_least_first_and_says_what_was_lost():
-    choice = MassBudget(0.05).choose(0, IDS, SCORES, holding(7), K)
+    choice = MassBudget((0.05,)).choose(0, IDS, SCORES, holding(7), K)
     assert choice.experts.tolist() == [5, 3, 7]
     assert choice.lost == pytest.approx(0.03 / 0.68)
-    assert chosen(MassBudget(0.04), 7) == [5, 3, 0]
+    assert chosen(MassBudget((0.04,)), 7) == [5, 3, 0]
 
 
 def test_all_or_none_buys_no_half_of_a_wait():
-    assert chosen(MassBudget(0.05), 5, 7) == [5, 3, 7]
-    assert chosen(MassBudget(0.05, whole=True), 5, 7) == [5, 3, 0]  # 3 would be missing still
-    assert chosen(MassBudget(0.05, whole=True), 5, 3, 7) == [5, 3, 7]
+    assert chosen(MassBudget((0.05,)), 5, 7) == [5, 3, 7]
+    assert chosen(MassBudget((0.05,), whole=True), 5, 7) == [5, 3, 0]  # 3 would be missing still
+    assert chosen(MassBudget((0.05,), whole=True), 5, 3, 7) == [5, 3, 7]
 
 
 def test_cache_prior_lifts_residents_but_keeps_the_best():

@@ -1,0 +1,188 @@
+"""Between router and experts: other experts than the router's own, where a policy allows it and a budget is left.
+
+Decides nothing itself: `runtime.policy` chooses, this turns router logits into ranked candidates and the choice back
+into indices and weights. Flow: router's logits → `Substitution.see` → the layer's dispatch asks `Substitution.apply`
+with what is at hand → indices, weights. A step without a substitution takes the exact path and pays nothing.
+
+Axes: T tokens, E experts, K top-k, C candidates.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from runtime.counters import Counts
+from runtime.policy.eviction import Bools
+from runtime.policy.quality import Controller
+from runtime.policy.routing import Choice, Routing
+from runtime.policy.step import choose_each, choose_whole
+from runtime.routers import RouterRule, rank_experts, router_rule, routers_of
+from runtime.skeleton import RoutedExperts
+
+NOBODY: Final = -1
+"""Stands in an index where a token gets fewer than K experts."""
+
+_Tap = Callable[[Any, torch.Tensor], None]
+Forward = Callable[["Substitution | None", bool], torch.Tensor]
+
+
+@dataclass
+class Substitution:
+    """The substitution of one step.
+
+    Attributes
+    ----------
+    is_whole
+        Nothing is given up unless the layer then waits for nobody.
+    lost
+        Share of the top-K router mass given up, by layer, summed over tokens.
+    replaced, spared
+        Rows that another expert computes, or none; and (token, layer) events that would have waited and do not.
+    """
+
+    rule: RouterRule
+    policy: Routing
+    is_whole: bool
+    lost: dict[int, float] = field(default_factory=dict)
+    replaced: int = 0
+    spared: int = 0
+    _seen: tuple[Any, torch.Tensor] | None = None
+
+    def see(self, router: Any, logits: torch.Tensor) -> None:
+        """Note what the router of the layer that runs next returned. Modifies."""
+        self._seen = router, logits
+
+    def apply(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, resident: Bools
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the tokens get instead of what the router chose, [T, K] each. Modifies the sums.
+
+        Parameters
+        ----------
+        resident
+            Whether each expert of the layer is at hand without a wait, bool [E].
+        """
+        chosen = top_k_index.cpu().numpy()
+        here = resident[chosen].all(axis=1)
+        if here.all() or self._seen is None:
+            return top_k_index, top_k_weights
+        router, logits = self._seen
+        ids, scores = rank_experts(self.rule, router, logits, top_k_index, width=logits.shape[-1])
+        choose = choose_whole if self.is_whole else choose_each
+        ranked = ids.cpu().numpy(), scores.cpu().numpy().astype(np.float64)
+        choices = choose(self.policy, layer, ranked, resident, chosen.shape[1])
+        index, weights = top_k_index.clone(), top_k_weights.clone()
+        for token, choice in enumerate(choices):
+            changed = np.isin(chosen[token], choice.experts, invert=True)
+            if changed.any():
+                self.replaced += int(changed.sum())
+                self.spared += bool(resident[choice.experts].all() and not here[token])
+                self.lost[layer] = self.lost.get(layer, 0.0) + choice.lost
+                index[token], weights[token] = self._row(choice, index[token], weights[token])
+        return index, weights
+
+    def count(self, counts: Counts) -> None:
+        """Add the sums to a step's counts, which are modified."""
+        counts.replaced_rows += self.replaced
+        counts.spared_events += self.spared
+        counts.lost_mass += sum(self.lost.values())
+
+    def _row(self, choice: Choice, index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one token's experts and weights, [K] each; nobody where there are fewer."""
+        given = torch.from_numpy(choice.experts)
+        row, scores = torch.full_like(index, NOBODY), torch.zeros(1, len(index))
+        row[: len(given)] = given.to(index.device)
+        scores[0, : len(given)] = torch.from_numpy(choice.scores).float()
+        return row, self.rule.weights(scores)[0].to(weights)
+
+
+class Importance:
+    """A node's substitution policy and the budget it is held to. Thread-safe.
+
+    Parameters
+    ----------
+    is_whole
+        See `Substitution.is_whole`: right where what is missing is asked of other nodes.
+    """
+
+    def __init__(self, policy: Routing, controller: Controller, *, is_whole: bool) -> None:
+        self._policy = policy
+        self._is_whole = is_whole
+        self._controller = controller
+        self._lock = threading.Lock()
+
+    @property
+    def controller(self) -> Controller:
+        """What has been spent; read it, do not modify it."""
+        return self._controller
+
+    def run(self, taps: "RouterTaps", forward: Forward, *, tokens: int, can_sample: bool) -> torch.Tensor:
+        """Run a decode step of `tokens` sessions as the budget allows, sometimes both ways. Modifies the account.
+
+        Parameters
+        ----------
+        forward
+            Runs the step with a substitution (exactly if None) and returns logits or hidden states, [B, 1, …]; with
+            True, on copies of what it modifies, to be thrown away.
+        can_sample
+            Whether `forward` returns logits.
+        """
+        fresh = Substitution(taps.rule, self._policy, self._is_whole)
+        with self._lock:
+            is_open, is_sample = self._controller.is_open, can_sample and self._controller.wants_sample
+        guess = forward(fresh, True) if is_sample else None
+        substitution = fresh if is_open and not is_sample else None
+        answer = forward(substitution, False)
+        with self._lock:
+            self._controller.advance(tokens, taps.layers, substitution.lost if substitution else {})
+            if guess is not None:
+                self._controller.sample(_divergence(answer, guess))
+        return answer
+
+    def restart(self) -> None:
+        """Warm up again: what is at hand has changed. Modifies."""
+        with self._lock:
+            self._controller.restart()
+
+
+class RouterTaps:
+    """Lets a substitution see what the routers of a model return; until it is first used, the model is as it was."""
+
+    def __init__(self, model: Any) -> None:
+        self.rule = router_rule(model.config)
+        self.layers = tuple(module.layer for module in model.modules() if isinstance(module, RoutedExperts))
+        self._model = model
+        self._tap: ContextVar[_Tap | None] = ContextVar("router tap", default=None)
+        self._is_set = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def open(self, see: _Tap) -> Iterator[None]:
+        """Call `see` with (router, logits) for every router that runs in this thread meanwhile."""
+        with self._lock:
+            if not self._is_set:
+                for router in routers_of(self._model):
+                    router.register_forward_hook(self._on_router)
+                self._is_set = True
+        active = self._tap.set(see)
+        try:
+            yield
+        finally:
+            self._tap.reset(active)
+
+    def _on_router(self, router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        see = self._tap.get()
+        if see is not None:
+            see(router, output[0])
+
+
+def _divergence(exact: torch.Tensor, guess: torch.Tensor) -> float:
+    """Return the mean KL divergence from exact to guessed logits, nats per token."""
+    want, got = (logits.float().log_softmax(-1) for logits in (exact, guess))
+    return float((want.exp() * (want - got)).sum(-1).mean())

@@ -1,0 +1,141 @@
+"""How much may still be given up: a budget of quality, spent by substitution and earned token by token.
+
+Decides whether the next step may substitute. What a substitution costs is known from calibration, as a rise of the
+negative log-likelihood (NLL) for each unit of router mass given up in a layer; sampled steps that were run both ways
+say whether this text is like the calibration's. Must not know how experts are chosen, nor what time it is: time is
+tokens.
+
+The account: every token earns the budget's rise of NLL, each layer its calibrated part, up to `horizon` tokens' worth;
+what is given up is paid from it; while it is overdrawn, and through the warm-up, steps are exact. So what any n tokens
+in a row give up is at most the budget of n + horizon tokens, and one step more. Nodes that run different layers of a
+token keep their accounts apart, and together stay within the budget.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+Standing = Literal["off", "warming", "open", "spent", "unlike"]
+"""Why steps are exact (``off``, ``warming``, ``spent``, ``unlike`` the calibration's text), or ``open``."""
+
+_SAMPLES: Final = 64  # sampled divergences that are looked back on
+_FEW: Final = 8  # samples that say nothing yet
+_DOUBT: Final = 2.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What calibration found for a budget.
+
+    Attributes
+    ----------
+    budget
+        Relative rise of perplexity that is allowed: .005 is half a per cent.
+    nll
+        Rise of NLL that each layer may cause per token [L], together log(1 + budget); nats.
+    nll_per_mass
+        Rise of NLL for each unit of lost share of top-K mass, by layer [L]; nats.
+    divergence
+        KL divergence from exact to substituted next-token distributions that was measured at this budget; nats.
+    warmup
+        Exact tokens until what is at hand is what the text asks for.
+    horizon
+        Tokens' worth of budget that can be saved up.
+    sample_every
+        Tokens between two steps that are run both ways; never if 0.
+    """
+
+    budget: float
+    nll: tuple[float, ...]
+    nll_per_mass: tuple[float, ...]
+    divergence: float = math.inf
+    warmup: int = 0
+    horizon: int = 256
+    sample_every: int = 0
+
+
+@dataclass
+class Controller:
+    """The account of one node. Not thread-safe."""
+
+    allowance: Allowance
+    tokens: int = field(default=0, init=False)
+    earned: float = field(default=0.0, init=False)
+    spent: float = field(default=0.0, init=False)
+    balance: float = field(default=0.0, init=False)
+    _warm_at: int = field(init=False)
+    _since_sample: int = field(default=0, init=False)
+    _divergences: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES), init=False)
+
+    def __post_init__(self) -> None:
+        self._warm_at = self.allowance.warmup
+
+    @property
+    def standing(self) -> Standing:
+        """What the next step may do, and why."""
+        if self.allowance.budget <= 0:
+            return "off"
+        if self.tokens < self._warm_at:
+            return "warming"
+        if self._is_unlike():
+            return "unlike"
+        return "open" if self.balance > 0 else "spent"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the next step may substitute."""
+        return self.standing == "open"
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether the next step is to be run both ways: also while closed, since the text may change again."""
+        every = self.allowance.sample_every
+        return every > 0 and self.standing in {"open", "unlike"} and self._since_sample >= every
+
+    @property
+    def rise(self) -> float:
+        """Relative rise of perplexity so far, as calibration would have it, if all layers spent their part alike."""
+        return math.expm1(math.log1p(self.allowance.budget) * self.spent / self.earned) if self.earned else 0.0
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean sampled KL divergence; None before the first sample."""
+        return sum(self._divergences) / len(self._divergences) if self._divergences else None
+
+    def advance(self, tokens: int, layers: Iterable[int], lost: Mapping[int, float]) -> None:
+        """Account for a step. Modifies.
+
+        Parameters
+        ----------
+        layers
+            That ran.
+        lost
+            Share of top-K mass given up by layer, summed over the step's tokens.
+        """
+        earning = sum(self.allowance.nll[layer] for layer in layers)
+        price = sum(self.allowance.nll_per_mass[layer] * mass for layer, mass in lost.items())
+        self.tokens += tokens
+        self._since_sample += tokens
+        self.earned += earning * tokens
+        self.spent += price
+        self.balance = min(self.balance + earning * tokens, earning * self.allowance.horizon) - price
+
+    def sample(self, divergence: float) -> None:
+        """Take in a step that was run both ways: the KL divergence from exact to substituted. Modifies."""
+        self._since_sample = 0
+        self._divergences.append(divergence)
+
+    def restart(self) -> None:
+        """Warm up again, since what is at hand has changed. Modifies."""
+        self._warm_at = self.tokens + self.allowance.warmup
+
+    def _is_unlike(self) -> bool:
+        """Whether samples diverge more than calibration's, beyond doubt."""
+        count = len(self._divergences)
+        if count < _FEW:
+            return False
+        mean = sum(self._divergences) / count
+        variance = sum((each - mean) ** 2 for each in self._divergences) / (count - 1)
+        return mean - _DOUBT * math.sqrt(variance / count) > self.allowance.divergence
