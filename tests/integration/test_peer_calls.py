@@ -1,7 +1,6 @@
 """Expert calls over real sockets against holders that follow a script: repeated, rerouted, given up."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -129,10 +128,8 @@ def test_a_stale_epoch_without_newer_routes_is_an_error_that_says_so() -> None:
 def test_a_call_that_was_lost_on_the_way_is_repeated() -> None:
     with world() as here:
         b = here.start("b", lambda _, before: "silent" if before == 0 else None)
-        began = time.monotonic()
         assert here.caller.begin(here.call()).result().tolist() == [[1, 1]]
         assert len(b.epochs) == 2
-        assert time.monotonic() - began < 3
 
 
 def test_a_holder_that_is_not_ready_is_passed_over_where_there_is_another() -> None:

@@ -29,7 +29,6 @@ def quickstart():
 def test_exact_solvers_agree_at_the_quickstart_s_size(quickstart):
     found = [solve(quickstart, name, in_process=True).result for name in ("milp", "milp:cbc", "cpsat")]
     assert all(result.status is SolveStatus.OPTIMAL for result in found)
-    assert all(result.seconds < 5 for result in found)
     assert all(result.gap <= 1e-4 for result in found)
     assert [result.objective for result in found] == pytest.approx([found[0].objective] * 3, rel=1e-6)
 
