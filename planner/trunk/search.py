@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
+import numpy as np
+
 from planner.assemble import Solved
 from planner.errors import InfeasibleProblem, PlannerError
 from planner.feasibility import impossible
@@ -19,13 +21,16 @@ from planner.objective import ObjectiveName
 from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import SolveLimits, StopReason, with_status
 from planner.trunk.bound import blame_of, joint_bound, trunk_bound
+from planner.trunk.neighbours import neighbours
 from planner.trunk.starts import find_starts
 from planner.trunk.trials import STAY, Trial
 from planner.trunk.viterbi import better_paths
 
 STARTS: Final = 10  # trunks that are tried by estimate, beside the one at the ingress and the pipelines
+_QUICK: Final = ("packed", "dancemoe")
 _PIPELINES: Final = ("pipeline", "pipeline-speed")
 _QUICK_SHARE: Final = 0.3  # of the time, to try starts
+_EXPLORE_SHARE: Final = 0.4  # of the time, until which trunks nearby are looked at
 _TURN_SHARE: Final = 0.6  # of the time, until which paths and placements are improved in turn
 _IMPROVED: Final = 3  # trunks that are improved in turn
 _FINALISTS: Final = 3  # trunks on which the asked solver has its say
@@ -130,6 +135,8 @@ class _Search:
         if not self.entries:
             raise self._nothing()
         for entry in self._ranked()[:_IMPROVED]:
+            self._explore(entry)
+        for entry in self._ranked()[:_IMPROVED]:
             self._alternate(entry)
         self._ask()
         return self._outcome()
@@ -163,7 +170,7 @@ class _Search:
         if missing := impossible(moved):
             self.failed[name] = InfeasibleProblem(missing)
             return
-        for heuristic in ("packed", "dancemoe"):
+        for heuristic in _QUICK:
             entry = self._try(name, partial(self.tools.quick, moved, heuristic))
             if entry is not None and not entry.solved.judgement.wait_s.any():
                 entry.proven = True
@@ -198,6 +205,43 @@ class _Search:
 
     def _ranked(self) -> list[_Entry]:
         return sorted(self.entries, key=lambda entry: entry.mean_s)
+
+    def _explore(self, entry: _Entry) -> None:
+        """Go from trunk to trunk nearby as long as a quick placement gets better."""
+        here, best, paths = entry.solved.problem.trunk_node, entry.mean_s, self._paths()
+        seen = {here.tobytes()}
+        found = True
+        while found:
+            found = False
+            for trunk in neighbours(here, paths, self.problem.num_nodes):
+                if self._over(_EXPLORE_SHARE) or self._closed():
+                    return
+                if trunk.tobytes() in seen or not self.problem.room.fits(trunk):
+                    continue
+                seen.add(trunk.tobytes())
+                solved = self._quick(trunk, best)
+                if solved is not None and solved.judgement.predicted_latency_s < best * (1 - _SAME):
+                    here, best, found = trunk, solved.judgement.predicted_latency_s, True
+                    self._follow_to(entry, solved)
+                    break
+
+    def _paths(self) -> list[Ints]:
+        """Paths that the best trunks have, and those of the ingresses that stay."""
+        rows = np.concatenate([entry.solved.problem.trunk_node for entry in self._ranked()[: 2 * _IMPROVED]])
+        return list(np.unique(rows, axis=0))
+
+    def _quick(self, trunk: Ints, limit_s: float) -> Solved | None:
+        """Return the better quick placement; None where there is none, or none can be better than the limit."""
+        moved = self.problem.with_trunk(trunk)
+        if trunk_bound(moved, self.blame) >= limit_s or impossible(moved):
+            return None
+        found = []
+        for heuristic in _QUICK:
+            try:
+                found.append(self.tools.quick(moved, heuristic))
+            except PlannerError:
+                continue
+        return min(found, key=lambda solved: solved.judgement.predicted_latency_s, default=None)
 
     def _alternate(self, entry: _Entry) -> None:
         """Improve the placement for the paths, then the paths for the placement, until neither gets better."""
@@ -237,15 +281,19 @@ class _Search:
                 continue
             found = self._moved(solved, trunk, within_memory=within_memory)
             if found is not None and found.judgement.predicted_latency_s < entry.mean_s * (1 - _SAME):
-                name = entry.name if entry.name not in {STAY, *_PIPELINES} else f"from {entry.name}"
-                if name != entry.name:  # a start that readers ask for stays as it was tried
-                    self.entries = [other for other in self.entries if other.name != name]
-                    self.entries.append(replace(entry))
-                    entry.name = name
-                entry.solved, entry.proven = found, False
-                entry.floor_s = trunk_bound(found.problem, self.blame)
-                self._tell(found)
+                self._follow_to(entry, found)
                 return
+
+    def _follow_to(self, entry: _Entry, found: Solved) -> None:
+        """Go on from what was found."""
+        name = entry.name if entry.name not in {STAY, *_PIPELINES} else f"from {entry.name}"
+        if name != entry.name:  # a start that readers ask for stays as it was tried
+            self.entries = [other for other in self.entries if other.name != name]
+            self.entries.append(replace(entry))
+            entry.name = name
+        entry.solved, entry.proven = found, not found.judgement.wait_s.any()
+        entry.floor_s = trunk_bound(found.problem, self.blame)
+        self._tell(found)
 
     def _moved(self, solved: Solved, trunk: Ints, *, within_memory: bool) -> Solved | None:
         moved = self.problem.with_trunk(trunk)

@@ -2,10 +2,11 @@
 
 Decides by estimates that need no placement: a node fills what trunk and KV cache leave it with the experts of its own
 span, and a token waits for the rest as for the nearest other node. Exact where whole layers fit. Spans are layers
-a … b-1, arrays ``[L + 1, L + 1]`` by a and b.
+a … b-1, arrays ``[L + 1, L + 1]`` by a and b; a wrapped span is all layers but these, so that a ring begins and ends at
+one node, which has a tied embedding and head once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,28 +31,50 @@ class Spans:
     mixed_s: Floats
 
 
-def find_spans(problem: Problem) -> Spans:
-    """Estimate every span at every node."""
-    taken, missing = _taken_bytes(problem), _missing(problem)
-    compute = np.concatenate([np.zeros((problem.num_nodes, 1)), problem.compute_s.cumsum(axis=1)], axis=1)
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Spans of one kind: layers in each, bytes of trunk and KV cache, and what sums values over the layers of each.
+
+    `missed` says by slots for each layer, ``[L + 1, L + 1]``, in how many layers of a span a token misses an expert.
+    """
+
+    count: Ints
+    taken: Ints
+    added_up: Callable[[Floats], Floats]
+    missed: Callable[[Ints], Floats]
+
+
+def find_spans(problem: Problem, *, wrapped: bool = False) -> Spans:
+    """Estimate every span, or every wrapped span, at every node."""
+    kind = _kind(problem, _missing(problem), wrapped=wrapped)
     whole, mixed = [], []
     for node in range(problem.num_nodes):
-        seconds = compute[node][None, :] - compute[node][:, None]
-        fits, all_local, extra = _waits(problem, node, taken, missing)
+        seconds = kind.added_up(problem.compute_s[node])
+        fits, all_local, extra = _waits(problem, node, kind)
         whole.append(np.where(all_local, seconds + extra, np.inf))
         mixed.append(np.where(fits, seconds + extra, np.inf))
     return Spans(np.stack(whole), np.stack(mixed))
 
 
-def _taken_bytes(problem: Problem) -> Ints:
-    """Bytes of trunk and KV cache of all ingresses in a span, int64 ``[L + 1, L + 1]``."""
-    room, layers, ingresses = problem.room, problem.layers, len(problem.ingress_node)
-    each = np.concatenate([[0], (room.layer_bytes + ingresses * room.kv_bytes).cumsum()])
-    bytes_ = each[None, :] - each[:, None]
-    bytes_[0, 1:] += room.input_bytes
-    bytes_[:layers, layers] += room.head_bytes
-    bytes_[0, layers] += room.both_bytes - room.input_bytes - room.head_bytes
-    return np.asarray(bytes_)
+def _kind(problem: Problem, missing: Floats, *, wrapped: bool) -> _Kind:
+    layers, room, ingresses = problem.layers, problem.room, len(problem.ingress_node)
+    first, after = np.arange(layers + 1)[:, None], np.arange(layers + 1)[None, :]
+
+    def added_up(values: Floats) -> Floats:
+        total = np.concatenate([[0.0], values.cumsum()])
+        inside = total[after] - total[first]
+        return np.asarray(total[-1] - inside if wrapped else inside)
+
+    def missed(slots: Ints) -> Floats:
+        inside = missing[after, slots] - missing[first, slots]
+        return np.asarray(missing[layers, slots] - inside if wrapped else inside)
+
+    starts = (first > 0) if wrapped else (first == 0)
+    ends = (after < layers) if wrapped else (after == layers)
+    outside = np.where(starts & ends, room.both_bytes, starts * room.input_bytes + ends * room.head_bytes)
+    count = np.where(after > first, added_up(np.ones(layers)), 0).astype(np.int64)
+    each = (room.layer_bytes + ingresses * room.kv_bytes).astype(np.float64)
+    return _Kind(count, added_up(each).astype(np.int64) + outside, added_up, missed)
 
 
 def _missing(problem: Problem) -> Floats:
@@ -71,12 +94,11 @@ def _missing(problem: Problem) -> Floats:
     return np.asarray(table.cumsum(axis=0))
 
 
-def _waits(problem: Problem, node: int, taken: Ints, missing: Floats) -> tuple[Bools, Bools, Floats]:
+def _waits(problem: Problem, node: int, kind: _Kind) -> tuple[Bools, Bools, Floats]:
     """Whether trunk and KV cache of spans fit, whether all experts do, and seconds waited, ``[L + 1, L + 1]`` each."""
     places = np.flatnonzero(problem.place_node == node)
-    count = np.arange(problem.layers + 1)[None, :] - np.arange(problem.layers + 1)[:, None]
-    left = np.where(count > 0, problem.room.own_bytes[node] - taken, -1)
-    wanted = np.maximum(count, 0) * problem.experts
+    left = np.where(kind.count > 0, problem.room.own_bytes[node] - kind.taken, -1)
+    wanted = kind.count * problem.experts
     held, slower = np.zeros_like(wanted), np.zeros(wanted.shape)
     for place in places.tolist():
         tier = int(problem.place_tier[place])
@@ -86,18 +108,16 @@ def _waits(problem: Problem, node: int, taken: Ints, missing: Floats) -> tuple[B
         held = held + here
     elsewhere = problem.place_node != node
     remote = float(problem.cost_s[node, elsewhere].min()) if elsewhere.any() else 0.0
-    waits = slower + remote * _missed(held, np.maximum(count, 1), missing)
+    waits = slower + remote * _missed(held, kind, problem.experts)
     return left >= 0, (left >= 0) & (held == wanted), waits
 
 
-def _missed(held: Ints, count: Ints, missing: Floats) -> Floats:
+def _missed(held: Ints, kind: _Kind, experts: int) -> Floats:
     """Layers of a span in which a token misses an expert: slots spread evenly, or spent on whole layers first."""
-    experts = missing.shape[1] - 1
-    first, after = np.arange(len(missing))[:, None], np.arange(len(missing))[None, :]
-    even = np.minimum(held // count, experts)
-    spread = missing[after, even] - missing[first, even]
+    count = np.maximum(kind.count, 1)
+    spread = kind.missed(np.minimum(held // count, experts))
     whole, rest = held // experts, held % experts
-    mean = (missing[after, rest] - missing[first, rest]) / count
+    mean = kind.missed(rest) / count
     packed = np.where(held >= count * experts, 0.0, count - whole - 1 + mean)
     return np.asarray(np.minimum(spread, packed))
 
@@ -124,6 +144,33 @@ def share_layers(costs: Sequence[Floats]) -> tuple[float, tuple[int, ...]]:
     for choice in reversed(choices):
         ends.append(int(choice[ends[-1]]))
     return float(reached[-1]), tuple(reversed(ends))
+
+
+def share_layers_wrapped(ends_s: Floats, costs: Sequence[Floats]) -> tuple[float, tuple[int, ...]]:
+    """Give the first of some nodes a wrapped span, and those that follow the layers between, each at least one.
+
+    Parameters
+    ----------
+    ends_s
+        Of the wrapped span at the first node, ``[L + 1, L + 1]``.
+    costs
+        By each further node.
+
+    Returns
+    -------
+    tuple
+        The cost, and the layers at which nodes change; the first node comes back behind the last.
+    """
+    between, choices = costs[0], []
+    for cost in costs[1:]:
+        ways = between[:, :, None] + cost[None]
+        choices.append(ways.argmin(axis=1))
+        between = ways.min(axis=1)
+    first, after = np.unravel_index(int((ends_s + between).argmin()), between.shape)
+    changes = [int(after)]
+    for choice in reversed(choices):
+        changes.append(int(choice[first, changes[-1]]))
+    return float((ends_s + between).min()), (int(first), *reversed(changes))
 
 
 def path_of(nodes: Sequence[int], ends: Sequence[int]) -> Ints:

@@ -11,11 +11,11 @@ import numpy as np
 
 from planner.problem import Ints, Problem
 from planner.trunk.rings import MOST_NODES, Ring, all_rings, grown_rings, turns
-from planner.trunk.spans import Spans, find_spans, path_of, share_layers
+from planner.trunk.spans import Spans, find_spans, path_of, share_layers, share_layers_wrapped
 from planner.trunk.trials import STAY
 
 _SEEDS: Final = 12  # nodes that rings grow from where they are too many to look at all sets
-_SPLIT: Final = 4  # rings of which the turns are looked at for each one kept
+_MOST_WRAPPED: Final = 5  # nodes of rings that may begin and end at one node
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ def _by_estimate(problem: Problem, most: int) -> list[Start]:
 
     A ring is left out once it cannot be among the best, whatever its nodes hold.
     """
-    spans, ingresses = find_spans(problem), len(problem.ingress_node)
+    spans, ingresses = (find_spans(problem), find_spans(problem, wrapped=True)), len(problem.ingress_node)
     fastest = problem.compute_s
     rings = sorted(_rings(problem), key=lambda ring: ring.hops_s + float(fastest[list(ring.nodes)].min(axis=0).sum()))
     found: dict[tuple[int, ...], Start] = {}
@@ -80,15 +80,22 @@ def _rings(problem: Problem) -> list[Ring]:
     )
 
 
-def _shared(spans: Spans, ring: Ring, kind: str, layers: int) -> Iterator[tuple[float, Ints]]:
-    """Yield the best turn of a ring with the seconds of its spans; nothing where none fits."""
+def _shared(spans: tuple[Spans, Spans], ring: Ring, kind: str, layers: int) -> Iterator[tuple[float, Ints]]:
+    """Yield the best turn of a ring with the seconds of its spans, and the best that begins and ends at one node."""
     if len(ring.nodes) > layers:
         return
-    table = spans.whole_s if kind == "whole" else spans.mixed_s
+    table, ends = (one.whole_s if kind == "whole" else one.mixed_s for one in spans)
     best: tuple[float, tuple[int, ...], tuple[int, ...]] = (np.inf, (), ())
     for nodes in turns(ring):
-        seconds, ends = share_layers([table[node] for node in nodes])
+        seconds, behind = share_layers([table[node] for node in nodes])
         if seconds < best[0]:
-            best = (seconds, nodes, ends)
+            best = (seconds, nodes, behind)
     if np.isfinite(best[0]):
         yield best[0], path_of(best[1], best[2])
+    if 1 < len(ring.nodes) <= _MOST_WRAPPED:
+        ways = [
+            (*share_layers_wrapped(ends[nodes[0]], [table[node] for node in nodes[1:]]), nodes) for nodes in turns(ring)
+        ]
+        seconds, changes, nodes = min(ways)
+        if seconds < best[0]:
+            yield seconds, path_of([*nodes, nodes[0]], [*changes, layers])
