@@ -27,6 +27,7 @@ from planner.options import (
     objective_option,
     print_json,
     refuse,
+    require_directory,
     seed_option,
     tail_option,
     time_option,
@@ -130,8 +131,7 @@ def solve(
         ),
     )
     target = output if output or as_json else Path("plan.json")
-    if target and not target.absolute().parent.is_dir():
-        raise click.UsageError(f"--output {target}: there is no directory {target.absolute().parent}")
+    require_directory(target)
     start = time.monotonic()
     try:
         inputs = load_inputs(topology, counters)
@@ -321,8 +321,7 @@ def report(plan: Path, output: Path) -> None:
     """Write a plan as a page to look at: the way of a token as a picture, nodes, layers, and why."""
     from planner.page import plan_page
 
-    if not output.absolute().parent.is_dir():
-        raise click.UsageError(f"--output {output}: there is no directory {output.absolute().parent}")
+    require_directory(output)
     write_atomic(output, plan_page(load_plan(plan)))
     click.echo(f"wrote {output}")
 
@@ -343,9 +342,11 @@ def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
         return
     added, dropped = change["added"], change["dropped"]
     if change["same_placement"]:
-        click.echo("same placement" + ("" if change["same_routes"] else ", other routes"))
+        others = [what for what in ("routes", "paths") if not change[f"same_{what}"]]
+        click.echo("same placement" + "".join(f", other {what}" for what in others))
         return
-    click.echo(f"{len(added)} replicas added, {len(dropped)} dropped, {change['kept']} kept")
+    paths = "" if change["same_paths"] else ", tokens take other paths"
+    click.echo(f"{len(added)} replicas added, {len(dropped)} dropped, {change['kept']} kept{paths}")
     console(sys.stdout).print(difference_table(before, after))
     for sign, records in (("+", added), ("-", dropped)):
         for record in records if verbose else ():

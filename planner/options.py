@@ -73,6 +73,12 @@ def refuse(*contradictions: tuple[object, str]) -> None:
             raise click.UsageError(told)
 
 
+def require_directory(output: Path | None) -> None:
+    """Raise a usage error where the directory of a file to write is not there."""
+    if output and not output.absolute().parent.is_dir():
+        raise click.UsageError(f"--output {output}: there is no directory {output.absolute().parent}")
+
+
 def limits_of(
     objective: ObjectiveName, time_limit: float, gap: float | None, seed: int, tail: float = 0.0
 ) -> SolveLimits:

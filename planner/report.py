@@ -40,13 +40,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     summary = plan.summary
     actions = Counter(step.action for step in plan.steps)
     moved = sum(step.bytes for step in plan.steps if step.action == "replicate")
-    stages = plan.epoch - plan.base_epoch
+    stages, paths = plan.epoch - plan.base_epoch, ", tokens take new paths" if plan.trunk_stage else ""
     if actions["replicate"] or actions["drop"]:
         dropped = f", drops {actions['drop']}" if actions["drop"] else ""
         change = f"makes {actions['replicate']} replicas ({format_bytes(moved)}){dropped}"
-        yield f"{plan.cluster}: epoch {plan.base_epoch} → {plan.epoch} {change} in {_count(stages, 'stage')}"
+        yield f"{plan.cluster}: epoch {plan.base_epoch} → {plan.epoch} {change} in {_count(stages, 'stage')}{paths}"
     elif stages:
-        yield f"{plan.cluster}: epoch {plan.base_epoch} → {plan.epoch} changes who calls whom, no replica"
+        yield f"{plan.cluster}: epoch {plan.base_epoch} → {plan.epoch} changes who calls whom, no replica{paths}"
     else:
         yield f"{plan.cluster}: nothing changes, epoch {plan.epoch} stays"
     yield (
@@ -157,7 +157,7 @@ def step_lines(plan: Plan) -> Iterator[str]:
     """Yield every step in order."""
     for step in plan.steps:
         if step.action == "switch":
-            paths = ", tokens take their new paths" if step.stage == (plan.trunk_stage or 1) else ""
+            paths = ", tokens take their new paths" if step.stage == plan.trunk_stage else ""
             yield f"stage {step.stage}: switch to epoch {plan.base_epoch + step.stage}{paths}"
             continue
         source = f" from {step.source or 'a store'}" if step.action == "replicate" else ""
@@ -175,6 +175,7 @@ def difference(first: Plan, second: Plan) -> dict[str, Any]:
     return {
         "same_placement": before == after,
         "same_routes": first.routes == second.routes,
+        "same_paths": first.trunk == second.trunk,
         "added": records(after - before),
         "dropped": records(before - after),
         "kept": len(before & after),

@@ -86,7 +86,7 @@ def draw_atlas(problem: Problem, before: Sequence[Replica]) -> Atlas:
 
 
 class Migration(NamedTuple):
-    """The steps of a plan, the stages that they make, and that which switches the trunk; None: the first."""
+    """The steps of a plan, the stages that they make, and that which switches the trunk; None: it stays as it is."""
 
     steps: tuple[Step, ...]
     stages: int
@@ -127,7 +127,7 @@ def _stages(atlas: Atlas, held: Bools, target: Bools, rooms: Rooms | None) -> tu
         stages, switch = plan_crossing(held, target, grounds, keep=keep)
     except Crowded as error:
         raise UnsafePlan(_crowded(atlas, grounds.both, error.excess)) from error
-    return stages, None if switch == 1 else switch
+    return stages, switch
 
 
 def _crowded(atlas: Atlas, both: Ground, excess: Ints) -> Iterator[str]:

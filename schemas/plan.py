@@ -162,7 +162,7 @@ class Plan(FrozenModel):
     ----------
     trunk_stage
         The stage whose epoch is the first with this `trunk`; until then tokens keep the path of the plan before. None
-        means the first.
+        means the first, or that the trunk stays as it was.
     """
 
     format: Literal["expertmesh-plan-1"] = FORMAT

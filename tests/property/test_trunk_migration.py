@@ -82,12 +82,12 @@ def test_every_step_fits_and_keeps_every_expert(drawn):
             held.add(key)
         else:
             held.remove(key)
-        switch = trunk_stage or 1
+        switch = trunk_stage
         paths = old if step.stage < switch else (*old, *new) if step.stage == switch else new
         require_room(topology, paths, held)
     assert {key[2:] for key in held} == {(layer, expert) for layer in range(3) for expert in range(2)}
     assert held == {(replica.node, replica.tier, replica.layer, replica.expert) for replica in then}
-    assert stages == max((step.stage for step in steps), default=0) >= (trunk_stage or 0)
+    assert stages == max((step.stage for step in steps), default=0) >= trunk_stage >= 1
 
 
 def test_a_node_without_room_for_both_trunks_is_named():

@@ -25,7 +25,7 @@ def printed(table):
 
 @pytest.fixture
 def plan():
-    made = plan_through(replicas(all_on("a", "b")), trunk=[path("a", "a", "b"), path("b", "b", "b")])
+    made = plan_through(replicas(all_on("a", "b")), trunk=[path("a", "a", "b"), path("b", "b", "b")], trunk_stage=1)
     nodes = tuple(NodeSummary(id=node, experts=6, bytes=96, capacity=100, why="because") for node in "ab")
     summary = made.summary.model_copy(update={"paths": (MOVING, STAYING), "nodes": nodes})
     return made.model_copy(update={"summary": summary, "cluster": "a<&b"})
