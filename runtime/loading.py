@@ -165,7 +165,7 @@ def load_trunk(
     _bind(model, spec, dispatch)
     _cut(model, first_layer, last, spec.num_decoder_layers)
     model.eval().requires_grad_(False).to(device)
-    quicken(model)
+    quicken(model, held)
     return Trunk(model, spec, held, torch.device(device), first_layer, last, dispatch)
 
 

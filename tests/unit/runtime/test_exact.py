@@ -86,7 +86,7 @@ def test_layer_ranges_in_a_row_equal_the_whole(family, one_node, checkpoint, sto
 
 
 def test_half_precision_ordered_is_bit_equal(family, checkpoint, tmp_path):
-    dtype = torch.float16 if family == "mixtral" else torch.bfloat16
+    dtype = torch.float16 if family in ("mixtral", "gpt_oss") else torch.bfloat16
     name = str(dtype).removeprefix("torch.")
     half = make_store(checkpoint(family), tmp_path / "store", name)
     split = split_model(checkpoint(family), half, spread(half))
