@@ -7,13 +7,15 @@ Decides the order of these. Must not know files, options or how a plan is shown.
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import numpy as np
+
 from planner.assemble import Solved, make_plan, require_same
 from planner.child import Watch
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.moving import schedule_plan, with_sources
 from planner.objective import ObjectiveName
-from planner.problem import Problem
+from planner.problem import Bools, Problem
 from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues
 from planner.simulate.network import build_network
 from planner.solve import solve
@@ -63,8 +65,9 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
         require_same(inputs, before)
     problem = replace(inputs.problem(), balance=request.balance)
     now = None if before is None else in_force(before, problem)
-    limits = replace(request.limits, start=None if now is None else now.placed)
-    solved = _solve(problem, replace(request, limits=limits), watch)
+    started, start = _from_there(problem, now)
+    limits = replace(request.limits, start=start)
+    solved = _solve(started, replace(request, limits=limits), watch)
     choice = Choice(solved, True, "", 0.0)
     if before is not None:
         choice = choose_move(solved, now, request.moving, gap=limits.gap)
@@ -76,6 +79,15 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     if survival is not None:
         plan = plan.model_copy(update={"summary": plan.summary.model_copy(update={"survival": survival})})
     return Proposal(plan.sealed(), choice.solved, solved)
+
+
+def _from_there(problem: Problem, now: InForce | None) -> tuple[Problem, Bools | None]:
+    """Return the problem to start with, and a placement of its trunk to begin from: what is in force where possible."""
+    if now is None:
+        return problem, None
+    if problem.moves:
+        return problem.with_trunk(now.problem.trunk_node), now.placed
+    return problem, now.placed if np.array_equal(problem.trunk_node, now.problem.trunk_node) else None
 
 
 def _solve(problem: Problem, request: Request, watch: Watch | None = None) -> Solved:
@@ -105,11 +117,11 @@ def _price_of_survival(inputs: Inputs, request: Request, solved: Solved) -> Surv
     if replicas.required <= replicas.minimum:
         return None
     limits = replace(request.limits, time_s=_SURVIVAL_SHARE * request.limits.time_s, start=solved.placed)
+    problem = replace(inputs.problem(), required=replicas.minimum, balance=request.balance)
+    if problem.moves:
+        problem = problem.with_trunk(solved.problem.trunk_node)
     try:
-        free = _solve(
-            replace(inputs.problem(), required=replicas.minimum, balance=request.balance),
-            replace(request, limits=limits),
-        )
+        free = _solve(problem, replace(request, limits=limits))
     except PlannerError:
         return None
     extra = solved.judgement.predicted_latency_s - free.judgement.predicted_latency_s

@@ -20,10 +20,12 @@ from planner.solvers.choose import EXACT, PIPELINES, STRATEGIES, find_solver
 from planner.solvers.events import UnsuitedSolver, refuse_large
 from planner.solvers.milp.joint import refuse_large_joint
 from planner.trunk.search import Tools, search_paths
+from planner.trunk.trials import Trial
 
 logger = logging.getLogger(__name__)
 
 _STAND_IN: Final = "dancemoe"
+_SEARCHED: Final = 0.5  # of the time, before the joint model where that is tiny
 _SAME: Final = 1e-6  # relative difference between a solver's figures and ours that is rounding
 
 
@@ -114,7 +116,42 @@ def _move(
             watch(Standing(seconds, incumbent, bound))
 
     tools = Tools(quick=lambda given, name: run(given, name, limits), improve=improve, ask=ask, keep=keep)
-    return search_paths(problem, tools, objective=objective, limits=limits, report=told)
+    if solver != "auto" or not _is_tiny(problem, objective):
+        return search_paths(problem, tools, objective=objective, limits=limits, report=told)
+    half = replace(limits, time_s=_SEARCHED * limits.time_s)
+    found = search_paths(problem, tools, objective=objective, limits=half, report=told)
+    return _or_exact(problem, found, limits, in_process=in_process)
+
+
+def _is_tiny(problem: Problem, objective: ObjectiveName) -> bool:
+    from planner.solvers.milp.joint import is_tiny
+
+    return objective == "latency" and is_tiny(problem)
+
+
+def _or_exact(problem: Problem, found: Solved, limits: SolveLimits, *, in_process: bool) -> Solved:
+    """Use the time left for the joint model; return the better paths and placement under the better bound."""
+    left = limits.time_s - found.result.seconds
+    if found.result.status is SolveStatus.OPTIMAL or left < 0.1 * limits.time_s or limits.tail:
+        return found
+    try:
+        exact = solve(problem, "milp", limits=replace(limits, time_s=left, start=None), in_process=in_process)
+    except NoPlacementFound:
+        return found
+    best = exact if _mean_s(exact) < _mean_s(found) * (1 - _SAME) else found
+    bounds = [one.result.bound for one in (exact, found) if one.result.bound is not None]
+    result = replace(
+        best.result,
+        bound=max(bounds, default=None),
+        seconds=found.result.seconds + exact.result.seconds,
+        stop_reason=exact.result.stop_reason,
+    )
+    tried = Trial("joint model", exact.judgement.latency_s, _mean_s(exact))
+    return replace(best, result=with_status(result, limits.gap), trials=(*found.trials, tried))
+
+
+def _mean_s(solved: Solved) -> float:
+    return solved.judgement.predicted_latency_s
 
 
 def _counting_paths(problem: Problem, objective: ObjectiveName, watch: Watch | None) -> Watch | None:

@@ -306,7 +306,8 @@ class _Search:
 
     def _ask(self) -> None:
         """Let the asked solver place for the trunks that may still win, the best first."""
-        finalists = [entry for entry in self._ranked() if not entry.proven and self._may_win(entry)][:_FINALISTS]
+        open_ = [entry for entry in self._ranked() if not entry.proven and self._may_win(entry)]
+        finalists = [entry for number, entry in enumerate(open_) if number < _FINALISTS or entry.name == STAY]
         for number, entry in enumerate(finalists):
             left = self.limits.time_s - (self.clock() - self.began)
             if self._closed() or left < 0.02 * self.limits.time_s or not self._may_win(entry):

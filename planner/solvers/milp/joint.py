@@ -31,6 +31,8 @@ from planner.solvers.terms import exact_terms, nodes_that_may_bind
 
 MOST_CALLS: Final = 60_000  # shares of calls up to which the model is written
 MOST_WAITS: Final = 20_000  # rows of waits
+TINY_CALLS: Final = 1_500
+TINY_WAITS: Final = 1_000
 
 _Terms = list[tuple[pulp.LpVariable, float]]
 
@@ -91,13 +93,24 @@ def refuse_large_joint(problem: Problem, objective: ObjectiveName) -> None:
         raise UnsuitedSolver(
             "milp: paths and placement together minimise latency; use --objective latency or --solver auto"
         )
-    calls = problem.layers * problem.experts * problem.num_nodes * problem.num_places * len(problem.ingress_node)
-    rows = problem.top_k * sum(len(events) for _, _, events, _ in _events(problem))
+    calls, rows = _size(problem)
     if calls > MOST_CALLS or rows > MOST_WAITS:
         raise UnsuitedSolver(
             f"milp: paths and placement together need {calls} shares of calls and {rows} rows of waits, above the "
             f"limits of {MOST_CALLS} and {MOST_WAITS} of an exact model; use --solver auto, or shorter traces"
         )
+
+
+def is_tiny(problem: Problem) -> bool:
+    """Whether the model is solved in seconds, so that it is worth a try beside any search."""
+    calls, rows = _size(problem)
+    return calls <= TINY_CALLS and rows <= TINY_WAITS
+
+
+def _size(problem: Problem) -> tuple[int, int]:
+    """Shares of calls and rows of waits that the model needs at most."""
+    calls = problem.layers * problem.experts * problem.num_nodes * problem.num_places * len(problem.ingress_node)
+    return calls, problem.top_k * sum(len(events) for _, _, events, _ in _events(problem))
 
 
 def _only_bounds(report: Report) -> Report:
