@@ -27,12 +27,13 @@ from planner.trunk.trials import STAY, Trial
 from planner.trunk.viterbi import better_paths
 
 STARTS: Final = 10  # trunks that are tried by estimate, beside the one at the ingress and the pipelines
-_QUICK: Final = ("packed", "dancemoe")
+_QUICK: Final = ("packed", "additive")
+_ONWARD: Final = "from "
 _PIPELINES: Final = ("pipeline", "pipeline-speed")
 _QUICK_SHARE: Final = 0.3  # of the time, to try starts
 _EXPLORE_SHARE: Final = 0.4  # of the time, until which trunks nearby are looked at
 _TURN_SHARE: Final = 0.6  # of the time, until which paths and placements are improved in turn
-_IMPROVED: Final = 3  # trunks that are improved in turn
+_IMPROVED: Final = 4  # trunks that are improved in turn
 _FINALISTS: Final = 3  # trunks on which the asked solver has its say
 _SAME: Final = 1e-9
 
@@ -44,7 +45,7 @@ class Tools:
     Attributes
     ----------
     quick
-        A heuristic by name.
+        A heuristic by name; ``additive`` is the placement of least waits added up.
     improve
         A search of some seconds, from a placement where there is one.
     ask
@@ -285,9 +286,9 @@ class _Search:
                 return
 
     def _follow_to(self, entry: _Entry, found: Solved) -> None:
-        """Go on from what was found."""
-        name = entry.name if entry.name not in {STAY, *_PIPELINES} else f"from {entry.name}"
-        if name != entry.name:  # a start that readers ask for stays as it was tried
+        """Go on from what was found; the start stays as it was tried."""
+        if not entry.name.startswith(_ONWARD):
+            name = _ONWARD + entry.name
             self.entries = [other for other in self.entries if other.name != name]
             self.entries.append(replace(entry))
             entry.name = name
