@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from runtime.models import TOKENIZER_FILES, open_model
+from runtime.models import TOKENIZER_FILES, Model, open_model
 from runtime.quick import quicken
 from runtime.skeleton import (
     LOAD_LOCK,
@@ -157,7 +157,7 @@ def load_trunk(
     model = build_skeleton(opened.config_dir, held)
     wanted = _wanted(held_tensors(model, held), part_keys(first_layer, last, spec.num_decoder_layers), spec)
     pool = TensorPool() if pool is None else pool
-    found = _read(model_dir, wanted, source or opened.trunk_source(), pool, device)
+    found = _read(opened, wanted, source, pool, device)
     _tie(model, found)
     model.load_state_dict(found, strict=False, assign=True)
     pool.update({name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in found})
@@ -183,15 +183,16 @@ def _wanted(tensors: Mapping[str, Held], parts: list[PartKey], spec: ModelSpec) 
 
 
 def _read(
-    model_dir: Path, wanted: _Wanted, source: TrunkSource, pool: TensorPool, device: str
+    opened: Model, wanted: _Wanted, source: TrunkSource | None, pool: TensorPool, device: str
 ) -> dict[str, torch.Tensor]:
-    """Return the wanted tensors by name, from the pool or else from their source."""
+    """Return the wanted tensors by name, from the pool or else from their source (by default, the model's own)."""
     found: dict[str, torch.Tensor] = {}
     for (part, layer), tensors in wanted.items():
         shared = {name: tensor for name in tensors if (tensor := pool.get(name)) is not None}
         if len(shared) < len(tensors):
-            read = conform(model_dir, tensors, source.tensors(part, layer))
-            shared = {name: tensor.to(device) for name, tensor in read.items()} | shared
+            read = (source or opened.trunk_source()).tensors(part, layer)
+            held = conform(opened.config_dir, tensors, read)
+            shared = {name: tensor.to(device) for name, tensor in held.items()} | shared
         found |= shared
     return found
 

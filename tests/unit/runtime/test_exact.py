@@ -6,6 +6,7 @@ import torch
 from runtime.engine import Segment, generate
 from runtime.loading import load_trunk
 from runtime.routing import EpochBoard, Routing
+from runtime.sampling import PREFILL_CHUNK
 from tests.families import FAMILIES, all_here, make_store, reference, reference_tokens, residencies, split_model, spread
 
 PROMPT = [int(x) for x in torch.randint(2, 256, (24,), generator=torch.Generator().manual_seed(1))]
@@ -61,6 +62,13 @@ def test_greedy_tokens_equal_one_node(family, one_node, checkpoint, store, combi
     split = split_model(checkpoint(family), store(family), spread(store(family)))
     got = generate(split.segment, PROMPT, max_tokens=TOKENS, combine=combine, caller=split.caller, stop_ids=frozenset())
     assert list(got) == reference_tokens(one_node, PROMPT, TOKENS)
+
+
+def test_a_prompt_in_chunks_gives_the_tokens_of_one_node(family, one_node, checkpoint, store):
+    prompt = torch.randint(2, 256, (PREFILL_CHUNK + 50,), generator=torch.Generator().manual_seed(8)).tolist()
+    split = split_model(checkpoint(family), store(family), spread(store(family)))
+    got = generate(split.segment, prompt, max_tokens=TOKENS, caller=split.caller, stop_ids=frozenset())
+    assert list(got) == reference_tokens(one_node, prompt, TOKENS)
 
 
 def test_layer_ranges_in_a_row_equal_the_whole(family, one_node, checkpoint, store):
