@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 LOST_CLIENT_S: Final = 5.0
 MAX_WAITING: Final = 64
 FAREWELL_MS: Final = 300
+LAST_WORDS_S: Final = 0.5
 _POLL_MS: Final = 100
 
 
@@ -108,8 +110,10 @@ class ClientServer(threading.Thread):
                     self._take(*self._socket.recv_multipart())
                 self._drop_lost()
         finally:
+            told = set(self._requests)
             self._stop_workers()
             self._forward()  # clients are told why their answer ends
+            self._hear_out(told)
             self._inbox.close()
             self._socket.close(linger=FAREWELL_MS)
 
@@ -120,6 +124,16 @@ class ClientServer(threading.Thread):
             self._line.put(None)
         for worker in self._workers:
             worker.join()
+
+    def _hear_out(self, told: set[tuple[bytes, str]]) -> None:
+        """Wait until clients have read their last message, which they answer: a closed connection would drop it."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while told and (left_s := deadline - time.monotonic()) > 0:
+            if self._socket.poll(round(left_s * 1000) or 1):
+                client, *frames = self._socket.recv_multipart()
+                with suppress(RemoteProtocolError):
+                    message = decode(frames[0] if len(frames) == 1 else b"")
+                    told -= {(client, message.request)} if isinstance(message, Cancel) else set()
 
     def _take(self, client: bytes, *frames: bytes) -> None:
         try:

@@ -362,7 +362,8 @@ class SessionPlane:
             front.put(ring.TokenCame(header.session, header.position, int(payload[0]), header.end))
             if header.end or self._registry.find(header.session, header.segment) is None:
                 return
-        if (entry := self._registry.find(header.session, header.segment)) is not None:
+        entry = self._registry.find(header.session, header.segment) if sender != self._me else None
+        if entry is not None:
             require_fit(header, payload, self._open[entry.name].trunk)
         self._registry.take(sender, header, payload, time.monotonic())
 

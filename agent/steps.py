@@ -62,8 +62,8 @@ def require_fit(header: StepHeader, payload: torch.Tensor, trunk: Trunk) -> None
         if payload.dtype != trunk.dtype:
             raise Objection("refused", f"hidden states as {header.dtype}, this node computes in {name_of_trunk(trunk)}")
         return
-    size = int(trunk.model.config.vocab_size)
-    if int(payload.min()) < 0 or int(payload.max()) >= size:
+    size, ids = trunk.model.model.embed_tokens.num_embeddings, payload.numpy()
+    if ids.min() < 0 or ids.max() >= size:
         raise Objection("refused", f"token ids beyond the {size} of the model's vocabulary")
 
 
