@@ -371,8 +371,8 @@ class NodeStatus(FrozenModel):
         ``stalled``: heartbeats come, but nothing that is under way makes progress. ``away``: heartbeats stopped.
         ``stopped``: its agent said goodbye.
     hops_per_token, calls_per_token, call_wait_per_token_s
-        Of the tokens that ran through this node's layers: what left for the next node, expert calls, waits for them.
-        Tokens of a prompt leave together, in chunks.
+        Of the tokens that ran through this node's layers in this epoch: what left for the next node, expert calls,
+        waits for them. Tokens of a prompt leave together, in chunks.
     planned_hops_per_token, planned_wait_per_token_s
         What the plan in force expects of a token that is generated; None where it tells nothing of paths.
     """

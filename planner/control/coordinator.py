@@ -128,7 +128,9 @@ class Coordinator:
                 log.warning("a second agent for %s is refused", hello.node)
                 self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=text, taken=True))
                 return
-        self._views[hello.node] = AgentView(hello, None, now, now)
+        known = self._views.get(hello.node)
+        since = known.since if known and known.hello.incarnation == hello.incarnation else msg.Served()
+        self._views[hello.node] = AgentView(hello, None, now, now, since=since)
         self._socket.send(identity, msg.Welcome(cluster=self._topology.cluster, generation=self._generation))
         self._peers_revision += 1
         self._broadcast_peers()
@@ -218,6 +220,8 @@ class Coordinator:
                     self._accept(client, nothing_to_do)
         if self._machine.state.phase != phase:
             self._preparing_since = self._clock() if self._machine.state.phase == "preparing" else None
+        if self._machine.state.phase == "retiring" != phase:  # every agent uses the new epoch
+            self._views = {node: view.from_now() for node, view in self._views.items()}
 
     def _accept(self, client: bytes, nothing_to_do: bool) -> None:
         self._appliers[client] = None

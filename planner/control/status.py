@@ -5,7 +5,7 @@ beside what was counted. Pure: times are passed in.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from planner.control.state import ClusterState
@@ -21,7 +21,8 @@ STALLED_S: Final = 5.0
 class AgentView:
     """What is known of one agent: its hello, its last heartbeat, when it came and when its progress last changed.
 
-    `has_stopped` after its goodbye.
+    `has_stopped` after its goodbye. `since` is what it had counted when every agent had come to the
+    epoch in force.
     """
 
     hello: Hello
@@ -29,6 +30,11 @@ class AgentView:
     heard_at: float
     progressed_at: float
     has_stopped: bool = False
+    since: Served = field(default_factory=Served)
+
+    def from_now(self) -> "AgentView":
+        """Return the view with what was counted so far left out of figures per token."""
+        return self if self.heartbeat is None else replace(self, since=self.heartbeat.served)
 
 
 def promises_in_force(state: ClusterState, views: Mapping[str, AgentView]) -> Mapping[str, Promise]:
@@ -36,7 +42,7 @@ def promises_in_force(state: ClusterState, views: Mapping[str, AgentView]) -> Ma
     plan = state.committed_plan
     if plan is None or plan.summary.paths is None or state.paths != plan.trunk:
         return {}
-    tokens = {node: float(view.heartbeat.served.tokens) for node, view in views.items() if view.heartbeat}
+    tokens = {n: float(v.heartbeat.served.tokens - v.since.tokens) for n, v in views.items() if v.heartbeat}
     return promises(plan.summary.paths, tokens)
 
 
@@ -59,7 +65,8 @@ def node_status(
     beat = view.heartbeat
     served = beat.served if beat else Served()
     rows = served.device_rows + served.host_rows + served.disk_rows + served.remote_rows
-    state, ran = _state(view, now), served.step_tokens
+    state, since = _state(view, now), view.since
+    ran = served.step_tokens - since.step_tokens
     return NodeStatus(
         id=node,
         state=state,
@@ -74,9 +81,9 @@ def node_status(
         tokens=served.tokens,
         last_heartbeat_s=now - view.heard_at,
         progress=beat.progress if beat else 0,
-        hops_per_token=served.hops / ran if ran else None,
-        calls_per_token=served.calls / ran if ran else None,
-        call_wait_per_token_s=served.call_wait_s / ran if ran else None,
+        hops_per_token=(served.hops - since.hops) / ran if ran else None,
+        calls_per_token=(served.calls - since.calls) / ran if ran else None,
+        call_wait_per_token_s=(served.call_wait_s - since.call_wait_s) / ran if ran else None,
         **planned,
     )
 

@@ -1,6 +1,7 @@
 """What tokens met at a node, beside what the plan expects."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -48,6 +49,14 @@ def test_counts_per_token_stand_beside_the_plans(state):
     out = io.StringIO()
     Console(file=out, width=150).print(status_view(report))
     assert out.getvalue().splitlines()[-1].split() == ["a", "0.75", "1.00", "0.50", "20", "ms", "10", "ms"]
+
+
+def test_what_was_counted_under_an_older_epoch_is_left_out():
+    before = view("a", tokens=10, step_tokens=10, hops=0, calls=50).from_now()
+    assert node_status("a", Memory(), before, now=0.1).calls_per_token is None
+    now = replace(before, heartbeat=view("a", tokens=30, step_tokens=30, hops=20, calls=60).heartbeat)
+    row = node_status("a", Memory(), now, now=0.1)
+    assert (row.hops_per_token, row.calls_per_token, row.tokens) == (1.0, 0.5, 30)
 
 
 def test_a_plan_promises_nothing_before_its_paths_are_in_force(state):
