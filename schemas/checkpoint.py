@@ -255,11 +255,12 @@ def _model_spec(checkpoint: Checkpoint) -> ModelSpec:
 def _trunk_bytes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Bytes of all decoder layers without routed experts, of the embedding, and of all that lies outside of layers."""
     inside = embedding = outside = 0
+    last = _setting(checkpoint, "num_hidden_layers")
     for name, entry in checkpoint.tensors.items():
         if is_expert(name):
             continue
-        if _LAYER.match(name):
-            inside += entry.num_bytes
+        if layer := _LAYER.match(name):
+            inside += entry.num_bytes if int(layer[1]) < last else 0
         else:
             outside += entry.num_bytes
             embedding += entry.num_bytes if name == EMBEDDING else 0

@@ -116,6 +116,21 @@ def test_ranges_of_one_pool_share_their_weights(checkpoint, store, tmp_path):
     assert set(pool) == {name for name in second if "rotary" not in name}
 
 
+def test_draft_layers_are_neither_counted_nor_read(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("deepseek_v3"), tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    draft = {
+        name.replace("layers.3", "layers.4"): tensor.clone() for name, tensor in weights.items() if "layers.3" in name
+    }
+    draft["model.layers.4.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | draft, model / "model.safetensors", {"format": "pt"})
+    spec = read_checkpoint(checkpoint("deepseek_v3")).model_spec
+    assert read_checkpoint(model).model_spec.model_copy(update={"id": spec.id}) == spec
+    want, got = held(load_trunk(checkpoint("deepseek_v3")).model), held(load_trunk(model).model)
+    assert got.keys() == want.keys()
+    assert len(make_store(model, tmp_path / "store").trunk) == 6
+
+
 @pytest.mark.parametrize("is_written", [False, True])
 def test_tied_weights_are_held_once_and_sent_with_both_ends(tmp_path, is_written):
     model = make_checkpoint("olmoe", tmp_path / "model", layers=2)
