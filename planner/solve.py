@@ -128,7 +128,10 @@ def _move(
     if solver != "auto" or not _is_tiny(problem, objective):
         return search_paths(problem, tools, objective=objective, limits=limits, report=told)
     half = replace(limits, time_s=_SEARCHED * limits.time_s)
-    found = search_paths(problem, tools, objective=objective, limits=half, report=told)
+    try:
+        found = search_paths(problem, tools, objective=objective, limits=half, report=told)
+    except (InfeasibleProblem, NoPlacementFound):
+        return solve(problem, "milp", limits=half, in_process=in_process)
     return _or_exact(problem, found, limits, in_process=in_process)
 
 

@@ -23,6 +23,16 @@ def neighbours(trunk_node: Ints, paths: Sequence[Ints], num_nodes: int) -> Itera
     yield from _shifted(trunk_node)
 
 
+def single_layers(trunk_node: Ints, num_nodes: int) -> Iterator[Ints]:
+    """Yield trunks in which one layer of one ingress runs elsewhere."""
+    for ingress, layer in np.ndindex(*trunk_node.shape):
+        for node in range(num_nodes):
+            if trunk_node[ingress, layer] != node:
+                changed = trunk_node.copy()
+                changed[ingress, layer] = node
+                yield changed
+
+
 def _other_paths(trunk_node: Ints, paths: Sequence[Ints], num_nodes: int) -> Iterator[Ints]:
     alone = [np.full(trunk_node.shape[1], node) for node in range(num_nodes)]
     for ingress, own in enumerate(trunk_node):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from planner.objective import ObjectiveName
 from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import SolveLimits, StopReason, with_status
 from planner.trunk.bound import blame_of, joint_bound, trunk_bound
-from planner.trunk.neighbours import neighbours
+from planner.trunk.neighbours import neighbours, single_layers
 from planner.trunk.starts import find_starts
 from planner.trunk.trials import STAY, Trial
 from planner.trunk.viterbi import better_paths
@@ -134,6 +135,8 @@ class _Search:
     def run(self) -> Solved:
         self._begin()
         if not self.entries:
+            self._make_room()
+        if not self.entries:
             raise self._nothing()
         for entry in self._ranked()[:_IMPROVED]:
             self._explore(entry)
@@ -154,6 +157,26 @@ class _Search:
             self._place(start.name, start.trunk_node)
         if STAY not in self._names() and not self.problem.room.fits(self.problem.stay_node):
             self._try(STAY, lambda: self.tools.quick(self.problem.with_trunk(self.problem.stay_node), "packed"))
+
+    def _make_room(self) -> None:
+        """Where no start leaves room for all experts, go from trunk to trunk as long as more of them fit."""
+        starts = [self.problem.trunk_node, *(start.trunk_node for start in find_starts(self.problem, STARTS))]
+        here = max(starts, key=self._slots)
+        paths, climbing = list(np.unique(np.concatenate(starts), axis=0)), True
+        while climbing and not self.entries and not self._over(_EXPLORE_SHARE):
+            climbing = False
+            near = (neighbours(here, paths, self.problem.num_nodes), single_layers(here, self.problem.num_nodes))
+            for trunk in chain(*near):
+                if self._over(_EXPLORE_SHARE):
+                    return
+                if self._slots(trunk) > self._slots(here):
+                    here, climbing = trunk, True
+                    self._place("more room", here)
+                    break
+
+    def _slots(self, trunk: Ints) -> int:
+        """Experts that fit beside a trunk; -1 where it does not fit itself."""
+        return int(self.problem.with_trunk(trunk).node_slots.sum()) if self.problem.room.fits(trunk) else -1
 
     def _start(self) -> Bools:
         if self.limits.start is None:
@@ -365,8 +388,9 @@ class _Search:
                 yield Trial(name, note=str(error))
 
     def _nothing(self) -> PlannerError:
-        """Return why nothing fits: of all that was tried, what misses least."""
-        found = [error for error in self.failed.values() if isinstance(error, InfeasibleProblem)]
+        """Return why nothing fits: of all that was tried, what misses least; pipelines count last."""
+        tried = {name: error for name, error in self.failed.items() if name not in _PIPELINES} or self.failed
+        found = [error for error in tried.values() if isinstance(error, InfeasibleProblem)]
         if not found:
-            return next(iter(self.failed.values()))
+            return next(iter(tried.values()))
         return min(found, key=lambda error: sum(one.value - one.limit for one in error.violations))
