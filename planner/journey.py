@@ -22,6 +22,7 @@ class Leg(NamedTuple):
     compute_s: float
     wait_s: float
     hop_s: float
+    calls: float
     onward: str
 
     @property
@@ -36,9 +37,10 @@ class Leg(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """What a plan expects of a token that runs through a node's layers: hops onward, and seconds waited for calls."""
+    """What a plan expects of a token that runs through a node's layers: hops onward, calls, seconds waited for them."""
 
     hops: float
+    calls: float
     wait_s: float
 
 
@@ -54,6 +56,7 @@ def legs_of(path: PathSummary) -> tuple[Leg, ...]:
             compute_s=sum(layer.compute_s for layer in layers),
             wait_s=sum(layer.wait_s for layer in layers),
             hop_s=sum(layer.hop_s for layer in layers),
+            calls=sum(layer.calls for layer in layers),
             onward=after[0].node,
         )
         for layers, after in zip(runs, following, strict=True)
@@ -71,12 +74,11 @@ def promises(paths: Iterable[PathSummary], tokens: Mapping[str, float]) -> dict[
     paths = tuple(paths)
     known = any(tokens.get(path.ingress, 0) > 0 for path in paths)
     weight: dict[str, float] = {}
-    hops: dict[str, float] = {}
-    waits: dict[str, float] = {}
+    sums: dict[str, tuple[float, float, float]] = {}
     for path in paths:
         entered = tokens.get(path.ingress, 0) if known else 1.0
         for leg in legs_of(path):
             weight[leg.node] = weight.get(leg.node, 0.0) + entered
-            hops[leg.node] = hops.get(leg.node, 0.0) + entered * leg.hops
-            waits[leg.node] = waits.get(leg.node, 0.0) + entered * leg.wait_s
-    return {node: Promise(hops[node] / total, waits[node] / total) for node, total in weight.items() if total}
+            hops, calls, wait_s = sums.get(leg.node, (0.0, 0.0, 0.0))
+            sums[leg.node] = hops + entered * leg.hops, calls + entered * leg.calls, wait_s + entered * leg.wait_s
+    return {node: Promise(*(value / total for value in sums[node])) for node, total in weight.items() if total}

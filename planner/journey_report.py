@@ -57,12 +57,12 @@ def leg_table(paths: Sequence[PathSummary]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("tokens of", "layers", "run on"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("compute", "waits", "hop onward", "together"):
+    for heading in ("calls", "compute", "waits", "hop onward", "together"):
         table.add_column(heading, justify="right")
     for path in paths:
         for leg in legs_of(path):
             times = (leg.compute_s, leg.wait_s, leg.hop_s, leg.total_s)
-            table.add_row(path.ingress, layers_text(leg), leg.node, *map(format_seconds, times))
+            table.add_row(path.ingress, layers_text(leg), leg.node, f"{leg.calls:.3g}", *map(format_seconds, times))
         table.add_section()
     return table
 

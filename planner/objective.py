@@ -123,6 +123,17 @@ def layer_waits(problem: Problem, routing: Routing) -> Floats:
     )
 
 
+def layer_calls(problem: Problem, routing: Routing) -> Floats:
+    """Return the calls of a token of each ingress in each layer, one to each other node that serves it, ``[I, L]``."""
+    holder_node, layers = problem.place_node[routing.holder], np.arange(problem.layers)
+    return np.array(
+        [
+            _messages(events, holder_node[trunk, layers] != trunk[:, None], holder_node[trunk, layers]).mean(axis=0)
+            for trunk, events in zip(problem.trunk_node, problem.events, strict=True)
+        ]
+    )
+
+
 def _looked_up(table: Floats, routing: Routing) -> Floats:
     """Value ``table[n, place]`` of the place that serves each call, or its mean over shares, ``[N, L, E]``."""
     if routing.share is not None:
@@ -226,8 +237,14 @@ def _event_means(events: Events, remote: Floats, wait: Floats, away: Bools, hold
     layers = np.arange(events.shape[1])[None, :, None]
     local = (1.0 - remote)[layers, events].prod(axis=2)
     slowest = wait[layers, events].max(axis=2)
+    messages = _messages(events, away, holder).sum(axis=1)
+    return float(1.0 - local.mean()), float(slowest.sum(axis=1).mean()), float(messages.mean())
+
+
+def _messages(events: Events, away: Bools, holder: Ints) -> Ints:
+    """Return how many other nodes serve each event ``[T, L, K]``, int64 ``[T, L]``; tables are ``[L, E]``."""
+    layers = np.arange(events.shape[1])[None, :, None]
     nodes = np.sort(np.where(away, holder, -1)[layers, events], axis=2)  # -1: served here, so no message
     first = np.ones_like(nodes, dtype=bool)
     first[:, :, 1:] = nodes[:, :, 1:] != nodes[:, :, :-1]
-    messages = (first & (nodes >= 0)).sum(axis=(1, 2))
-    return float(1.0 - local.mean()), float(slowest.sum(axis=1).mean()), float(messages.mean())
+    return np.asarray((first & (nodes >= 0)).sum(axis=2))

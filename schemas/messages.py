@@ -373,7 +373,7 @@ class NodeStatus(FrozenModel):
     hops_per_token, calls_per_token, call_wait_per_token_s
         Of the tokens that ran through this node's layers in this epoch: what left for the next node, expert calls,
         waits for them. Tokens of a prompt leave together, in chunks.
-    planned_hops_per_token, planned_wait_per_token_s
+    planned_hops_per_token, planned_calls_per_token, planned_wait_per_token_s
         What the plan in force expects of a token that is generated; None where it tells nothing of paths.
     """
 
@@ -394,6 +394,7 @@ class NodeStatus(FrozenModel):
     calls_per_token: float | None = None
     call_wait_per_token_s: float | None = None
     planned_hops_per_token: float | None = None
+    planned_calls_per_token: float | None = None
     planned_wait_per_token_s: float | None = None
 
 

@@ -42,7 +42,8 @@ class TrunkPath(FrozenModel):
 class LayerCost(FrozenModel):
     """What one decoder layer adds to a token of an ingress, in expectation.
 
-    `wait_s` is for experts elsewhere, `hop_s` for the way to the next layer's node (after the last: to the first's).
+    `wait_s` is for experts elsewhere, in `calls` to them; `hop_s` for the way to the next layer's node (after the last:
+    to the first's).
     """
 
     layer: Annotated[int, Field(ge=0)]
@@ -50,6 +51,7 @@ class LayerCost(FrozenModel):
     compute_s: float
     wait_s: float
     hop_s: float
+    calls: float = 0.0
 
 
 class PathSummary(FrozenModel):

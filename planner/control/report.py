@@ -36,10 +36,15 @@ def path_table(nodes: Sequence[NodeStatus]) -> Table:
     """Return what a token met at each node that ran layers for it, beside what the plan expects of a generated one."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("per token at", no_wrap=True)
-    for title in ("hops", "planned", "calls", "wait", "planned"):
+    for title in ("hops", "planned", "calls", "planned", "wait", "planned"):
         table.add_column(title, justify="right", no_wrap=True)
     for node in nodes:
-        figures = (node.hops_per_token, node.planned_hops_per_token, node.calls_per_token)
+        figures = (
+            node.hops_per_token,
+            node.planned_hops_per_token,
+            node.calls_per_token,
+            node.planned_calls_per_token,
+        )
         waits = (node.call_wait_per_token_s, node.planned_wait_per_token_s)
         counted = ("–" if value is None else f"{value:.2f}" for value in figures)
         table.add_row(node.id, *counted, *("–" if value is None else format_seconds(value) for value in waits))

@@ -52,6 +52,7 @@ def node_status(
     """Return one row of the table; `promise` is what the plan expects there."""
     planned = {
         "planned_hops_per_token": promise.hops if promise else None,
+        "planned_calls_per_token": promise.calls if promise else None,
         "planned_wait_per_token_s": promise.wait_s if promise else None,
     }
     if view is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.objective import Routing, layer_waits
+from planner.objective import Routing, layer_calls, layer_waits
 from planner.problem import Floats, Ints, Problem
 from planner.trunk.trials import STAY, Trial
 from schemas.plan import LayerCost, PathSummary
@@ -17,11 +17,11 @@ from schemas.units import format_bytes, format_seconds
 
 def path_summaries(problem: Problem, routing: Routing, trials: Sequence[Trial] = ()) -> tuple[PathSummary, ...]:
     """Return what every decoder layer of each ingress's path costs, and why the path is as it is."""
-    waits = layer_waits(problem, routing)
+    waits, calls = layer_waits(problem, routing), layer_calls(problem, routing)
     return tuple(
         PathSummary(
             ingress=problem.node_ids[node],
-            layers=_layer_costs(problem, problem.trunk_node[row], waits[row]),
+            layers=_layer_costs(problem, problem.trunk_node[row], waits[row], calls[row]),
             why=_why(problem, row, waits[row], trials),
         )
         for row, node in enumerate(problem.ingress_node.tolist())
@@ -33,7 +33,7 @@ def hop_seconds_of(problem: Problem, trunk: Ints) -> Floats:
     return np.asarray(problem.hop_s[trunk, np.roll(trunk, -1)])
 
 
-def _layer_costs(problem: Problem, trunk: Ints, waits: Floats) -> tuple[LayerCost, ...]:
+def _layer_costs(problem: Problem, trunk: Ints, waits: Floats, calls: Floats) -> tuple[LayerCost, ...]:
     hops, first = hop_seconds_of(problem, trunk), problem.room.decoder_first
     costs = []
     for layer, node in enumerate(trunk.tolist()):
@@ -46,6 +46,7 @@ def _layer_costs(problem: Problem, trunk: Ints, waits: Floats) -> tuple[LayerCos
                 compute_s=float(problem.trunk_s[node] + (problem.chosen_s[node] if decoder == with_experts else 0.0)),
                 wait_s=float(waits[layer]) if decoder == with_experts else 0.0,
                 hop_s=float(hops[layer]) if decoder == decoders[-1] else 0.0,
+                calls=float(calls[layer]) if decoder == with_experts else 0.0,
             )
             for decoder in decoders
         ]

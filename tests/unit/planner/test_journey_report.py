@@ -44,8 +44,8 @@ def test_ingresses_with_the_same_way_share_a_line():
 
 def test_tables_add_up():
     assert printed(leg_table([MOVING]))[2:] == [
-        ["a", "0", "a", "1", "ms", "0", "s", "5", "ms", "6", "ms"],
-        ["a", "1", "b", "1", "ms", "0", "s", "5", "ms", "6", "ms"],
+        ["a", "0", "a", "0.5", "1", "ms", "0", "s", "5", "ms", "6", "ms"],
+        ["a", "1", "b", "0.5", "1", "ms", "0", "s", "5", "ms", "6", "ms"],
     ]
     assert printed(path_table(STAYING))[-1] == ["1", "b", "1", "ms", "10", "ms", "22", "ms"]
 

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from planner.objective import judge, link_load, nearest, node_load
+from planner.objective import judge, layer_calls, link_load, nearest, node_load
 from planner.simulate import Arrivals, build_network, simulate
 from planner.simulate.arrivals import draw_requests, tokens_by_ingress
 from planner.simulate.clock import run
@@ -56,6 +56,12 @@ def test_busy_time_and_bytes_are_what_the_placement_asks_for():
     assert (carried.sum(axis=1) <= link_load(problem, routing) * seconds * 1.02).all()
     per_token = judge(problem, routing).mean_bytes_per_token
     assert carried.sum() / found.tokens == pytest.approx(per_token, rel=0.02)
+
+
+def test_calls_by_layer_are_those_whose_bytes_are_counted():
+    _, problem, routing = cluster()
+    sent = layer_calls(problem, routing).sum(axis=1) * problem.call_bytes
+    np.testing.assert_allclose(sent, judge(problem, routing).bytes_per_token)
 
 
 def test_parts_of_the_wait_add_up():

@@ -48,7 +48,7 @@ def test_counts_per_token_stand_beside_the_plans(state):
     report = msg.StatusReport(cluster="c", epoch=1, plan=plan_status(state, views, preparing_s=None), nodes=tuple(rows))
     out = io.StringIO()
     Console(file=out, width=150).print(status_view(report))
-    assert out.getvalue().splitlines()[-1].split() == ["a", "0.75", "1.00", "0.50", "20", "ms", "10", "ms"]
+    assert out.getvalue().splitlines()[-1].split() == ["a", "0.75", "1.00", "0.50", "0.50", "20", "ms", "10", "ms"]
 
 
 def test_what_was_counted_under_an_older_epoch_is_left_out():
@@ -62,4 +62,4 @@ def test_what_was_counted_under_an_older_epoch_is_left_out():
 def test_a_plan_promises_nothing_before_its_paths_are_in_force(state):
     assert promises_in_force(state.model_copy(update={"trunk": (path("a", "a", "a"),)}), {}) == {}
     assert promises_in_force(ClusterState(cluster="c"), {}) == {}
-    assert promises_in_force(state, {})["a"] == Promise(1.0, pytest.approx(0.01))
+    assert promises_in_force(state, {})["a"] == Promise(1.0, 0.5, pytest.approx(0.01))
