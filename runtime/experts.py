@@ -126,9 +126,12 @@ def compute_rows(
         if combine == "partial":
             return _partial_sums(math, rows, hidden, bounds, borrowed)
         weight = rows.weight.unsqueeze(1)
-        token = torch.from_numpy(rows.token).to(hidden.device)
-        groups = zip(bounds[:-1], bounds[1:], borrowed, strict=True)
-        weighted = [math(lent.weights, hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
+        if hidden.shape[0] == 1:  # a row per expert, nothing to gather
+            weighted = [math(lent.weights, hidden) * weight[row : row + 1] for row, lent in enumerate(borrowed)]
+        else:
+            token = torch.from_numpy(rows.token).to(hidden.device)
+            groups = zip(bounds[:-1], bounds[1:], borrowed, strict=True)
+            weighted = [math(lent.weights, hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
         return torch.cat(weighted).to(hidden.dtype)
 
 
