@@ -283,6 +283,8 @@ class Node:
 
     def _refused(self, refusal: msg.Refusal) -> None:
         """End where the coordinator will not have this node; one that serves tokens goes on and says so once."""
+        if refusal.incarnation not in {"", self._incarnation}:
+            return  # another agent claims this place
         if refusal.taken or self._machine.state.active is None:
             raise Refused(f"the coordinator refused {self._settings.node}: {refusal.message}", refusal.code)
         if refusal.message != self._last_refusal:

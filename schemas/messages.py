@@ -223,12 +223,16 @@ class Unknown(FrozenModel):
 
 
 class Refusal(FrozenModel):
-    """A request or a hello is refused, or failed; an agent whose place is `taken` by another one ends."""
+    """A request or a hello is refused, or failed; an agent whose place is `taken` by another one ends.
+
+    `incarnation` is the start of the agent that is meant, where it is known: two that claim one place share a line.
+    """
 
     type: Literal["refusal"] = "refusal"
     code: ExitCode
     message: str
     taken: bool = False
+    incarnation: str = ""
 
 
 class Peers(FrozenModel):

@@ -116,7 +116,8 @@ class Coordinator:
         now = self._clock()
         if refusal := next(self._objections(identity, hello), None):
             log.warning("hello of %s refused: %s", hello.node, refusal)
-            self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=refusal))
+            answer = msg.Refusal(code=ExitCode.INVALID, message=refusal, incarnation=hello.incarnation)
+            self._socket.send(identity, answer)
             return
         match self._rivals.judge(hello, self._views.get(hello.node), now):
             case "wait":
@@ -126,7 +127,8 @@ class Coordinator:
                     f"another agent runs as node {hello.node!r} already; stop it first, or correct node in the config"
                 )
                 log.warning("a second agent for %s is refused", hello.node)
-                self._socket.send(identity, msg.Refusal(code=ExitCode.INVALID, message=text, taken=True))
+                answer = msg.Refusal(code=ExitCode.INVALID, message=text, taken=True, incarnation=hello.incarnation)
+                self._socket.send(identity, answer)
                 return
         known = self._views.get(hello.node)
         since = known.since if known and known.hello.incarnation == hello.incarnation else msg.Served()
