@@ -19,7 +19,8 @@ from planner.solvers.base import Result, SolveLimits, SolveStatus, StopReason, i
 from planner.solvers.choose import EXACT, PIPELINES, STRATEGIES, find_solver
 from planner.solvers.events import UnsuitedSolver, refuse_large
 from planner.solvers.milp.joint import refuse_large_joint
-from planner.trunk.search import Tools, search_paths
+from planner.trunk.search import search_paths
+from planner.trunk.tools import Tools
 from planner.trunk.trials import Trial
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def _move(
         if watch is not None:
             watch(Standing(seconds, incumbent, bound))
 
+    _import_solvers()
     tools = Tools(quick=quick, improve=improve, ask=ask, keep=keep)
     if solver != "auto" or not _is_tiny(problem, objective):
         return search_paths(problem, tools, objective=objective, limits=limits, report=told)
@@ -133,6 +135,14 @@ def _move(
     except (InfeasibleProblem, NoPlacementFound):
         return solve(problem, "milp", limits=half, in_process=in_process)
     return _or_exact(problem, found, limits, in_process=in_process)
+
+
+def _import_solvers() -> None:
+    """Import what a search asks over and over, before its clock runs."""
+    import planner.solvers.decomposition.solver
+    import planner.solvers.latency.solver
+    import planner.solvers.milp.solver
+    import planner.solvers.routing  # noqa: F401
 
 
 def _is_tiny(problem: Problem, objective: ObjectiveName) -> bool:

@@ -36,11 +36,17 @@ _ROUNDS: Final = 25  # of spreading blame
 _MOST_TERMS: Final = 20_000_000  # chosen experts looked at, in all rounds
 
 
-def joint_bound(problem: Problem, objective: ObjectiveName) -> float | None:
-    """Lower bound of the objective over all trunks and placements; None for remote calls, which may be 0."""
+def joint_bound(problem: Problem, objective: ObjectiveName, blame: Floats | None = None) -> float | None:
+    """Lower bound of the objective over all trunks and placements; None for remote calls, which may be 0.
+
+    Parameters
+    ----------
+    blame
+        That of the objective, where it is known already.
+    """
     if objective == "remote-calls":
         return None
-    return float(problem.tokens_per_s @ path_bounds(problem, blame_of(problem, objective)))
+    return float(problem.tokens_per_s @ path_bounds(problem, blame_of(problem, objective) if blame is None else blame))
 
 
 def blame_of(problem: Problem, objective: ObjectiveName) -> Floats:
@@ -69,7 +75,7 @@ def trunk_bound(problem: Problem, blame: Floats) -> float:
 
     As ``waits(S)``, with the room that each node really has beside its trunks.
     """
-    parts = _Parts(problem, blame)
+    parts = Parts(problem, blame)
     seconds = path_seconds(problem)
     for ingress, path in enumerate(problem.trunk_node):
         for node in np.unique(path).tolist():
@@ -81,11 +87,11 @@ def trunk_bound(problem: Problem, blame: Floats) -> float:
 
 def path_bounds(problem: Problem, blame: Floats) -> Floats:
     """Lower bound of the seconds of a token of each ingress, float64 ``[I]``, from blame ``[I, L, E]``."""
-    parts = _Parts(problem, blame)
+    parts = Parts(problem, blame)
     best = np.full(len(blame), np.inf)
     for nodes, ring_s in _sets(problem):
         if parts.can_run(nodes):
-            best = np.minimum(best, ring_s + parts.compute(nodes) + parts.waits(nodes, parts.slots(nodes)))
+            best = np.minimum(best, ring_s + parts.within(nodes))
     if problem.num_nodes > MOST_NODES:
         best = parts.by_size()
     return np.where(np.isfinite(best), best, 0.0)
@@ -98,8 +104,8 @@ def _sets(problem: Problem) -> Iterator[tuple[Ints, float]]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Parts:
-    """What sets of nodes are bounded by, from a problem and the blame ``[I, L, E]`` of its experts."""
+class Parts:
+    """The parts that sets of nodes are bounded by, from a problem and the blame ``[I, L, E]`` of its experts."""
 
     problem: Problem
     blame: Floats
@@ -143,6 +149,10 @@ class _Parts:
             here = min(int(self.most_layers[node]) - each, left)
             spent, left = spent + here * float(self.layer_s[node]), left - here
         return spent
+
+    def within(self, nodes: Ints) -> Floats:
+        """Seconds of compute and waits at least, where a path visits all these nodes and no others, float64 ``[I]``."""
+        return self.compute(nodes) + self.waits(nodes, self.slots(nodes))
 
     def slots(self, nodes: Ints) -> int:
         """Experts that fit beside one trunk and its KV cache at most."""

@@ -15,7 +15,7 @@ from planner.problem import Floats, Ints
 MOST_NODES: Final = 10  # up to which all sets of nodes are looked at: 1023
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Ring:
     """Nodes in the order in which a ring visits them, and the seconds of its hops."""
 

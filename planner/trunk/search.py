@@ -24,6 +24,7 @@ from planner.solvers.base import SolveLimits, StopReason, with_status
 from planner.trunk.bound import blame_of, joint_bound, trunk_bound
 from planner.trunk.neighbours import neighbours, single_layers
 from planner.trunk.starts import find_starts
+from planner.trunk.tools import Report, Tools
 from planner.trunk.trials import STAY, Trial
 from planner.trunk.viterbi import better_paths
 
@@ -37,31 +38,6 @@ _TURN_SHARE: Final = 0.6  # of the time, until which paths and placements are im
 _IMPROVED: Final = 4  # trunks that are improved in turn
 _FINALISTS: Final = 3  # trunks on which the asked solver has its say
 _SAME: Final = 1e-9
-
-
-@dataclass(frozen=True, eq=False)
-class Tools:
-    """How placements are made for a trunk that is decided; each raises a `PlannerError` where it finds none.
-
-    Attributes
-    ----------
-    quick
-        A heuristic by name; ``additive`` is the placement of least waits added up.
-    improve
-        A search of some seconds, from a placement where there is one.
-    ask
-        The solver that was asked for.
-    keep
-        A placement as it is, re-checked.
-    """
-
-    quick: Callable[[Problem, str], Solved]
-    improve: Callable[[Problem, Bools | None, float], Solved]
-    ask: Callable[[Problem, SolveLimits], Solved]
-    keep: Callable[[Problem, Bools], Solved]
-
-
-Report = Callable[[float, float, float | None], None]
 
 
 @dataclass(eq=False)
@@ -127,8 +103,8 @@ class _Search:
     ) -> None:
         self.problem, self.tools, self.objective, self.limits = replace(problem, moves=False), tools, objective, limits
         self.report, self.clock, self.began = report, clock, clock()
-        self.bound = joint_bound(problem, objective)
         self.blame = blame_of(problem, "latency")
+        self.bound = joint_bound(problem, objective, self.blame if objective == "latency" else None)
         self.entries: list[_Entry] = []
         self.failed: dict[str, PlannerError] = {}
 
@@ -151,7 +127,9 @@ class _Search:
             self._try(name, partial(self.tools.quick, self.problem, name))
         if self.limits.start is not None:
             self._try("the plan in force", lambda: self.tools.keep(self.problem, self._start()))
-        for number, start in enumerate(find_starts(self.problem, STARTS)):
+        for number, start in enumerate(
+            find_starts(self.problem, STARTS, self.blame, partial(self._over, _QUICK_SHARE / 2))
+        ):
             if number and self.entries and (self._over(_QUICK_SHARE) or self._closed()):
                 break
             self._place(start.name, start.trunk_node)
@@ -160,7 +138,10 @@ class _Search:
 
     def _make_room(self) -> None:
         """Where no start leaves room for all experts, go from trunk to trunk as long as more of them fit."""
-        starts = [self.problem.trunk_node, *(start.trunk_node for start in find_starts(self.problem, STARTS))]
+        starts = [
+            self.problem.trunk_node,
+            *(start.trunk_node for start in find_starts(self.problem, STARTS, self.blame)),
+        ]
         here = max(starts, key=self._slots)
         paths, climbing = list(np.unique(np.concatenate(starts), axis=0)), True
         while climbing and not self.entries and not self._over(_EXPLORE_SHARE):
@@ -194,7 +175,7 @@ class _Search:
         if missing := impossible(moved):
             self.failed[name] = InfeasibleProblem(missing)
             return
-        for heuristic in _QUICK:
+        for heuristic in (*_QUICK, "dancemoe") if name == STAY else _QUICK:
             entry = self._try(name, partial(self.tools.quick, moved, heuristic))
             if entry is not None and not entry.solved.judgement.wait_s.any():
                 entry.proven = True

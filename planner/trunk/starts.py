@@ -3,15 +3,16 @@
 Decides which of them a search begins with. Must not know how experts are placed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from planner.problem import Ints, Problem
+from planner.problem import Floats, Ints, Problem
+from planner.trunk.bound import Parts
 from planner.trunk.rings import MOST_NODES, Ring, all_rings, grown_rings, turns
-from planner.trunk.spans import Spans, find_spans, path_of, share_layers, share_layers_wrapped
+from planner.trunk.spans import find_spans, path_of, share_layers, share_layers_wrapped
 from planner.trunk.trials import STAY
 
 _SEEDS: Final = 12  # nodes that rings grow from where they are too many to look at all sets
@@ -27,45 +28,79 @@ class Start:
     estimate_s: float | None = None
 
 
-def find_starts(problem: Problem, most: int) -> list[Start]:
-    """Return trunks that fit, the trunk at the ingresses first where it does, then up to `most` by estimate."""
-    shared = _by_estimate(problem, most)
-    stay = [Start(STAY, problem.stay_node)] if problem.room.fits(problem.stay_node) else []
-    return [*stay, *shared]
+def find_starts(problem: Problem, most: int, blame: Floats, late: Callable[[], bool] = lambda: False) -> list[Start]:
+    """Return trunks that fit, the trunk at the ingresses first where it does, then up to `most` by estimate.
 
-
-def _by_estimate(problem: Problem, most: int) -> list[Start]:
-    """Best share of layers of each ring, cheapest first; half of those kept hold whole layers where that is possible.
-
-    A ring is left out once it cannot be among the best, whatever its nodes hold.
+    Parameters
+    ----------
+    blame
+        Of experts for waits (see `bound`), ``[I, L, E]``.
+    late
+        Whether to leave it at what was found.
     """
-    spans, ingresses = (find_spans(problem), find_spans(problem, wrapped=True)), len(problem.ingress_node)
-    fastest = problem.compute_s
-    rings = sorted(_rings(problem), key=lambda ring: ring.hops_s + float(fastest[list(ring.nodes)].min(axis=0).sum()))
-    found: dict[tuple[int, ...], Start] = {}
-    kept: dict[str, list[float]] = {"whole": [], "mixed": []}
-    for ring in rings:
-        least = ring.hops_s + float(fastest[list(ring.nodes)].min(axis=0).sum())
-        for kind, costs in kept.items():
-            if len(costs) >= most and least >= sorted(costs)[most - 1]:
-                continue
-            for seconds, path in _shared(spans, ring, kind, problem.layers):
-                name = f"{kind} layers over {', '.join(problem.node_ids[node] for node in ring.nodes)}"
-                start = Start(name, np.tile(path, (ingresses, 1)), seconds + ring.hops_s)
-                if _better(start, found.get(tuple(path.tolist()))):
-                    found[tuple(path.tolist())] = start
-                costs.append(seconds + ring.hops_s)
-    ordered = sorted(found.values(), key=_estimate)
+    stay = [Start(STAY, problem.stay_node)] if problem.room.fits(problem.stay_node) else []
+    ordered = sorted(_by_estimate(problem, most, blame, late), key=_estimate)
     whole = [start for start in ordered if start.name.startswith("whole")][: -(-most // 2)]
-    return sorted([*whole, *[start for start in ordered if start not in whole][: most - len(whole)]], key=_estimate)
+    mixed = [start for start in ordered if start not in whole]
+    return [*stay, *sorted([*whole, *mixed[: most - len(whole)]], key=_estimate)]
+
+
+def _by_estimate(problem: Problem, most: int, blame: Floats, late: Callable[[], bool]) -> Iterable[Start]:
+    """Share layers best over each ring, those first that are bounded lowest, as long as any may be among the best.
+
+    Of the best rings those that begin and end at one node are looked at, too.
+    """
+    spans, wrapped = find_spans(problem), find_spans(problem, wrapped=True)
+    found: dict[bytes, Start] = {}
+    for kind in ("whole", "mixed"):
+        plain, ends = (one.whole_s if kind == "whole" else one.mixed_s for one in (spans, wrapped))
+        tried: list[tuple[float, float, Ring]] = []
+        for floor, ring in _by_floor(problem, blame, whole=kind == "whole"):
+            if len(tried) >= most and (late() or floor >= sorted(tried)[most - 1][0]):
+                break
+            way = _shared(plain, ring)
+            tried.append((way.seconds, floor, ring))
+            _keep(found, problem, kind, way)
+        for _, _, ring in sorted(tried)[:most]:
+            if 1 < len(ring.nodes) <= _MOST_WRAPPED and not late():
+                _keep(found, problem, kind, _wrapped(plain, ends, ring))
+    return found.values()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to share layers over a ring; `path` is None where none fits."""
+
+    ring: Ring
+    seconds: float
+    path: Ints | None
+
+
+def _keep(found: dict[bytes, Start], problem: Problem, kind: str, way: _Way) -> None:
+    """Enter a way under its path. Modifies `found`."""
+    if way.path is None:
+        return
+    name = f"{kind} layers over {', '.join(problem.node_ids[node] for node in way.ring.nodes)}"
+    start = Start(name, np.tile(way.path, (len(problem.ingress_node), 1)), way.seconds)
+    known = found.get(way.path.tobytes())
+    if known is None or _estimate(start) < _estimate(known):
+        found[way.path.tobytes()] = start
+
+
+def _by_floor(problem: Problem, blame: Floats, *, whole: bool) -> list[tuple[float, Ring]]:
+    """Rings with what they cost at least, cheapest first; with `whole`, those that all experts fit into."""
+    parts, weights = Parts(problem, blame), problem.tokens_per_s / problem.tokens_per_s.sum()
+    least = problem.layers * problem.experts if whole else 0
+    floors = []
+    for ring in _rings(problem):
+        nodes = np.array(ring.nodes)
+        if parts.can_run(nodes) and parts.slots(nodes) >= least:
+            floors.append((ring.hops_s + float(weights @ parts.within(nodes)), ring))
+    return sorted(floors, key=lambda pair: pair[0])
 
 
 def _estimate(start: Start) -> float:
     return np.inf if start.estimate_s is None else start.estimate_s
-
-
-def _better(start: Start, before: Start | None) -> bool:
-    return before is None or _estimate(start) < _estimate(before)
 
 
 def _rings(problem: Problem) -> list[Ring]:
@@ -80,22 +115,22 @@ def _rings(problem: Problem) -> list[Ring]:
     )
 
 
-def _shared(spans: tuple[Spans, Spans], ring: Ring, kind: str, layers: int) -> Iterator[tuple[float, Ints]]:
-    """Yield the best turn of a ring with the seconds of its spans, and the best that begins and ends at one node."""
-    if len(ring.nodes) > layers:
-        return
-    table, ends = (one.whole_s if kind == "whole" else one.mixed_s for one in spans)
-    best: tuple[float, tuple[int, ...], tuple[int, ...]] = (np.inf, (), ())
+def _shared(table: Floats, ring: Ring) -> _Way:
+    """Return the best turn of a ring, from seconds of spans ``[N, L + 1, L + 1]``."""
+    best = _Way(ring, np.inf, None)
     for nodes in turns(ring):
-        seconds, behind = share_layers([table[node] for node in nodes])
-        if seconds < best[0]:
-            best = (seconds, nodes, behind)
-    if np.isfinite(best[0]):
-        yield best[0], path_of(best[1], best[2])
-    if 1 < len(ring.nodes) <= _MOST_WRAPPED:
-        ways = [
-            (*share_layers_wrapped(ends[nodes[0]], [table[node] for node in nodes[1:]]), nodes) for nodes in turns(ring)
-        ]
-        seconds, changes, nodes = min(ways)
-        if seconds < best[0]:
-            yield seconds, path_of([*nodes, nodes[0]], [*changes, layers])
+        seconds, ends = share_layers([table[node] for node in nodes])
+        if seconds + ring.hops_s < best.seconds:
+            best = _Way(ring, seconds + ring.hops_s, path_of(nodes, ends))
+    return best
+
+
+def _wrapped(table: Floats, ends: Floats, ring: Ring) -> _Way:
+    """Return the best turn of a ring that begins and ends at one node."""
+    best = _Way(ring, np.inf, None)
+    for nodes in turns(ring):
+        seconds, changes = share_layers_wrapped(ends[nodes[0]], [table[node] for node in nodes[1:]])
+        if seconds + ring.hops_s < best.seconds:
+            path = path_of([*nodes, nodes[0]], [*changes, table.shape[1] - 1])
+            best = _Way(ring, seconds + ring.hops_s, path)
+    return best
