@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from agent import ring
 from agent.errors import AgentError, NoActivePlan, RequestCancelled
-from agent.segments import SessionPlane
+from agent.plane import SessionPlane
 from runtime.errors import ContextFull
 from runtime.text import TextStream
 from schemas.messages import Finished, Generated, GenerateRequest

@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
+from agent.budget import Held
 from agent.errors import CannotPrepare, DataUnusable
-from agent.machine import Held
 from runtime.errors import ExpertUnavailable, RuntimeFault
 from runtime.slots import Key, Record, Residency
 from runtime.store import Store

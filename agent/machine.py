@@ -9,20 +9,14 @@ Must not know tensors, sockets or files.
 Every event may come twice, late, or after a restart: what is already true is answered by the same standing.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from agent.sessions import Range, range_of
+from agent.budget import Budget, over_budget
 from schemas.base import FrozenModel
-from schemas.messages import AssignedReplica, AssignedTrunkPart, Assignment, PrepareFault, Standing, TierBytes
-from schemas.model import ModelSpec
+from schemas.messages import Assignment, PrepareFault, Standing
 from schemas.outcome import ExitCode
-from schemas.paths import PathMemory, path_memory
-from schemas.plan import Segment, TrunkPath
-from schemas.topology import TIERS, Context, Tier
-from schemas.units import format_bytes
 
 
 class AgentState(FrozenModel):
@@ -46,49 +40,6 @@ class AgentState(FrozenModel):
     is_ready: bool = False
     kept: tuple[Assignment, ...] = ()
     retired: int = 0
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the node may use, and what the trunk and KV cache of the layers that it runs take of it.
-
-    Attributes
-    ----------
-    trunk_tier
-        Where trunk and KV cache are.
-    spec, context
-        The model as held, and how many tokens of how many sessions every ingress has room for.
-    """
-
-    node: str
-    memory: TierBytes
-    trunk_tier: Tier
-    spec: ModelSpec
-    context: Context
-
-    def paths(self, assignment: Assignment) -> tuple[TrunkPath, ...]:
-        """Return the paths through this node; an ingress without one runs every layer itself."""
-        known = {path.ingress for path in assignment.paths}
-        if not assignment.ingress or self.node in known:
-            return assignment.paths
-        whole = Segment(node=self.node, first_layer=0, last_layer=self.spec.num_decoder_layers - 1)
-        return (*assignment.paths, TrunkPath(ingress=self.node, segments=(whole,)))
-
-    def path_memory(self, assignments: Iterable[Assignment]) -> PathMemory:
-        """Return what trunk and KV cache of all these assignments take together."""
-        paths = [path for assignment in assignments for path in self.paths(assignment)]
-        return path_memory(self.node, paths, self.spec, self.context)
-
-    def ranges(self, assignments: Iterable[Assignment]) -> Mapping[Range, int]:
-        """Return the layer ranges that this node runs, and the bytes of KV cache of all who enter through each."""
-        users: dict[Range, set[str]] = defaultdict(set)
-        for assignment in assignments:
-            for path in self.paths(assignment):
-                for segment in path.segments:
-                    if segment.node == self.node:
-                        users[range_of(segment)].add(path.ingress)
-        each = self.spec.kv_bytes_per_token_layer * self.context.tokens * self.context.sessions
-        return {key: each * (key[1] - key[0] + 1) * len(ingresses) for key, ingresses in users.items()}
 
 
 @dataclass(frozen=True)
@@ -358,50 +309,6 @@ class AgentMachine:
         state = self.state
         newer = (a for a in (state.active, state.pending) if a is not None)
         return (*state.kept, *newer)
-
-
-Held = tuple[int, int, Tier]
-
-
-def wanted_replicas(assignments: Iterable[Assignment]) -> dict[Held, AssignedReplica]:
-    """Return what must be here by (layer, expert, tier); an expert may be in two tiers while an epoch changes."""
-    return {(r.record.layer, r.record.expert, r.tier): r for a in assignments for r in a.replicas}
-
-
-def wanted_parts(assignments: Iterable[Assignment]) -> dict[str, AssignedTrunkPart]:
-    """Return the parts of the trunk that must be here, by their sha256."""
-    return {part.record.sha256: part for a in assignments for part in a.trunk}
-
-
-def over_budget(assignments: Iterable[Assignment], budget: Budget) -> str:
-    """Say which tier these assignments exceed together, and by how much; empty if they fit."""
-    held = tuple(assignments)
-    used: Counter[Tier] = Counter()
-    for replica in wanted_replicas(held).values():
-        used[replica.tier] += replica.record.bytes
-    trunk = budget.path_memory(held)
-    for tier in TIERS:
-        memory = int(getattr(budget.memory, tier))
-        left = memory - (trunk.total if tier == budget.trunk_tier else 0)
-        if left < 0:
-            return _trunk_excess(budget, trunk, tier, -left)
-        if used[tier] > left:
-            return (
-                f"{tier} memory: experts need {format_bytes(used[tier])}, {format_bytes(used[tier] - left)} more "
-                f"than the {format_bytes(left)} left for them; raise memory.{tier} in the agent's config or solve "
-                "with what it says"
-            )
-    return ""
-
-
-def _trunk_excess(budget: Budget, trunk: PathMemory, tier: Tier, excess: int) -> str:
-    context = budget.context
-    return (
-        f"trunk ({format_bytes(trunk.trunk_bytes)}) and KV cache ({format_bytes(trunk.kv_bytes)} for a context of "
-        f"{context.tokens} tokens in {context.sessions} sessions of every ingress) need {format_bytes(trunk.total)} of "
-        f"{tier} memory, {format_bytes(excess)} more than its {format_bytes(getattr(budget.memory, tier))}; raise "
-        f"memory.{tier} in the agent's config, or plan for less context"
-    )
 
 
 def _name(assignment: Assignment) -> tuple[int, str]:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final, assert_never
@@ -22,19 +22,20 @@ import torch
 import zmq
 
 from agent import machine as m
+from agent.budget import Budget, wanted_parts, wanted_replicas
 from agent.clients import ClientServer
 from agent.control import ControlLine
 from agent.errors import CoordinatorAbsent, JournalUnwritable, Refused, ThreadLost
-from agent.generation import Generator, Ingress
+from agent.generation import Generator
 from agent.holdings import Holdings
 from agent.journal import Journal
+from agent.layers import Layers
 from agent.peers import Patience, PeerCaller
+from agent.plane import SessionPlane
 from agent.preparing import Preparation
-from agent.ranges import Ranges
 from agent.reporting import Identity, Reporter
 from agent.ring import Way
 from agent.routes import EpochRoutes, epoch_routes
-from agent.segments import Offer, SessionPlane
 from agent.serving import ExpertServer, Fence, Work
 from agent.sessions import Sender
 from agent.settings import Settings
@@ -43,12 +44,11 @@ from agent.transport import Context, bind, make_socket
 from runtime.counters import Counters
 from runtime.engine import Segment
 from runtime.errors import InvalidStore
-from runtime.loading import Trunk, load_tokenizer
+from runtime.loading import Trunk
 from runtime.models import open_model
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Residency
 from runtime.store import Store
-from runtime.trunk import PartKey
 from schemas import messages as msg
 from schemas.address import Address
 from schemas.model import ModelSpec
@@ -64,7 +64,6 @@ HELLO_S: Final = 1.0
 CLOSE_S: Final = 1.0  # what a preparation may take to notice that it is stopped
 _POLL_MS: Final = 50
 _MOST_WORKERS: Final = 8  # so many sessions' steps may wait for experts elsewhere while another one runs
-_NO_PLAN: Final = "no plan is active; apply one with planner apply PLAN"
 
 
 class Node:
@@ -91,7 +90,7 @@ class Node:
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
         memory = settings.memory
         self._memory = msg.TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
-        budget = m.Budget(
+        budget = Budget(
             settings.node, self._memory, "device" if memory.device else "host", self._spec, settings.context
         )
         self._machine = m.AgentMachine(self._journal.state, budget)
@@ -104,9 +103,6 @@ class Node:
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
         self._board = EpochBoard(nothing)
         self._routes = EpochRoutes(nothing, {}, frozenset())
-        self._ingress: Ingress | None = None
-        self._way = Way(0, None, _NO_PLAN)
-        self._ranges = Ranges(Path(settings.model), settings.dtype, self._make_segment)
         self._incarnation = uuid.uuid4().hex
         self._work = Work()
         self._peers: Mapping[str, msg.Endpoints] = {}
@@ -158,6 +154,9 @@ class Node:
             stopped=lambda: self._is_silent,
         )
         opened.callback(self._plane.close)
+        self._layers = Layers(
+            settings, self._model, self._machine.budget, make_segment=self._make_segment, plane=self._plane
+        )
         self._threads = [
             ExpertServer(expert, self._residency, self._limits, self._work, self._stopped),
             WeightsServer(weights, self._holdings, self._stopped),
@@ -175,8 +174,8 @@ class Node:
     def _make_generator(self) -> Generator:
         return Generator(
             self._plane,
-            ingress=lambda: self._ingress,
-            way=lambda: self._way,
+            ingress=lambda: self._layers.ingress,
+            way=self._way,
             patience_s=self._settings.absence_timeout_s,
         )
 
@@ -199,7 +198,7 @@ class Node:
         torch.set_num_threads(self._settings.threads)
         state = self._machine.state
         kept = (*state.kept, *((state.active,) if state.active else ()))
-        self._holdings.open(m.wanted_replicas(kept), m.wanted_parts(kept))
+        self._holdings.open(wanted_replicas(kept), wanted_parts(kept))
         for thread in (*self._workers, *self._threads):
             thread.start()
         self._handle(m.Started())
@@ -208,7 +207,7 @@ class Node:
             for message in self._line.receive(_POLL_MS):
                 self._take(message)
             self._take_outcomes()
-            self._release_ranges()
+            self._release()
             self._speak()
             self._require_threads()
             if self._is_lonely and time.monotonic() - began > FIRST_CONTACT_S:
@@ -327,8 +326,7 @@ class Node:
                     self._holdings,
                     self._context,
                     endpoints=self._endpoints_of,
-                    missing_parts=self._missing_parts,
-                    load_ranges=self._load_ranges,
+                    layers=self._layers,
                     report=self._outcomes.put,
                     after=self._preparation,
                 )
@@ -339,8 +337,8 @@ class Node:
                 self._activate(assignment)
             case m.Keep(assignments):
                 self._set_fence()  # first: a call that is let in must find its expert
-                self._holdings.keep(m.wanted_replicas(assignments), m.wanted_parts(assignments))
-                self._release_ranges()
+                self._holdings.keep(wanted_replicas(assignments), wanted_parts(assignments))
+                self._release()
             case _:
                 assert_never(instruction)
 
@@ -357,52 +355,22 @@ class Node:
         shape = {"layers": self._spec.layers, "experts": self._spec.experts}
         self._routes = epoch_routes(assignment, self._settings.node, **shape)
         self._board.install(self._routes.routing)
-        path = next((p for p in self._machine.budget.paths(assignment) if p.ingress == self._settings.node), None)
-        self._way = Way(assignment.epoch, path, "" if path else self._why_not())
-        self._offer()
+        self._layers.activate(assignment)
+
+    def _release(self) -> None:
+        self._layers.release(self._machine.assignments, self._machine.state.active)
+
+    def _way(self) -> Way:
+        """Return the path of tokens that enter here."""
+        if self._machine.active_epoch == 0 and self._machine.state.active is not None:
+            return Way(
+                0, None, f"{self._settings.node} was restarted and is fetching its experts; try again in a moment"
+            )
+        return self._layers.way
 
     def _set_fence(self) -> None:
         machine = self._machine
         self._work.fence = Fence(machine.state.retired, machine.served_epochs, machine.active_epoch)
-
-    def _missing_parts(self, order: m.Obtain) -> Collection[PartKey]:
-        """Return the parts of the trunk that have to come as records; called by a preparation."""
-        if self._model.source is not None:
-            return ()
-        wanted = self._machine.budget.ranges(order.assignments)
-        return self._ranges.missing_parts(wanted.keys(), self._spec.num_decoder_layers)
-
-    def _load_ranges(self, order: m.Obtain, records: Mapping[PartKey, bytes]) -> None:
-        """Load layer ranges, and the tokenizer where tokens enter; called by a preparation."""
-        wanted = self._machine.budget.ranges(order.assignments)
-        self._ranges.load(wanted.keys(), records)
-        self._ranges.allow(wanted)
-        if self._ingress is None and any(assignment.ingress for assignment in order.assignments):
-            tokenizer = load_tokenizer(self._model.config_dir)
-            self._ingress = Ingress(tokenizer, self._settings.context.tokens)
-
-    def _release_ranges(self) -> None:
-        """Give trunk and KV cache back that no plan gives any more, but for answers that only this node makes."""
-        wanted = self._machine.budget.ranges(self._machine.assignments)
-        if not self._ranges.segments.keys() <= wanted.keys():
-            leaving = self._plane.kept_ranges() if self._way.path is None else frozenset()
-            if self._ranges.keep({*wanted, *leaving}):
-                log.info("layers that no plan gives are released")
-                self._offer()
-                self._plane.retire()
-
-    def _offer(self) -> None:
-        """Tell the session plane what runs here."""
-        active = self._machine.state.active
-        current = self._machine.budget.ranges((active,) if active else ())
-        self._plane.offer = Offer(self._machine.active_epoch, self._ranges.segments, frozenset(current))
-
-    def _why_not(self) -> str:
-        if self._machine.state.active is None:
-            return _NO_PLAN
-        if self._machine.active_epoch == 0:
-            return f"{self._settings.node} was restarted and is fetching its experts; try again in a moment"
-        return f"{self._settings.node} takes no tokens in under this plan; ask an ingress of the topology"
 
     def _speak(self) -> None:
         """Say hello or send a heartbeat: regularly, and at once when something has changed."""
@@ -432,11 +400,7 @@ class Node:
         """Bytes taken of each tier: experts, backing copies, and the trunk and KV cache of the layers that run here."""
         used = dict(self._residency.used())
         used["disk"] += self._holdings.backing_bytes
-        loaded = self._ranges.segments
-        if loaded:
-            budget, kv_bytes = self._machine.budget, sum(segment.kv_budget or 0 for segment in loaded.values())
-            planned = budget.path_memory(self._machine.assignments).kv_bytes
-            used[budget.trunk_tier] += self._spec.range_bytes(self._ranges.layers) + min(kv_bytes, planned or kv_bytes)
+        used[self._machine.budget.trunk_tier] += self._layers.used_bytes(self._machine.assignments)
         return msg.TierBytes(**used)
 
 

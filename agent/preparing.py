@@ -7,12 +7,14 @@ meanwhile; tells how it ended as an event of the machine. Must not know what com
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
+from agent.budget import wanted_parts, wanted_replicas
 from agent.errors import AgentError, CannotPrepare, RecordUnavailable
 from agent.holdings import Holdings
-from agent.machine import NotObtained, Obtain, Obtained, wanted_parts, wanted_replicas
+from agent.layers import Layers
+from agent.machine import NotObtained, Obtain, Obtained
 from agent.transfer import Puller, Wanted
 from agent.transport import Context
 from runtime.errors import DiskFull, OverBudget, RuntimeFault
@@ -31,13 +33,6 @@ _PAUSE_S: Final = 1.0
 class Preparation(threading.Thread):
     """One `Obtain` under way.
 
-    Parameters
-    ----------
-    missing_parts
-        Returns which parts of the trunk have to come as records: none where the model's directory has its weights.
-    load_ranges
-        Loads the layer ranges of an order, from these records if there are any.
-
     Attributes
     ----------
     moved, to_move
@@ -53,8 +48,7 @@ class Preparation(threading.Thread):
         context: Context,
         *,
         endpoints: Callable[[str], Endpoints | None],
-        missing_parts: Callable[[Obtain], Collection[PartKey]],
-        load_ranges: Callable[[Obtain, Mapping[PartKey, bytes]], None],
+        layers: Layers,
         report: Callable[[tuple["Preparation", Obtained | NotObtained]], None],
         after: "Preparation | None",
     ) -> None:
@@ -66,8 +60,7 @@ class Preparation(threading.Thread):
         self._holdings = holdings
         self._context = context
         self._endpoints = endpoints
-        self._missing_parts = missing_parts
-        self._load_ranges = load_ranges
+        self._layers = layers
         self._parts: dict[PartKey, bytes] = {}
         self._report = report
         self._after = after
@@ -107,7 +100,7 @@ class Preparation(threading.Thread):
 
     def _obtain(self) -> None:
         wanted = wanted_replicas(self.order.assignments)
-        keys = self._missing_parts(self.order)
+        keys = self._layers.missing_parts(self.order.assignments)
         parts = {n: part for n, part in wanted_parts(self.order.assignments).items() if _key(part) in keys}
         self._require_layout(self._holdings.residency.layout)
         missing = self._holdings.missing(wanted)
@@ -128,7 +121,7 @@ class Preparation(threading.Thread):
             return
         self.is_loading = True
         try:
-            self._load_ranges(self.order, self._parts)
+            self._layers.load(self.order.assignments, self._parts)
         finally:
             self.is_loading = False
             self._parts = {}

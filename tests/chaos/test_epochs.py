@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent import machine as am
+from agent.budget import Budget, Held, wanted_replicas
 from planner.control import machine as cm
 from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge
 from schemas import messages as msg
@@ -27,8 +28,8 @@ NODES = ("a", "b", "c")
 SPEC = MODEL.model_copy(update={"trunk_layer_bytes": 8})
 
 
-def budget_of(node: str, slots: int = 32) -> am.Budget:
-    return am.Budget(node, msg.TierBytes(device=16 * slots, disk=0), "device", SPEC, Context())
+def budget_of(node: str, slots: int = 32) -> Budget:
+    return Budget(node, msg.TierBytes(device=16 * slots, disk=0), "device", SPEC, Context())
 
 
 def make_plan(state: ClusterState, seed: int) -> Plan:
@@ -68,7 +69,7 @@ class SimulatedAgent:
 
     def start(self) -> None:
         self.machine = am.AgentMachine(self.journal, budget_of(self.node))
-        self.held: set[am.Held] = set()
+        self.held: set[Held] = set()
         self.ranges: set[tuple[int, int]] = set()
         self.order: am.Obtain | None = None
         self.steps: list[int] = []
@@ -85,10 +86,10 @@ class SimulatedAgent:
                 case am.StopObtaining():
                     self.order = None
                 case am.Keep(assignments):
-                    self.held &= am.wanted_replicas(assignments).keys()
+                    self.held &= wanted_replicas(assignments).keys()
                     self.ranges &= self.machine.budget.ranges(assignments).keys()
                 case am.Activate(assignment):
-                    assert am.wanted_replicas([assignment]).keys() <= self.held, "active without its replicas"
+                    assert wanted_replicas([assignment]).keys() <= self.held, "active without its replicas"
                     assert self.machine.budget.ranges([assignment]).keys() <= self.ranges, "active without its layers"
 
     def obtain(self, fails: bool) -> None:
@@ -98,7 +99,7 @@ class SimulatedAgent:
         if fails:
             self.handle(am.NotObtained(order.epoch, order.plan, ExitCode.INFEASIBLE, "the disk is full"))
             return
-        self.held |= am.wanted_replicas(order.assignments).keys()
+        self.held |= wanted_replicas(order.assignments).keys()
         self.ranges |= self.machine.budget.ranges(order.assignments).keys()
         self.handle(am.Obtained(order.epoch, order.plan))
 
@@ -214,7 +215,7 @@ class Epochs(RuleBasedStateMachine):
                 )
                 if a.epoch == epoch
             ]
-            assert {key[:2] for key in am.wanted_replicas(assignments)} == set(KEYS)
+            assert {key[:2] for key in wanted_replicas(assignments)} == set(KEYS)
 
     @invariant()
     def steps_in_flight_keep_their_own_replicas(self) -> None:
@@ -223,14 +224,14 @@ class Epochs(RuleBasedStateMachine):
             for epoch in set(agent.steps):
                 used = [a for a in (*state.kept, *((state.active,) if state.active else ())) if a.epoch == epoch]
                 assert used, f"{agent.node} dropped epoch {epoch} under a step"
-                assert am.wanted_replicas(used).keys() <= agent.held
+                assert wanted_replicas(used).keys() <= agent.held
 
     @invariant()
     def no_more_than_given(self) -> None:
         for agent in self.agents.values():
             state = agent.machine.state
             given = [*state.kept, *(a for a in (state.active, state.pending) if a)]
-            assert agent.held <= am.wanted_replicas(given).keys()
+            assert agent.held <= wanted_replicas(given).keys()
             assert 16 * len(agent.held) <= 16 * 32
 
     @invariant()

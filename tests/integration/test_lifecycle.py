@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -140,7 +141,8 @@ def test_an_agent_is_stopped_while_it_starts(cluster: Cluster) -> None:
     process = subprocess.Popen(
         cluster.agent_command("run", "--config", str(config)), stderr=subprocess.PIPE, text=True, env=environment()
     )
-    time.sleep(0.7)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text(), timeout_s=30, what="the agent importing what takes long")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=10)
     assert "Traceback" not in said

@@ -14,9 +14,10 @@ from agent import sessions
 from agent.errors import AgentError, RequestCancelled
 from agent.generation import Generator, Ingress
 from agent.peers import Patience, PeerCaller
+from agent.plane import SessionPlane
 from agent.ring import Way
 from agent.routes import EpochRoutes
-from agent.segments import Offer, SessionPlane
+from agent.segments import Offer
 from agent.sessions import Sender
 from agent.transport import bind, make_socket
 from runtime.engine import Segment as Runner
@@ -102,7 +103,7 @@ class World:
         }
         known = self.nodes[name].plane.offer.segments
         segments = {key: known.get(key, segment) for key, segment in segments.items()}
-        self.nodes[name].plane.offer = Offer(epoch, segments, frozenset(segments))
+        self.nodes[name].plane.run_now(Offer(epoch, segments, frozenset(segments)))
 
     def kv_budget(self, first: int, last: int) -> int:
         return self.model.kv_bytes_per_token_layer * (last - first + 1) * 1024 * SESSIONS
@@ -143,10 +144,9 @@ class World:
         """Nothing is held for any session any more."""
 
         def left() -> list[object]:
-            planes = [node.plane for node in self.nodes.values()]
-            return [
-                (p._registry.snapshot(), p._open, p._fronts) for p in planes if p.num_sessions or p._open or p._fronts
-            ]
+            all_segments = [node.plane._segments for node in self.nodes.values()]
+            held = [(s.registry.snapshot(), s._open, s._fronts) for s in all_segments]
+            return [each for each in held if any(each)]
 
         wait_for(lambda: not self.kv_used() and not left(), timeout_s=10, what=lambda: f"nothing left of {left()}")
 
@@ -248,7 +248,6 @@ def test_a_range_that_is_retired_in_mid_answer(store: Path, reference: Reference
     def retire(count: int) -> None:
         if count == 20:
             world.offer("b", 2, without=((2, 3),))
-            world.nodes["b"].plane.retire()
             threading.Timer(0.5, lambda: world.use(ring("a", "a:0-1", "c:2-3"), 1)).start()
 
     with made(store) as world:

@@ -7,13 +7,14 @@ import stat
 import pytest
 
 from agent import machine as m
+from agent.budget import Budget
 from agent.errors import JournalUnusable, JournalUnwritable
 from agent.journal import Journal
 from schemas import messages as msg
 from schemas.topology import Context
 from tests.small_plans import BYTES, CATALOGUE, LAYOUT, MODEL
 
-BUDGET = m.Budget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, Context())
+BUDGET = Budget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, Context())
 
 
 def assignment(epoch, experts):
