@@ -35,6 +35,8 @@ _PIPELINES: Final = ("pipeline", "pipeline-speed")
 _QUICK_SHARE: Final = 0.3  # of the time, to try starts
 _EXPLORE_SHARE: Final = 0.4  # of the time, until which trunks nearby are looked at
 _TURN_SHARE: Final = 0.6  # of the time, until which paths and placements are improved in turn
+_WEIGH_SHARE: Final = 0.1  # of the time, to improve the placement for staying where that cannot win
+_WEIGH_S: Final = 5.0  # seconds of it at most
 _IMPROVED: Final = 4  # trunks that are improved in turn
 _FINALISTS: Final = 3  # trunks on which the asked solver has its say
 _SAME: Final = 1e-9
@@ -42,12 +44,16 @@ _SAME: Final = 1e-9
 
 @dataclass(eq=False)
 class _Entry:
-    """A trunk with the best placement so far; `proven` where no placement of that trunk is better."""
+    """A trunk with the best placement so far; `proven` where no placement of that trunk is better.
+
+    `floor_s` is what a token takes at least with this trunk; `improved` once a solver has placed for it.
+    """
 
     name: str
     solved: Solved
     floor_s: float
     proven: bool = False
+    improved: bool = False
 
     @property
     def mean_s(self) -> float:
@@ -119,6 +125,7 @@ class _Search:
         for entry in self._ranked()[:_IMPROVED]:
             self._alternate(entry)
         self._ask()
+        self._weigh_staying()
         return self._outcome()
 
     def _begin(self) -> None:
@@ -253,14 +260,13 @@ class _Search:
         while not self._over(_TURN_SHARE) and not self._closed():
             before = entry.mean_s
             if not entry.proven and self._may_win(entry):
-                self._improve(entry)
+                left = _TURN_SHARE * self.limits.time_s - (self.clock() - self.began)
+                self._improve(entry, max(left / _IMPROVED, 0.02 * self.limits.time_s))
             self._follow(entry)
             if entry.mean_s > before * (1 - _SAME):
                 return
 
-    def _improve(self, entry: _Entry) -> None:
-        left = _TURN_SHARE * self.limits.time_s - (self.clock() - self.began)
-        given = max(left / _IMPROVED, 0.02 * self.limits.time_s)
+    def _improve(self, entry: _Entry, given: float) -> None:
         try:
             better = self.tools.improve(entry.solved.problem, entry.solved.placed, given)
         except PlannerError:
@@ -269,6 +275,7 @@ class _Search:
 
     def _take(self, entry: _Entry, better: Solved) -> None:
         """Keep what is better, or what is as good and has a bound of its own."""
+        entry.improved = True
         if better.judgement.predicted_latency_s < entry.mean_s * (1 + _SAME) or entry.solved.result.bound is None:
             worse = better.judgement.predicted_latency_s > entry.mean_s
             bound = better.result.bound
@@ -296,7 +303,7 @@ class _Search:
             self.entries = [other for other in self.entries if other.name != name]
             self.entries.append(replace(entry))
             entry.name = name
-        entry.solved, entry.proven = found, not found.judgement.wait_s.any()
+        entry.solved, entry.proven, entry.improved = found, not found.judgement.wait_s.any(), False
         entry.floor_s = trunk_bound(found.problem, self.blame)
         self._tell(found)
 
@@ -325,6 +332,12 @@ class _Search:
             except PlannerError:
                 continue
             self._take(entry, better)
+
+    def _weigh_staying(self) -> None:
+        """Improve the placement for the trunk at the ingress, so that readers see what staying would really cost."""
+        for entry in self.entries:
+            if entry.name == STAY and not entry.improved and not entry.proven:
+                self._improve(entry, min(_WEIGH_SHARE * self.limits.time_s, _WEIGH_S))
 
     def _may_win(self, entry: _Entry) -> bool:
         return entry is self._ranked()[0] or entry.least_s() < self._ranked()[0].mean_s * (1 - _SAME)
