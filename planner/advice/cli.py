@@ -109,11 +109,11 @@ def _newer(inputs: Inputs, traces: Sequence[str]) -> Inputs:
     return replace(inputs, traces={**inputs.traces, **newer})
 
 
-def _solve_with(solver: str, objective: ObjectiveName, limits: SolveLimits) -> Any:
+def _solve_with(solver: str, objective: ObjectiveName, limits: SolveLimits, *, in_process: bool = False) -> Any:
     from planner.solve import solve
 
     def run(problem: Problem) -> Solved:
-        return solve(problem, solver, objective=objective, limits=limits)
+        return solve(problem, solver, objective=objective, limits=limits, in_process=in_process)
 
     return run
 
@@ -134,7 +134,7 @@ def explain(*, topology: Path, objective: Any, time_limit: float, gap: float | N
 
     inputs = load_inputs(topology)
     warn_short_traces(inputs)
-    solve = _solve_with("decomposition", objective, limits_of(objective, time_limit, gap, seed))
+    solve = _solve_with("decomposition", objective, limits_of(objective, time_limit, gap, seed), in_process=True)
     found = find(inputs, solve(inputs.problem()), solve)
     if as_json:
         paths = [path.model_dump(mode="json") for path in found.paths]
