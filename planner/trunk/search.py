@@ -356,6 +356,7 @@ class _Search:
         late = self._over(1.0)
         result = replace(
             solved.result,
+            solver="paths" if solved.result.solver == "paths" else f"paths, {solved.result.solver}",
             bound=self.bound,
             seconds=self.clock() - self.began,
             stop_reason=StopReason.TIME if late else StopReason.FINISHED,
