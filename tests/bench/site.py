@@ -18,7 +18,7 @@ import yaml
 
 from schemas.topology import Topology, load_topology
 from tests.bench.lab import Lab, Line, Pair, address
-from tests.cluster import AGENT, PLANNER, call, environment, wait_for
+from tests.cluster import AGENT, PLANNER, REPOSITORY, call, environment, wait_for
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Site:
     store: Path
     port: int
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    _askers: dict[str, "subprocess.Popen[str]"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.nodes = {node.id: number for number, node in enumerate(self.scene.topology().nodes, start=1)}
@@ -128,10 +129,21 @@ class Site:
 
     def generate(self, node: str, prompt: str, tokens: int) -> dict[str, Any]:
         """Decode greedily at a node, asked from its own namespace."""
-        command = (*AGENT, "generate", "--prompt", prompt, "--node", node, "--coordinator", self.coordinator)
-        answer: dict[str, Any] = json.loads(
-            self._run_in(self.nodes[node], *command, "--max-tokens", str(tokens), "--json")
-        )
+        if node not in self._askers:
+            command = [sys.executable, "-m", "tests.bench.asker", node, self.coordinator]
+            self._askers[node] = subprocess.Popen(
+                self.lab.command(self.nodes[node], command),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY,
+            )  # fmt: skip
+        asker = self._askers[node]
+        assert asker.stdin is not None
+        assert asker.stdout is not None
+        asker.stdin.write(json.dumps({"prompt": prompt, "max_tokens": tokens}) + "\n")
+        asker.stdin.flush()
+        line = asker.stdout.readline()
+        if not line:
+            raise SystemExit(f"{node} gave no answer\n{self.logs()}")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def simulate(self, node: str, compute: dict[str, Any], trace: tuple[str, Path] | None) -> dict[str, Any]:
@@ -151,6 +163,9 @@ class Site:
         return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.path.glob("*.log")))
 
     def stop(self) -> None:
+        for process in self._askers.values():
+            process.kill()
+            process.wait()
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
         for process in self.processes:

@@ -105,9 +105,17 @@ class Setting:
 @click.option("--latency-ms", default=5.0, show_default=True, help="One way, of every link.")
 @click.option("--tokens", default=48, show_default=True, help="Of each answer.")
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--arm", "chosen", type=click.Choice(tuple(ARMS)), multiple=True, help="On links; all by default.")
 @click.option("--part", type=click.Choice(("links", "loopback", "sessions")), multiple=True, help="All by default.")
 def main(
-    model: Path, texts: Path, fill: float, latency_ms: float, tokens: int, rounds: int, part: tuple[str, ...]
+    model: Path,
+    texts: Path,
+    fill: float,
+    latency_ms: float,
+    tokens: int,
+    rounds: int,
+    chosen: tuple[str, ...],
+    part: tuple[str, ...],
 ) -> None:
     """Measure, simulate, compare."""
     torch.set_num_threads(1)
@@ -120,7 +128,7 @@ def main(
         click.echo(f"node times: {', '.join(f'{name} {value:.1f}' for name, value in compute.items())}")
         setting = Setting(model, texts, path, fill, latency_ms, compute)
         if "links" in parts:
-            print_links(path, setting, tokens=tokens, rounds=rounds)
+            print_links(path, setting, {arm: ARMS[arm] for arm in chosen or ARMS}, tokens=tokens, rounds=rounds)
         if "loopback" in parts:
             print_loopback(path, setting, tokens=tokens, rounds=rounds)
         if "sessions" in parts:
@@ -198,7 +206,7 @@ def long_prompt(setting: Setting, workload: str) -> str:
     """Text of about 512 tokens."""
     tokenizer = load_tokenizer(setting.model)
     text = "\n".join(str(json.loads(line)["text"]) for line in (setting.texts / workload / "eval.jsonl").open())
-    ids = tokenizer(text[: 12 * PROMPT_TOKENS])["input_ids"][:PROMPT_TOKENS]
+    ids = tokenizer(text[: 5 * PROMPT_TOKENS])["input_ids"][:PROMPT_TOKENS]
     return str(tokenizer.decode(ids))
 
 
@@ -218,8 +226,9 @@ def measure(sites: Mapping[str, Site], setting: Setting, *, tokens: int, rounds:
                     if turn:
                         found[name].decode[node, number].append(decode_s(answer))
                         found[name].tokens[node, number] = answer["tokens"]
+            whole = long_prompt(setting, workload)
             for name, site in sites.items():
-                answer = site.generate(entry(site, node), long_prompt(setting, workload), 1)
+                answer = site.generate(entry(site, node), whole, 1)
                 if turn:
                     found[name].prefill[node].append(float(answer["prefill_s"]))
         click.echo(f"round {turn} of {rounds}, {load_average()}", err=True)
@@ -252,21 +261,21 @@ def sites_of(
     return sites
 
 
-def print_links(path: Path, setting: Setting, *, tokens: int, rounds: int) -> None:
-    """Compare all arms on emulated links."""
+def print_links(path: Path, setting: Setting, arms: Mapping[str, tuple[str, ...]], *, tokens: int, rounds: int) -> None:
+    """Compare arms on emulated links."""
     with ExitStack() as stack:
         scene = write_scene(path / "lines", setting, SHARES, sessions=1, tokens=768)
         try:
             lab = stack.enter_context(Lab(len(SHARES), scene.lines()))
         except NoLab as error:
             raise click.ClickException(str(error)) from error
-        sites = sites_of(stack, lab, path, setting, "links", ARMS)
+        sites = sites_of(stack, lab, path, setting, "links", arms)
         seen = measure(sites, setting, tokens=tokens, rounds=rounds)
-        simulated = {arm: dict(simulate(sites[arm], setting)) for arm in ARMS}
+        simulated = {arm: dict(simulate(sites[arm], setting)) for arm in arms}
     click.echo(f"\n{setting.latency_ms:g} ms links, 500 Mbit/s, fill {setting.fill}: ms per token, {load_average()}")
     print_table(sites, seen, setting)
     click.echo("\nsimulated ms per token / measured, by ingress")
-    for arm in ARMS:
+    for arm in arms:
         ratios = {node: simulated[arm][node] / seen[arm].token_s_of(node) for node in SHARES}
         click.echo(f"{arm:24s}" + "  ".join(f"{node} {ratio:5.3f}" for node, ratio in ratios.items()))
 
