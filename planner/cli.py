@@ -307,9 +307,7 @@ def _show(plan: Plan, verbose: int) -> None:
     out.print(node_table(plan))
     if verbose:
         _print_lines(reason_lines(plan))
-        out.print(layer_table(plan))
-        for path in paths:
-            out.print(path_table(path))
+        out.print(layer_table(plan), *map(path_table, paths), sep="")
     if verbose > 1:
         _print_lines(step_lines(plan))
 
@@ -342,8 +340,8 @@ def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
         return
     added, dropped = change["added"], change["dropped"]
     if change["same_placement"]:
-        others = [what for what in ("routes", "paths") if not change[f"same_{what}"]]
-        click.echo("same placement" + "".join(f", other {what}" for what in others))
+        others = (f", other {what}" for what in ("routes", "paths") if not change[f"same_{what}"])
+        click.echo("same placement" + "".join(others))
         return
     paths = "" if change["same_paths"] else ", tokens take other paths"
     click.echo(f"{len(added)} replicas added, {len(dropped)} dropped, {change['kept']} kept{paths}")
