@@ -32,6 +32,7 @@ STARTS: Final = 10  # trunks that are tried by estimate, beside the one at the i
 _QUICK: Final = ("packed", "additive")
 _ONWARD: Final = "from "
 _PIPELINES: Final = ("pipeline", "pipeline-speed")
+_LEAST_STARTS: Final = 3  # of these, that are tried however late it is
 _QUICK_SHARE: Final = 0.3  # of the time, to try starts
 _EXPLORE_SHARE: Final = 0.4  # of the time, until which trunks nearby are looked at
 _TURN_SHARE: Final = 0.6  # of the time, until which paths and placements are improved in turn
@@ -137,7 +138,7 @@ class _Search:
         for number, start in enumerate(
             find_starts(self.problem, STARTS, self.blame, partial(self._over, _QUICK_SHARE / 2))
         ):
-            if number and self.entries and (self._over(_QUICK_SHARE) or self._closed()):
+            if number and self.entries and (self._closed() or (number > _LEAST_STARTS and self._over(_QUICK_SHARE))):
                 break
             self._place(start.name, start.trunk_node)
         if STAY not in self._names() and not self.problem.room.fits(self.problem.stay_node):
@@ -321,7 +322,7 @@ class _Search:
         open_ = [entry for entry in self._ranked() if not entry.proven and self._may_win(entry)]
         finalists = [entry for number, entry in enumerate(open_) if number < _FINALISTS or entry.name == STAY]
         for number, entry in enumerate(finalists):
-            left = self.limits.time_s - (self.clock() - self.began)
+            left = (1 - _WEIGH_SHARE) * self.limits.time_s - (self.clock() - self.began)
             if self._closed() or left < 0.02 * self.limits.time_s or not self._may_win(entry):
                 continue
             given = left if number == len(finalists) - 1 else left / 2
