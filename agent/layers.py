@@ -104,8 +104,10 @@ class Layers:
 
     def release(self, assignments: Iterable[Assignment], active: Assignment | None) -> None:
         """Give back what none of these assignments gives, but for layers of answers that only this node makes."""
-        wanted = self._budget.ranges(assignments).keys()
-        if self._segments.keys() <= wanted:
+        wanted = self._budget.ranges(assignments)
+        for key in wanted.keys() & self._segments.keys():
+            self._segments[key].kv_budget = wanted[key]
+        if self._segments.keys() <= wanted.keys():
             return
         leaving = self._plane.ranges_of_own() if self.way.path is None else frozenset()
         with self._lock:

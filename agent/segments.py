@@ -309,7 +309,7 @@ class Segments:
     def drop_stale(self) -> None:
         """Tell sessions whose range is no longer on offer that it is stale."""
         offer = self.offer
-        stale = self.registry.without(offer.segments.keys())
+        stale = self.registry.drop(lambda entry: self._open.get(entry.name) is not offer.segments.get(entry.range))
         for entry in stale:
             self._free(entry)
         text = f"its layers are not run here any more; epoch {offer.epoch} is active"
@@ -328,11 +328,11 @@ class Segments:
 
 def _compute(segment: Segment, batch: Batch, port: Port) -> torch.Tensor:
     """Run a batch: [B, D] or [B, V] for one token of each of B sessions, [T, D] or [1, V] for T tokens of one."""
-    entries, steps = batch.entries, batch.steps
+    entries, steps, device = batch.entries, batch.steps, segment.trunk.device
     if len(entries) > 1:
-        inputs = torch.cat([step.payload for step in steps])
+        inputs = torch.cat([step.payload for step in steps]).to(device)
         return segment.step_batch([entry.name for entry in entries], inputs, caller=port)
     entry, step = entries[0], steps[0]
     is_sampled = step.position + step.count >= entry.opened.prompt_tokens
     keep: Keep = "last" if is_sampled else "none"
-    return segment.step(entry.name, step.payload, caller=port, combine=entry.opened.combine, keep=keep)
+    return segment.step(entry.name, step.payload.to(device), caller=port, combine=entry.opened.combine, keep=keep)

@@ -273,9 +273,9 @@ class Registry:
         """Forget sessions that their ingress has not asked for; returns them. Modifies."""
         return self.forget([entry for entry in self._entries.values() if now - entry.heard_at > LEASE_S])
 
-    def without(self, ranges: Collection[Range]) -> list[Entry]:
-        """Forget sessions with a segment here that is not among `ranges`; returns them. Modifies."""
-        gone = {entry.session for entry in self._entries.values() if entry.range not in ranges}
+    def drop(self, is_stale: Callable[[Entry], bool]) -> list[Entry]:
+        """Forget sessions with a stale entry here; returns all their entries. Modifies."""
+        gone = {entry.session for entry in self._entries.values() if is_stale(entry)}
         return self.forget([entry for entry in self._entries.values() if entry.session in gone])
 
     def forget(self, entries: Iterable[Entry]) -> list[Entry]:
