@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from agent.calibrating import COMMANDS as CALIBRATE_COMMANDS
 from agent.offline import COMMANDS as OFFLINE_COMMANDS
 from agent.replaying import COMMANDS as REPLAY_COMMANDS
 from schemas.checkpoint import InvalidCheckpoint
@@ -100,7 +101,7 @@ def generate(*, node: str, coordinator: str, as_json: bool, **wanted: Any) -> No
         click.echo(json.dumps(answer.document()))
 
 
-for _command in (*OFFLINE_COMMANDS, *REPLAY_COMMANDS):
+for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *REPLAY_COMMANDS):
     cli.add_command(_command)
 
 

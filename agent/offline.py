@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 
 @contextmanager
-def _progress_bar(what: str, unit: str) -> Iterator[Progress]:
+def progress_bar(what: str, unit: str) -> Iterator[Progress]:
     """Show a progress bar on stderr where that is a terminal; yields what to call with (done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,7 +45,7 @@ def prepare(*, model: Path, store: Path, dtype: Any, as_json: bool) -> None:
     """Write MODEL, a Hugging Face directory, as content-addressed records into a store: experts and trunk."""
     from runtime.store import prepare_store
 
-    with _progress_bar("Preparing", "records") as progress:
+    with progress_bar("Preparing", "records") as progress:
         manifest = prepare_store(model, store, dtype=dtype, progress=progress)
     spec, count = manifest.model, len(manifest.records)
     trunk_bytes = sum(part.bytes for part in manifest.trunk)
@@ -109,7 +109,7 @@ def trace(
     else:
         if model is None or not texts or not workload:
             raise click.UsageError("give MODEL, --text and --workload, or --import FILE")
-        with _progress_bar("Recording", "tokens") as progress:
+        with progress_bar("Recording", "tokens") as progress:
             recorded = record_trace(
                 model,
                 read_texts(texts),

@@ -17,10 +17,11 @@ from schemas.units import format_bytes, format_share, parse_bytes, parse_share
 if TYPE_CHECKING:
     from runtime.replay import Recording, Replayed
 
-EVICTION_NAMES: Final = ("rates", "cyclfu", "least-stale", "score", "lfu", "lru")
+EVICTION_NAMES: Final = ("rates", "steady", "cyclfu", "least-stale", "score", "lfu", "lru")
 ROUTING_NAMES: Final = (
     "exact",
     "mass",
+    "mass-weighted",
     "mass-whole",
     "smoe",
     "cache-prior",

@@ -7,6 +7,7 @@ Axes: T tokens, L layers, E experts, K top-k, C candidates; keys are ``layer * E
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
@@ -17,8 +18,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _SCORE_DECAY: Final = 0.9
-_FAST, _SLOW = 0.5, 0.97  # per token; half-lives of 1 and 23 tokens
+FAST: Final = 0.5  # per token: a half-life of 1 token
+_SLOW: Final = 0.97  # 23 tokens
 _FAST_SHARE: Final = 0.25
+STEADY_SLOW: Final = 0.984  # 43 tokens
+STEADY_FAST_SHARE: Final = 0.08
 _PATIENCE: Final = 2.0  # token cycles
 
 
@@ -171,12 +175,21 @@ class Rates:
     just used is used again) and one of some tens (what this text is about). An expert whose layer is `a` of L layers
     ahead must be kept for ``a / L`` cycles before its chance comes, and longer where it fails, so its worth is
     ``chance / (a / L + 2)``.
+
+    Parameters
+    ----------
+    slow
+        Decay per token of the longer window.
+    fast_share
+        Weight of the shorter window. Where what is missing may be replaced, less of it and a longer window are better:
+        residents are then those that can stand in for the others, and a rare expert is let go at once.
     """
 
-    def __init__(self, layers: int, experts: int) -> None:
+    def __init__(self, layers: int, experts: int, *, slow: float = _SLOW, fast_share: float = _FAST_SHARE) -> None:
         self._layers, self._experts = layers, experts
         self._rate = np.zeros((2, layers * experts))
-        self._decay = np.array([[_FAST], [_SLOW]])
+        self._decay = np.array([[FAST], [slow]])
+        self._fast_share = fast_share
 
     def observe(self, layer: int, ids: Ints, scores: Floats, top_k: int) -> None:
         """Let both windows move on by these tokens."""
@@ -188,7 +201,7 @@ class Rates:
 
     def worth(self, keys: Ints, layer: int) -> Floats:
         """Return the chance of use per cycle of keeping it."""
-        chance = _FAST_SHARE * self._rate[0, keys] + (1 - _FAST_SHARE) * self._rate[1, keys]
+        chance = self._fast_share * self._rate[0, keys] + (1 - self._fast_share) * self._rate[1, keys]
         ahead = _ahead(keys, layer, self._layers, self._experts) / self._layers
         return np.asarray(chance / (ahead + _PATIENCE))
 
@@ -238,6 +251,7 @@ def _ahead(keys: Ints, layer: int, layers: int, experts: int) -> Ints:
 
 EVICTIONS: Final[Mapping[str, Callable[[int, int], Eviction]]] = {
     "rates": Rates,
+    "steady": partial(Rates, slow=STEADY_SLOW, fast_share=STEADY_FAST_SHARE),
     "cyclfu": CycLfu,
     "least-stale": LeastStale,
     "score": ScoreAverage,

@@ -7,6 +7,7 @@ expert may stand in for another (RUNTIME.md), router scores do.
 Axes: E experts, K top-k, C >= K ranked candidates of one token in one layer.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -104,28 +105,38 @@ class MassBudget:
     holds for all.
 
     Where a wait is shared, as it is for a layer that calls other nodes, replacing some of the missing experts buys
-    nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes").
+    nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes"). With `weighted`, what is lost counts
+    by the share of mass of the expert that is replaced: a close call between two heavy experts changes more of a
+    layer's output than one between two light ones.
     """
 
     shares: tuple[float, ...]
     whole: bool = False
+    weighted: bool = False
 
     def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
         """Replace what the budget allows."""
-        missing = [c for c in range(top_k - 1, -1, -1) if not resident[ids[c]]]
-        spare = [c for c in range(top_k, len(ids)) if resident[ids[c]]]
-        budget = self.shares[layer % len(self.shares)] * float(scores[:top_k].sum())
+        here, score = resident[ids].tolist(), scores.tolist()  # quicker than arrays for so few
+        missing = [c for c in range(top_k - 1, -1, -1) if not here[c]]
+        spare = [c for c in range(top_k, len(here)) if here[c]]
+        total = max(sum(score[:top_k]), 1e-12)
+        budget = self.shares[layer % len(self.shares)]
         stand_in: dict[int, int] = {}
         for candidate in missing:
-            if not spare or scores[candidate] - scores[spare[0]] > budget:
+            cost = self._cost(score[candidate] / total, score[spare[0]] / total) if spare else math.inf
+            if cost > budget:
                 if self.whole:
                     stand_in.clear()
                     break
                 continue
-            budget -= max(0.0, float(scores[candidate] - scores[spare[0]]))
+            budget -= cost
             stand_in[candidate] = spare.pop(0)
         picked = sorted(stand_in.get(candidate, candidate) for candidate in range(top_k))
         return _kept(ids, scores, np.array(picked), top_k)
+
+    def _cost(self, missing: float, spare: float) -> float:
+        """Return what it costs to replace one expert by another, from their shares of the top-K mass."""
+        return max(0.0, missing - spare) * (missing if self.weighted else 1.0)
 
 
 @dataclass
@@ -249,6 +260,7 @@ class PrecisionByRank:
 ROUTINGS: Final[Mapping[str, Callable[[float], Routing]]] = {
     "exact": lambda _: Exact(),
     "mass": lambda share: MassBudget((share,)),
+    "mass-weighted": lambda share: MassBudget((share,), weighted=True),
     "mass-whole": lambda share: MassBudget((share,), whole=True),
     "smoe": lambda margin: SmoeMargin((margin,)),
     "cache-prior": CachePrior,

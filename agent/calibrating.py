@@ -1,0 +1,169 @@
+"""`agent calibrate`: what substitution of experts costs on given text, and how much of it each budget buys.
+
+Decides how situations and budgets are spelled and results shown. The work is done by `runtime.calibrate`.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from agent.offline import progress_bar
+from agent.replaying import Capacity
+from schemas.calibration import Calibration, Situation
+from schemas.files import write_atomic
+from schemas.model import ModelSpec
+from schemas.plan import load_plan
+from schemas.units import format_share, parse_share
+
+if TYPE_CHECKING:
+    from runtime.forcing import Supply
+
+_DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
+
+
+class Budget(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+    """A rise of perplexity: ``0.5 %``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share."""
+        try:
+            share = value if isinstance(value, float) else parse_share(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return share if share > 0 else self.fail("a budget of nothing needs no calibration", param, ctx)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--text", "texts", multiple=True, required=True, type=click.Path(path_type=Path), help="A text or .jsonl."
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration file to write.")
+@click.option(
+    "--budget", "budgets", multiple=True, type=Budget(), help="Rise of perplexity.  [default: 0.25, 0.5, 1 and 2 %]"
+)
+@click.option("--capacity", type=Capacity(), help="Experts of each layer at hand: 8, 25 %, or bytes for all layers.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Instead: what this plan places at --node is at hand.")
+@click.option("--node", help="A node of --plan.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=24576,
+    show_default=True,
+    help="Of all texts, an equal part of each.",
+)
+@click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Context in tokens.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="To compute in.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def calibrate(
+    *,
+    model: Path,
+    texts: tuple[Path, ...],
+    output: Path,
+    budgets: tuple[float, ...],
+    capacity: tuple[str, float] | None,
+    plan: Path | None,
+    node: str | None,
+    tokens: int,
+    window: int,
+    dtype: Any,
+    as_json: bool,
+) -> None:
+    """Measure on text how much of its routers' choice MODEL may give up for a budget of quality."""
+    from runtime.calibrate import BUDGETS
+    from runtime.calibrate import calibrate as measure
+    from runtime.errors import InvalidInput
+    from runtime.forcing import Bench
+    from runtime.loading import load_whole
+    from schemas.checkpoint import read_checkpoint
+
+    if (capacity is None) == (plan is None) or (plan is None) != (node is None):
+        raise click.UsageError("give --capacity, or --plan and --node: what is at hand decides what is given up")
+    if not output.parent.is_dir():
+        raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
+    checkpoint = read_checkpoint(model)
+    spec = checkpoint.model_spec
+    supply, situation = _cached(spec, *capacity) if capacity else _placed(spec, plan or Path(), node or "")
+    pieces = _pieces(model, texts, tokens=tokens, window=window)
+    loaded = load_whole(model, dtype=checkpoint.dtype if dtype == "checkpoint" else dtype)
+    bench = Bench(loaded, pieces, supply, spec.top_k)
+    with progress_bar("Calibrating", "runs") as progress:
+        found = measure(bench, model=spec.id, situation=situation, budgets=budgets or BUDGETS, progress=progress)
+    write_atomic(output, found.model_dump_json(indent=1) + "\n")
+    click.echo(json.dumps({"calibration": str(output), **found.model_dump()}) if as_json else _shown(output, found))
+
+
+def _cached(spec: ModelSpec, kind: str, number: float) -> "tuple[Supply, Situation]":
+    """Return the situation of a cache."""
+    from runtime.forcing import Supply
+
+    if kind == "bytes":
+        number //= spec.expert_bytes * spec.layers
+    elif kind == "share":
+        number = round(number * spec.experts)
+    slots = min(int(number), spec.experts)
+    if slots < spec.top_k:
+        raise click.UsageError(
+            f"--capacity: {slots} experts of a layer fit, but a token needs {spec.top_k} at once; give at least "
+            f"{spec.top_k}"
+        )
+    return Supply(spec.layers, spec.experts, slots), Situation(capacity=slots, eviction="steady")
+
+
+def _placed(spec: ModelSpec, file: Path, node: str) -> "tuple[Supply, Situation]":
+    """Return the situation of a node under a plan: what it must call others for is not at hand."""
+    import numpy as np
+
+    from runtime.errors import InvalidInput
+    from runtime.forcing import Supply
+
+    plan = load_plan(file)
+    if (plan.model.layers, plan.model.experts) != (spec.layers, spec.experts):
+        raise InvalidInput(f"{file}: is for {plan.model.id}, of another shape than {spec.id}")
+    masks = np.zeros((spec.layers, spec.experts), dtype=bool)
+    for replica in plan.placement:
+        if replica.node == node:
+            masks[replica.layer, replica.expert] = True
+    for route in plan.routes:
+        if route.ingress == node and route.holder != node:
+            masks[route.layer, route.expert] = False
+    if not masks.any():
+        held = ", ".join(sorted({replica.node for replica in plan.placement}))
+        raise InvalidInput(f"{file}: places nothing at node {node!r}; it places experts at {held}")
+    return Supply(spec.layers, spec.experts, masks=masks), Situation(node=node, plan=plan.digest, is_whole=True)
+
+
+def _pieces(model: Path, texts: tuple[Path, ...], *, tokens: int, window: int) -> Any:
+    """Return the pieces of all files, an equal part of each."""
+    import torch
+
+    from runtime.forcing import cut_pieces
+    from runtime.loading import load_tokenizer
+    from runtime.recorder import read_texts
+
+    tokenizer = load_tokenizer(model)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    cut = []
+    for file in texts:
+        ids = (tokenizer(text, verbose=False)["input_ids"] + end for text in read_texts([file]))
+        cut.append(cut_pieces(ids, window=window, max_tokens=max(tokens // len(texts), window)))
+    return torch.cat(cut)
+
+
+def _shown(output: Path, found: Calibration) -> str:
+    what = "waits" if found.situation.is_whole else "loads"
+    lines = [f"{output}: {found.model}, {found.tokens} tokens in {found.pieces} pieces"]
+    for each in found.settings:
+        interval = f"{each.low:+.2%} … {each.high:+.2%}"
+        lines.append(
+            f"  budget {format_share(each.budget)}: perplexity {each.rise:+.2%} ({interval}), "
+            f"{format_share(each.waits_share)} of the {what} of exact routing"
+        )
+    return "\n".join(lines)
+
+
+COMMANDS: Final = (calibrate,)

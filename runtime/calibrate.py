@@ -1,0 +1,223 @@
+"""Measuring what substitution costs: negative log-likelihood of text against what may be given up in each layer.
+
+Decides how much text is enough and which shares a budget buys. Flow: texts → pieces → exact run → each layer alone,
+which says how much more one layer costs than another → all layers together at a few scales → for each budget the
+largest scale whose cost stays within it (`runtime.forcing` runs the text).
+
+The KL divergence from exact to substituted predictions has little noise and the rise of NLL much, so that the first
+says how layers compare and how cost grows with scale, the second how much of it is a loss on real text.
+
+Axes: N pieces, T tokens, L layers, E experts, K top-k.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InvalidInput
+from runtime.forcing import WARMUP, Bench, Run
+from runtime.policy.eviction import Floats
+from runtime.policy.routing import Exact, MassBudget
+from schemas.calibration import Calibration, Setting, Situation
+
+BUDGETS: Final = (0.0025, 0.005, 0.01, 0.02)
+WINDOW: Final = 256
+_PROBE: Final = 0.02  # share given to one layer alone, to see what it costs
+_PROBE_PIECES: Final = 16
+_SCALES: Final = (0.5, 1.0, 2.0)  # around the first guess
+_CONFIDENT: Final = 1.96  # standard errors on either side: 95 %
+_FEWEST: Final = 8  # pieces
+_TRIES, _NEAR = 3, 0.85  # runs for a budget, and how much of it is enough
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A rise of mean NLL with its standard error over pieces; nats."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def between(cls, exact: Run, run: Run) -> "Rise":
+        """Compare two runs piece by piece."""
+        return cls.of(run.nll - exact.nll[: len(run.nll)])
+
+    @classmethod
+    def of(cls, differences: NDArray[np.floating[Any]]) -> "Rise":
+        """Summarise differences, one for each piece."""
+        return cls(float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences))))
+
+
+def require_text(error: float, budget: float, *, tokens: int) -> None:
+    """Refuse text whose noise hides a budget; raises InvalidInput with how many tokens are needed.
+
+    Parameters
+    ----------
+    error
+        Standard error of the rise of NLL that was measured at the budget.
+    """
+    interval, allowed = _CONFIDENT * error, math.log1p(budget)
+    if interval > allowed:
+        needed = math.ceil(tokens * (interval / allowed) ** 2 / 1000) * 1000
+        raise InvalidInput(
+            f"{tokens} tokens of text are too few for a budget of {budget:.2%}: the rise of perplexity is known to "
+            f"± {math.expm1(interval):.2%} (95 %) only; give about {needed} tokens, or a budget above "
+            f"{math.expm1(interval):.2%}"
+        )
+
+
+def calibrate(
+    bench: Bench,
+    *,
+    model: str,
+    situation: Situation,
+    budgets: Sequence[float] = BUDGETS,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Return the largest shares that stay within each budget.
+
+    Raises
+    ------
+    InvalidInput
+        The text is too short for a budget; the message says how much is needed.
+    """
+    layers, experts = bench.supply.layers, bench.supply.experts
+    count, window = bench.pieces.shape[0], bench.pieces.shape[1] - 1
+    if count < _FEWEST:
+        raise InvalidInput(
+            f"{count} pieces of {window} tokens are too few to tell cost from chance; give {_FEWEST * window + 1} "
+            "tokens at least"
+        )
+    done, total = 0, 1 + layers + len(_SCALES) + len(budgets)
+
+    def report() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(min(done, total), total)
+
+    bench.on_run = report  # a budget that was not met at once takes another run
+    exact = bench.run(Exact(), keep=True)
+    shape = _shape_of_layers(bench, situation)
+    curve = _Curve(bench, exact, shape, situation)
+    for scale in _SCALES:
+        curve.measure(scale * _PROBE / 2)
+    settings = [_setting(bench, exact, curve, budget) for budget in sorted(budgets)]
+    return Calibration(
+        model=model,
+        layers=layers,
+        experts=experts,
+        top_k=bench.top_k,
+        tokens=count * window,
+        pieces=count,
+        warmup=0 if bench.supply.masks is not None else WARMUP,
+        situation=situation,
+        settings=tuple(settings),
+    )
+
+
+def policy_of(shares: Sequence[float], *, is_whole: bool) -> MassBudget:
+    """Return the policy that calibrated shares are for."""
+    return MassBudget(tuple(shares), whole=is_whole, weighted=True)
+
+
+def _shape_of_layers(bench: Bench, situation: Situation) -> Floats:
+    """Return how large a share each layer may have beside the others [L], mean 1: the less it diverges, the larger.
+
+    Shares are upper limits of cost, and at the best allotment the next unit of it costs the same in every layer.
+    """
+    layers = bench.supply.layers
+    price, stride = np.zeros(layers), max(1, len(bench.pieces) // _PROBE_PIECES)
+    for layer in range(layers):
+        shares = [_PROBE if each == layer else 0.0 for each in range(layers)]
+        run = bench.run(policy_of(shares, is_whole=situation.is_whole), stride=stride)
+        price[layer] = run.divergence / max(run.lost[layer], 1e-9)
+    price = np.maximum(price, 0.05 * price.max()) if price.max() > 0 else np.ones(layers)
+    shape = 1 / price
+    return np.asarray(shape / shape.mean())
+
+
+class _Curve:
+    """Cost against scale: divergence grows with a power of it, and NLL in proportion to divergence, then faster."""
+
+    def __init__(self, bench: Bench, exact: Run, shape: Floats, situation: Situation) -> None:
+        self._bench, self._exact, self._shape, self._situation = bench, exact, shape, situation
+        self._runs: list[tuple[float, Run]] = []
+
+    def shares(self, scale: float) -> tuple[float, ...]:
+        """Return the shares at a scale."""
+        return tuple(float(share) for share in scale * self._shape)
+
+    def measure(self, scale: float) -> Run:
+        """Run the text at a scale. Modifies."""
+        run = self._bench.run(policy_of(self.shares(scale), is_whole=self._situation.is_whole))
+        self._runs.append((scale, run))
+        return run
+
+    def scale_of(self, rise: float) -> float:
+        """Return the scale at which NLL is expected to rise by this much."""
+        points = sorted((run.divergence, scale) for scale, run in self._runs if run.divergence > 0)
+        if len(points) < 2:
+            return self._runs[-1][0]
+        diverged, scales = np.log(np.array(points)).T
+        power, offset = np.polyfit(diverged, scales, 1)
+        return float(np.exp(power * math.log(self._divergence_of(rise)) + offset))
+
+    def _divergence_of(self, rise: float) -> float:
+        """Invert the fit ``rise = a D + b D^2``, a and b not negative, to all runs."""
+        diverged = np.array([run.divergence for _, run in self._runs])
+        rises = np.array([Rise.between(self._exact, run).mean for _, run in self._runs])
+        linear = max(float((rises * diverged).sum() / (diverged**2).sum()), 0.05)  # where giving up helped, by luck
+        (first, second), *_ = np.linalg.lstsq(np.stack([diverged, diverged**2], axis=1), rises, rcond=None)
+        if second <= 0:
+            return rise / linear
+        if first < 0:
+            return math.sqrt(rise / max(float((rises * diverged**2).sum() / (diverged**4).sum()), 1e-3))
+        return float((math.sqrt(first**2 + 4 * second * rise) - first) / (2 * second))
+
+
+def _setting(bench: Bench, exact: Run, curve: _Curve, budget: float) -> Setting:
+    """Approach a budget from the fit, and keep the most that was measured to be within it."""
+    allowed = math.log1p(budget)
+    tokens = bench.pieces.shape[0] * (bench.pieces.shape[1] - 1)
+    best: tuple[float, Run, Rise] | None = None
+    scale = curve.scale_of(allowed)
+    for _ in range(_TRIES):
+        run = curve.measure(scale)
+        rise = Rise.between(exact, run)
+        require_text(rise.error, budget, tokens=tokens)
+        if rise.mean <= allowed and (best is None or scale > best[0]):
+            best = scale, run, rise
+        if _NEAR * allowed <= rise.mean <= allowed:
+            break
+        scale = min(curve.scale_of(allowed), scale * (0.8 if rise.mean > allowed else 1.5))
+    if best is None:
+        best = 0.0, exact, Rise(0.0, 0.0)  # nothing that was tried is cheap enough
+    return _told(budget, curve.shares(best[0]), *best[1:], exact)
+
+
+def _told(budget: float, shares: tuple[float, ...], run: Run, rise: Rise, exact: Run) -> Setting:
+    """Return the setting: what is lost has its price by layer, in inverse proportion to the shares."""
+    allowed = math.log1p(budget)
+    price = 1 / np.maximum(np.array(shares), 1e-12)
+    spent = price * run.lost
+    price *= max(rise.mean, allowed / 2) / max(float(spent.sum()), 1e-12)
+    parts = spent / spent.sum() * allowed if spent.sum() > 0 else np.full(len(shares), allowed / len(shares))
+    interval = _CONFIDENT * rise.error
+    return Setting(
+        budget=budget,
+        shares=shares,
+        nll=tuple(parts.tolist()),
+        nll_per_mass=tuple(price.tolist()),
+        rise=math.expm1(rise.mean),
+        low=math.expm1(rise.mean - interval),
+        high=math.expm1(rise.mean + interval),
+        divergence=run.divergence,
+        waits_share=float(run.waits.sum() / max(exact.waits.sum(), 1e-12)),
+    )

@@ -1,0 +1,106 @@
+"""What `agent calibrate` found: how much may be given up in each layer for what rise of perplexity.
+
+Decides the file's format. Must not know how it was measured, nor who spends it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.base import FrozenModel
+from schemas.files import Fault, load_json
+
+Number = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Situation(FrozenModel):
+    """What was at hand while it was measured.
+
+    Attributes
+    ----------
+    capacity
+        Experts of each layer that were cached; 0 where a plan said what is at hand.
+    eviction
+        Of the cache; empty where a plan said what is at hand.
+    node, plan
+        The plan's digest and the node whose experts were at hand.
+    is_whole
+        Whether experts were replaced only where the layer then waits for nobody.
+    """
+
+    capacity: Annotated[int, Field(ge=0)] = 0
+    eviction: str = ""
+    node: str = ""
+    plan: str = ""
+    is_whole: bool = False
+
+
+class Setting(FrozenModel):
+    """The largest shares whose cost stays within a budget.
+
+    Attributes
+    ----------
+    budget
+        Relative rise of perplexity.
+    shares
+        What a token may give up, by layer (`runtime.policy.routing.MassBudget`, weighted).
+    nll
+        Part of the budget that is each layer's, as a rise of negative log-likelihood; nats per token.
+    nll_per_mass
+        Rise of negative log-likelihood for each unit of lost share of top-K mass, by layer.
+    rise, low, high
+        Relative rise of perplexity measured with these shares, and its 95 % confidence interval over text pieces.
+    divergence
+        Mean KL divergence from exact to substituted next-token distributions; nats.
+    waits_share
+        Loads (or, with a plan, waiting events) per token relative to exact execution.
+    """
+
+    budget: Annotated[float, Field(gt=0, le=1)]
+    shares: tuple[Number, ...]
+    nll: tuple[Number, ...]
+    nll_per_mass: tuple[Number, ...]
+    rise: float
+    low: float
+    high: float
+    divergence: Number
+    waits_share: Number
+
+
+class Calibration(FrozenModel):
+    """A calibration file."""
+
+    format: Literal["expertmesh-calibration-1"] = "expertmesh-calibration-1"
+    model: str
+    layers: Positive
+    experts: Positive
+    top_k: Positive
+    tokens: Positive
+    pieces: Positive
+    warmup: Annotated[int, Field(ge=0)]
+    situation: Situation
+    settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
+
+    def setting(self, budget: float) -> Setting | None:
+        """Return the setting of the largest budget that is not above `budget`; None if all are."""
+        within = [each for each in self.settings if each.budget <= budget * (1 + 1e-9)]
+        return max(within, key=lambda each: each.budget, default=None)
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a calibration file; raises `InvalidFile` with every fault."""
+    return load_json(path, Calibration, calibration_faults)
+
+
+def calibration_faults(calibration: Calibration) -> Iterator[Fault]:
+    """Yield what in a well-formed calibration cannot be meant."""
+    for number, setting in enumerate(calibration.settings):
+        for name in ("shares", "nll", "nll_per_mass"):
+            count = len(getattr(setting, name))
+            if count != calibration.layers:
+                yield Fault(
+                    f"settings[{number}].{name}", f"has {count} numbers, the model has {calibration.layers} layers"
+                )

@@ -1,0 +1,150 @@
+"""Calibration: text run in decode order against caches and placements, and the shares that a budget buys."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.calibrating import calibrate as command
+from runtime.calibrate import calibrate, policy_of, require_text
+from runtime.errors import InvalidInput
+from runtime.forcing import WARMUP, Bench, Cached, Supply, cut_pieces
+from runtime.loading import load_tokenizer, load_whole
+from runtime.policy.cache import Cache
+from runtime.policy.eviction import EVICTIONS
+from runtime.policy.routing import Exact
+from schemas.calibration import Situation, load_calibration
+from schemas.files import InvalidFile
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
+CODE = ROOT / "runtime" / "engine.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    ids = load_tokenizer(DEMO)(CODE.read_text(), verbose=False)["input_ids"]
+    pieces = cut_pieces([ids], window=64, max_tokens=1024)
+    return Bench(load_whole(DEMO, dtype="float32"), pieces, Supply(4, 16, 6), 2)
+
+
+def test_pieces_share_a_token_with_their_neighbours():
+    pieces = cut_pieces([[1, 2, 3], [4, 5, 6, 7]], window=2, max_tokens=5)
+    assert pieces.tolist() == [[1, 2, 3], [3, 4, 5]]
+    assert cut_pieces([[1, 2]], window=2, max_tokens=9).shape == (0, 3)
+
+
+@given(st.sampled_from(["steady", "lru"]), st.integers(2, 6), st.integers(0, 1000))
+def test_the_cache_evicts_as_its_policy_does(name, capacity, seed):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(8) for _ in range(40)])
+    quick = Cached(8, capacity, 2, is_lru=name == "lru")
+    eviction = EVICTIONS[name](1, 8)
+    slow = Cache(1, 8, capacity, eviction, per_layer=True)
+    for half in (ids[:20], ids[20:]):
+        quick.begin(half)
+        for token, ranked in enumerate(half):
+            eviction.observe(0, ranked[None], np.ones((1, 8)), 2)
+            loads = slow.request(0, ranked[:2]).loads
+            assert quick.request(token, ranked[:2].tolist()) == len(loads)
+            assert (quick.resident == slow.resident).all()
+
+
+def test_exact_runs_change_no_prediction(bench):
+    plain = bench.model(input_ids=bench.pieces[:, :-1], use_cache=False).logits.log_softmax(-1)
+    want = -plain.gather(-1, bench.pieces[:, 1:, None])[..., 0].mean(1)
+    run = bench.run(Exact(), is_lru=True)
+    np.testing.assert_allclose(run.nll, want.numpy(), rtol=1e-5)
+    assert 0 < run.waits.sum() < 8
+    assert not run.lost.any()
+
+
+def test_more_room_or_more_given_up_waits_less(bench):
+    exact, some, much = (bench.run(policy_of([share], is_whole=False)) for share in (0.0, 0.02, 0.2))
+    assert exact.waits.sum() > some.waits.sum() > much.waits.sum()
+    assert 0 == exact.lost.sum() < some.lost.sum() < much.lost.sum()
+    roomy = Bench(bench.model, bench.pieces, Supply(4, 16, 12), 2).run(Exact())
+    assert roomy.waits.sum() < exact.waits.sum()
+
+
+def test_a_placement_waits_once_for_a_layer_and_gives_up_all_or_nothing(bench):
+    masks = np.zeros((4, 16), dtype=bool)
+    masks[:, ::2] = True
+    placed = Bench(bench.model, bench.pieces, Supply(4, 16, masks=masks), 2)
+    exact = placed.run(Exact(), keep=True)
+    assert (exact.waits <= 1).all()
+    spared = placed.run(policy_of([0.1], is_whole=True))
+    assert spared.waits.sum() < exact.waits.sum()
+    assert spared.divergence > 0
+    everything = placed.run(policy_of([1e9], is_whole=True))
+    assert not everything.waits.any()
+
+
+def test_calibration_finds_more_room_in_larger_budgets(bench):
+    seen = []
+    found = calibrate(
+        bench,
+        model="demo",
+        situation=Situation(capacity=6, eviction="steady"),
+        budgets=[0.3, 0.15],
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    small, large = found.settings
+    assert (small.budget, large.budget) == (0.15, 0.3)
+    assert all(a < b for a, b in zip(small.shares, large.shares, strict=True))
+    assert sum(small.nll) == pytest.approx(math.log1p(0.15))
+    assert small.low <= small.rise <= small.high
+    assert large.waits_share < small.waits_share < 1
+    assert found.setting(0.2) == small
+    assert found.setting(0.1) is None
+    assert found.warmup == WARMUP
+    assert seen[0][0] == 1
+
+
+def test_too_little_text_is_refused_with_how_much_is_needed(bench):
+    with pytest.raises(
+        InvalidInput, match=r"1000 tokens of text are too few for a budget of 0.50%.*about 16000 tokens"
+    ):
+        require_text(0.01, 0.005, tokens=1000)
+    few = Bench(bench.model, bench.pieces[:3], bench.supply, 2)
+    with pytest.raises(InvalidInput, match="3 pieces of 64 tokens"):
+        calibrate(few, model="demo", situation=Situation(capacity=6))
+
+
+def test_the_command_writes_what_agents_read(tmp_path):
+    output = tmp_path / "c.json"
+    options = ["--text", str(CODE), "--capacity", "6", "--budget", "30 %", "--window", "64", "--tokens", "640"]
+    result = CliRunner().invoke(command, [str(DEMO), *options, "-o", str(output), "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["situation"]["capacity"] == 6
+    found = load_calibration(output)
+    assert found.settings[0].budget == 0.3
+    output.write_text(found.model_copy(update={"layers": 5}).model_dump_json())
+    with pytest.raises(InvalidFile, match=r"settings\[0\].shares: has 4 numbers, the model has 5 layers"):
+        load_calibration(output)
+
+
+def test_the_command_refuses_what_it_cannot_measure(tmp_path):
+    base = [str(DEMO), "--text", str(CODE), "-o", str(tmp_path / "c.json")]
+    for options, said in (
+        ([], "--capacity, or --plan and --node"),
+        (["--capacity", "1"], "a token needs 2 at once"),
+        (["--capacity", "6", "--budget", "0 %"], "needs no calibration"),
+        (["--plan", "p.json"], "--capacity, or --plan and --node"),
+    ):
+        result = CliRunner().invoke(command, [*base, *options])
+        assert result.exit_code == 2
+        assert said in result.stderr
+
+
+def test_unlike_tokens_of_a_piece_are_compared_once(bench):
+    run = bench.run(Exact(), keep=False)
+    assert run.divergence == pytest.approx(0, abs=1e-5)
+    assert torch.is_tensor(bench.pieces)
