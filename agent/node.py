@@ -33,6 +33,7 @@ from agent.layers import Layers
 from agent.peers import Patience, PeerCaller
 from agent.plane import SessionPlane
 from agent.preparing import Preparation
+from agent.quality import load_importance
 from agent.reporting import Identity, Reporter
 from agent.ring import Way
 from agent.routes import EpochRoutes, epoch_routes
@@ -100,6 +101,7 @@ class Node:
         )
         self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk)
         self._counters = Counters(self._spec.layers, self._spec.experts)
+        self._importance = load_importance(settings, self._spec)
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
         self._board = EpochBoard(nothing)
         self._routes = EpochRoutes(nothing, {}, frozenset())
@@ -123,6 +125,7 @@ class Node:
             work=self._work,
             board=self._board,
             traffic=self._plane.traffic,
+            importance=self._importance,
         )
 
     def _bind(self, opened: ExitStack) -> msg.Endpoints:
@@ -190,7 +193,9 @@ class Node:
         )
 
     def _make_segment(self, trunk: Trunk) -> Segment:
-        return Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=0)
+        return Segment(
+            trunk, self._residency, self._board, counters=self._counters, kv_budget=0, importance=self._importance
+        )
 
     def run(self) -> None:
         """Serve until stopped; then say goodbye."""
@@ -355,6 +360,8 @@ class Node:
         shape = {"layers": self._spec.layers, "experts": self._spec.experts}
         self._routes = epoch_routes(assignment, self._settings.node, **shape)
         self._board.install(self._routes.routing)
+        if self._importance is not None:
+            self._importance.restart()
         self._layers.activate(assignment)
 
     def _release(self) -> None:

@@ -9,10 +9,12 @@ from typing import Final
 
 from agent.holdings import Holdings
 from agent.preparing import Preparation
+from agent.quality import quality_use
 from agent.segments import Traffic
 from agent.serving import Work
 from agent.settings import Settings
 from runtime.counters import Counters
+from runtime.importance import Importance
 from runtime.routing import EpochBoard
 from schemas import messages as msg
 from schemas.activation import NodeCounts
@@ -45,6 +47,7 @@ class Reporter:
         work: Work,
         board: EpochBoard,
         traffic: Traffic,
+        importance: Importance | None = None,
     ) -> None:
         self._identity = identity
         self._node = identity.settings.node
@@ -53,6 +56,7 @@ class Reporter:
         self._work = work
         self._board = board
         self._traffic = traffic
+        self._importance = importance
         self._rate = _Rate()
 
     def hello(self, cluster: str, standing: msg.Standing) -> msg.Hello:
@@ -95,6 +99,8 @@ class Reporter:
                 host_rows=counts.tier_rows.get("host", 0),
                 disk_rows=counts.tier_rows.get("disk", 0),
                 remote_rows=counts.remote_rows,
+                substituted_rows=counts.replaced_rows,
+                quality=quality_use(self._importance, counts),
                 calls=counts.remote_calls,
                 call_wait_s=counts.wait_s,
                 calls_served=ended,

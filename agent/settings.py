@@ -13,7 +13,7 @@ from schemas.address import InvalidAddress, parse_address, require_loopback
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_yaml
 from schemas.model import HeldDtype
-from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId
+from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId, Quality
 
 PortOrAny = Annotated[int, Field(ge=0, le=65535)]
 
@@ -40,6 +40,8 @@ class Settings(FrozenModel):
         Where the agent keeps its journal and records.
     memory, context, dtype
         As in the topology. Trunk and KV cache of the layers that run here are taken from `memory` too.
+    quality
+        What substitution of experts may cost; exact by default.
     threads
         Threads that torch may use in one operation.
     call_timeout_s, absence_timeout_s
@@ -57,6 +59,7 @@ class Settings(FrozenModel):
     memory: Memory
     context: Context = Context()
     dtype: HeldDtype = "checkpoint"
+    quality: Quality = Quality()
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     absence_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -67,7 +70,14 @@ def load_settings(path: Path) -> Settings:
     settings = load_yaml(path, Settings, settings_faults)
     base = path.resolve().parent
     store = str(base / settings.store) if settings.store is not None else None
-    absolute = {"model": str(base / settings.model), "data": str(base / settings.data), "store": store}
+    calibration = settings.quality.calibration
+    quality = settings.quality.model_copy(update={"calibration": str(base / calibration) if calibration else None})
+    absolute = {
+        "quality": quality,
+        "model": str(base / settings.model),
+        "data": str(base / settings.data),
+        "store": store,
+    }
     return settings.model_copy(update=absolute)
 
 
@@ -84,6 +94,8 @@ def settings_faults(settings: Settings) -> Iterator[Fault]:
     memory = settings.memory
     if memory.device + memory.host + memory.disk == 0:
         yield Fault("memory", "allows nothing: device, host and disk are all 0 bytes; give at least one")
+    if settings.quality.budget > 0 and settings.quality.calibration is None:
+        yield Fault("quality.budget", "needs a calibration: name a file of agent calibrate beside it, or write 0 %")
     given = settings.ports
     ports = [port for port in (given.expert, given.weights, given.client, given.session) if port]
     if len(set(ports)) != len(ports):

@@ -97,8 +97,8 @@ def _load_counters(path: Path, topology: Topology, model: ModelSpec) -> Activati
 
 
 def _unsupported(topology: Topology) -> Iterator[Fault]:
-    if topology.quality.budget > 0:
-        yield Fault("quality.budget", "substitution is not in this version; write 0 %")
+    if topology.quality.budget > 0 and topology.quality.calibration is None:
+        yield Fault("quality.budget", "needs a calibration: name a file of agent calibrate beside it, or write 0 %")
 
 
 def _pin_faults(topology: Topology, model: ModelSpec) -> Iterator[Fault]:

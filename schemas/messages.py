@@ -95,6 +95,32 @@ class Standing(FrozenModel):
     fault: PrepareFault | None = None
 
 
+class QualityUse(FrozenModel):
+    """What an agent spent of its quality budget.
+
+    Attributes
+    ----------
+    budget, rise
+        Relative rise of perplexity that is allowed, and what calibration makes of what was given up.
+    standing
+        ``open``, or why steps are exact: ``off``, ``warming``, ``spent``, or text ``unlike`` the calibration's.
+    lost_mass
+        Mean share of the routers' top-K mass given up by a (token, layer) pair.
+    events, spared_events
+        (token, layer) pairs, and those that waited for nobody because of what was given up.
+    divergence
+        Mean sampled KL divergence from exact to substituted predictions, nats; None before the first sample.
+    """
+
+    budget: Annotated[float, Field(ge=0)]
+    standing: Literal["off", "warming", "open", "spent", "unlike"]
+    rise: float
+    lost_mass: Annotated[float, Field(ge=0)]
+    events: Count
+    spared_events: Count
+    divergence: float | None
+
+
 class Served(FrozenModel):
     """What an agent counted since it started. Rows are (token, expert) pairs of its own requests.
 
@@ -125,6 +151,7 @@ class Served(FrozenModel):
     step_tokens: Count = 0
     hops: Count = 0
     tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
+    quality: QualityUse | None = None
 
 
 class Hello(FrozenModel):
@@ -389,6 +416,7 @@ class NodeStatus(FrozenModel):
     memory_allowed: TierBytes
     hit_rate: float | None
     substitution_share: float | None
+    quality: QualityUse | None = None
     remote_share: float | None
     tokens_per_s: float
     tokens: Count

@@ -101,9 +101,10 @@ class Trunk(FrozenModel):
 
 
 class Quality(FrozenModel):
-    """Perplexity increase that substitution of experts may spend."""
+    """Perplexity increase that substitution of experts may spend, and the file of `agent calibrate` that says how."""
 
     budget: Share = 0.0
+    calibration: str | None = None
 
 
 class Limits(FrozenModel):

@@ -1,0 +1,83 @@
+"""An agent's quality budget: which calibration it takes, and what it reports."""
+
+import math
+
+import numpy as np
+import pytest
+
+from agent.quality import importance_of, load_importance, quality_use
+from agent.settings import load_settings
+from runtime.counters import Counts
+from schemas.calibration import Calibration, Setting, Situation
+from schemas.files import InvalidFile
+from schemas.model import ModelSpec
+
+SPEC = ModelSpec(id="m", layers=2, experts=4, top_k=2, hidden_size=8, itemsize=4, expert_bytes=64)
+CONFIG = """
+node: n1
+model: model
+data: run
+memory: {device: 2 MiB, host: 0 B, disk: 0 B}
+quality: {budget: BUDGET, calibration: c.json}
+"""
+
+
+def setting(budget, shares=(0.01, 0.02)):
+    parts = (math.log1p(budget) / 2,) * 2
+    return Setting(
+        budget=budget, shares=shares, nll=parts, nll_per_mass=(0.1, 0.1), rise=budget / 2, low=0.0, high=budget,
+        divergence=0.02, waits_share=0.5,
+    )  # fmt: skip
+
+
+def calibration(**changes):
+    found = Calibration(
+        model="m", layers=2, experts=4, top_k=2, tokens=2048, pieces=8, warmup=3,
+        situation=Situation(node="n1", is_whole=True), settings=(setting(0.005), setting(0.01, (0.02, 0.04))),
+    )  # fmt: skip
+    return found.model_copy(update=changes)
+
+
+def load(tmp_path, budget, found):
+    (tmp_path / "agent.yaml").write_text(CONFIG.replace("BUDGET", budget))
+    (tmp_path / "c.json").write_text(found.model_dump_json())
+    return load_importance(load_settings(tmp_path / "agent.yaml"), SPEC)
+
+
+def test_the_largest_setting_within_the_budget_is_spent(tmp_path):
+    account = load(tmp_path, "0.7 %", calibration()).controller
+    assert account.allowance.budget == 0.005
+    assert account.standing == "warming"
+    assert account.allowance.divergence == 0.02
+
+
+def test_nothing_is_given_up_by_default(tmp_path):
+    assert load(tmp_path, "0 %", calibration()) is None
+    assert quality_use(None, Counts(np.zeros((2, 4), dtype=np.int64))) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "said"),
+    [
+        ({"model": "other"}, "1 %", "model: is of other, 2 layers × 4 experts, top-2; this agent runs m"),
+        ({"experts": 8}, "1 %", "8 experts"),
+        ({}, "0.1 %", "settings: none is within 0.10%; the least is 0.50%"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, changes, budget, said):
+    with pytest.raises(InvalidFile, match=r".*") as caught:
+        load(tmp_path, budget, calibration(**changes))
+    assert said in str(caught.value)
+
+
+def test_what_was_spent_is_reported():
+    importance = importance_of(calibration(), 0.01)
+    importance.controller.advance(4, range(2), {})
+    importance.controller.advance(1, range(2), {0: 0.05})
+    counts = Counts(np.zeros((2, 4), dtype=np.int64), events=10, spared_events=1, lost_mass=0.05)
+    use = quality_use(importance, counts)
+    assert (use.budget, use.standing, use.events, use.spared_events) == (0.01, "open", 10, 1)
+    assert use.lost_mass == pytest.approx(0.005)
+    assert use.rise == pytest.approx(math.expm1(0.005 / 5), rel=1e-3)
+    with pytest.raises(KeyError):
+        importance_of(calibration(), 0.001)
