@@ -231,6 +231,10 @@ class Registry:
             raise Objection("not_yours", f"{sender.node} has no such step to send in this session")
         if header.kind == "ids":
             self._require_owner(entry, sender)
+        elif header.kind == "token" and header.position < entry.opened.prompt_tokens:
+            raise Objection(
+                "refused", f"a token at {header.position}, within the {entry.opened.prompt_tokens} to run first"
+            )
         if header.position < entry.arrived:
             return
         if header.position > entry.arrived:
