@@ -1,0 +1,48 @@
+"""Agents that may give something up: they wait for nobody, say what it cost, and stay exact where that is asked."""
+
+import json
+import math
+from pathlib import Path
+
+from schemas.calibration import Calibration, Setting, Situation
+from tests.cluster import PROMPTS, make_plan, running, spec, spread, wait_for
+from tests.integration.conftest import NUM_TOKENS
+
+
+def everything(path: Path) -> Path:
+    """Write a calibration that gives up whatever is not at hand."""
+    model = spec()
+    setting = Setting(
+        budget=0.5, shares=(1e9,) * model.layers, nll=(math.log(1.5) / model.layers,) * model.layers,
+        nll_per_mass=(1e-6,) * model.layers, rise=0.5, low=0.4, high=0.6, divergence=100.0, waits_share=0.0,
+    )  # fmt: skip
+    found = Calibration(
+        model=model.id, layers=model.layers, experts=model.experts, top_k=model.top_k, tokens=1, pieces=8, warmup=0,
+        situation=Situation(node="n0", is_whole=True), settings=(setting,),
+    )  # fmt: skip
+    path.write_text(found.model_dump_json())
+    return path
+
+
+def test_a_budget_is_spent_and_told(tmp_path: Path, store: Path, reference: dict[str, list[int]]) -> None:
+    quality = {"budget": "50 %", "calibration": str(everything(tmp_path / "c.json"))}
+    with running(tmp_path, 2, store=store, settings={"quality": quality}) as cluster:
+        cluster.reach(make_plan(cluster, spread(cluster.nodes)))
+        options = ("--max-tokens", str(NUM_TOKENS))
+        assert cluster.generate("n0", PROMPTS[0], *options, "--combine", "ordered")["tokens"] == reference[PROMPTS[0]]
+        exact = wait_for(
+            lambda: (q := cluster.node_status("n0")["quality"]) and q["events"] and q, timeout_s=5, what="a heartbeat"
+        )
+        assert exact["spared_events"] == 0
+        got = cluster.generate("n0", PROMPTS[0], *options)["tokens"]
+        assert len(got) == NUM_TOKENS
+        used = wait_for(
+            lambda: (q := cluster.node_status("n0")["quality"])["spared_events"] and q, timeout_s=5, what="a heartbeat"
+        )
+        assert used["standing"] == "open"
+        assert used["budget"] == 0.5
+        assert 0 < used["lost_mass"] < 1
+        assert 0 < used["rise"] < 0.5
+        assert cluster.node_status("n0")["substitution_share"] > 0
+        said = json.loads(cluster.planner("status", "--coordinator", cluster.coordinator, "--json").stdout)
+        assert {node["id"]: node["quality"]["budget"] for node in said["nodes"]} == {"n0": 0.5, "n1": 0.5}
