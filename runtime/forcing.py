@@ -228,11 +228,11 @@ class _Chooser:
                 self.lost += choice.lost
                 changed[token] = choice
         self.seen += len(ids)
-        return _rewritten(self.rule, output, changed)
+        return _rewritten(self.rule, output, changed, scores[:, : self.top_k].sum(-1))
 
 
-def _rewritten(rule: RouterRule, output: Output, changed: dict[int, Choice]) -> Output:
-    """Return the router's output with the changed tokens' choices."""
+def _rewritten(rule: RouterRule, output: Output, changed: dict[int, Choice], mass: torch.Tensor) -> Output:
+    """Return the router's output with the changed tokens' choices; mass is that of the router's own, [T]."""
     logits, weights, index = output
     if not changed:
         return output
@@ -240,7 +240,7 @@ def _rewritten(rule: RouterRule, output: Output, changed: dict[int, Choice]) -> 
     rows = torch.tensor(list(changed))
     index[rows] = torch.from_numpy(np.stack([choice.experts for choice in changed.values()])).to(index)
     scores = torch.from_numpy(np.stack([choice.scores for choice in changed.values()])).float()
-    weights[rows] = rule.weights(scores).to(weights)
+    weights[rows] = rule.weights(scores, mass[rows, None].float()).to(weights)
     return logits, weights, index
 
 

@@ -84,7 +84,8 @@ class Substitution:
                 self.replaced += int(changed.sum())
                 self.spared += bool(resident[choice.experts].all() and not here[token])
                 self.lost[layer] = self.lost.get(layer, 0.0) + choice.lost
-                index[token], weights[token] = self._row(choice, index[token], weights[token])
+                mass = float(ranked[1][token, : chosen.shape[1]].sum())
+                index[token], weights[token] = self._row(choice, mass, index[token], weights[token])
         return index, weights
 
     def count(self, counts: Counts) -> None:
@@ -93,13 +94,15 @@ class Substitution:
         counts.spared_events += self.spared
         counts.lost_mass += sum(self.lost.values())
 
-    def _row(self, choice: Choice, index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _row(
+        self, choice: Choice, mass: float, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one token's experts and weights, [K] each; nobody where there are fewer."""
         given = torch.from_numpy(choice.experts)
         row, scores = torch.full_like(index, NOBODY), torch.zeros(1, len(index))
         row[: len(given)] = given.to(index.device)
         scores[0, : len(given)] = torch.from_numpy(choice.scores).float()
-        return row, self.rule.weights(scores)[0].to(weights)
+        return row, self.rule.weights(scores, torch.full((1, 1), mass))[0].to(weights)
 
 
 class Importance:

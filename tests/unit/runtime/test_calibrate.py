@@ -119,13 +119,13 @@ def test_too_little_text_is_refused_with_how_much_is_needed(bench):
 
 def test_the_command_writes_what_agents_read(tmp_path):
     output = tmp_path / "c.json"
-    options = ["--text", str(CODE), "--capacity", "6", "--budget", "30 %", "--window", "64", "--tokens", "640"]
+    options = ["--text", str(CODE), "--capacity", "6", "--budget", "50 %", "--window", "64", "--tokens", "1024"]
     result = CliRunner().invoke(command, [str(DEMO), *options, "-o", str(output), "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["situation"]["capacity"] == 6
     found = load_calibration(output)
-    assert found.settings[0].budget == 0.3
+    assert found.settings[0].budget == 0.5
     output.write_text(found.model_copy(update={"layers": 5}).model_dump_json())
     with pytest.raises(InvalidFile, match=r"settings\[0\].shares: has 4 numbers, the model has 5 layers"):
         load_calibration(output)
