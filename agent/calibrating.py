@@ -126,7 +126,7 @@ def _placed(spec: ModelSpec, file: Path, node: str) -> "tuple[Supply, Situation]
         raise InvalidInput(f"{file}: is for {plan.model.id}, of another shape than {spec.id}")
     masks = np.zeros((spec.layers, spec.experts), dtype=bool)
     for replica in plan.placement:
-        if replica.node == node:
+        if replica.node == node and replica.tier != "disk":
             masks[replica.layer, replica.expert] = True
     for route in plan.routes:
         if route.ingress == node and route.holder != node:

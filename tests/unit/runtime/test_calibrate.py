@@ -20,7 +20,10 @@ from runtime.policy.cache import Cache
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.routing import Exact
 from schemas.calibration import Situation, load_calibration
+from schemas.checkpoint import read_checkpoint
 from schemas.files import InvalidFile
+from schemas.plan import write_plan
+from tests.small_plans import path, plan_through, replicas, route
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
@@ -129,6 +132,25 @@ def test_the_command_writes_what_agents_read(tmp_path):
     output.write_text(found.model_copy(update={"layers": 5}).model_dump_json())
     with pytest.raises(InvalidFile, match=r"settings\[0\].shares: has 4 numbers, the model has 5 layers"):
         load_calibration(output)
+
+
+def test_the_command_takes_what_a_plan_places(tmp_path):
+    placed = {(layer, expert): ["ab"[expert % 2]] for layer in range(4) for expert in range(16)}
+    away = [route("a", key, "b") for key, (node,) in placed.items() if node == "b"]
+    plan = plan_through(replicas(placed), routes=away, trunk=[path("a", *"aaaa")])
+    plan = plan.model_copy(update={"model": read_checkpoint(DEMO).model_spec}).sealed()
+    write_plan(tmp_path / "p.json", plan)
+    options = ["--text", str(CODE), "--budget", "100 %", "--window", "64", "--tokens", "1024"]
+    base = [str(DEMO), *options, "--plan", str(tmp_path / "p.json"), "-o", str(tmp_path / "c.json")]
+    result = CliRunner().invoke(command, [*base, "--node", "a"])
+    assert result.exit_code == 0, result.output
+    assert "of the waits of exact routing" in result.stdout
+    found = load_calibration(tmp_path / "c.json")
+    assert found.situation == Situation(node="a", plan=plan.digest, is_whole=True)
+    assert found.warmup == 0
+    assert found.settings[0].waits_share < 0.9
+    elsewhere = CliRunner().invoke(command, [*base, "--node", "c"])
+    assert "places nothing at node 'c'; it places experts at a, b" in str(elsewhere.exception)
 
 
 def test_the_command_refuses_what_it_cannot_measure(tmp_path):
