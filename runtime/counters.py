@@ -103,6 +103,41 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
+class TierCounts:
+    """What a node found where and loaded, by layer, for tokens that entered anywhere. Guarded by whoever counts.
+
+    Attributes
+    ----------
+    found
+        [L] by tier: experts lent from memory of this tier.
+    loads, load_bytes, waited_s
+        [L]: experts read into memory, their bytes, and seconds that steps waited for that.
+    prefetched, prefetch_hits
+        [L]: experts loaded ahead, and those of them that were asked for.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.found: dict[Tier, list[int]] = {"device": [0] * layers, "host": [0] * layers}
+        self.loads = [0] * layers
+        self.load_bytes = [0] * layers
+        self.waited_s = [0.0] * layers
+        self.prefetched = [0] * layers
+        self.prefetch_hits = [0] * layers
+        self.evictions = 0
+
+    def load(self, layer: int, num_bytes: int) -> None:
+        """Count a load. Modifies."""
+        self.loads[layer] += 1
+        self.load_bytes[layer] += num_bytes
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of experts that were found in memory; None before the first was asked for."""
+        hits = sum(map(sum, self.found.values()))
+        asked = hits + sum(self.loads)
+        return hits / asked if asked else None
+
+
 _PLAIN = (
     *("tokens", "steps", "events", "remote_events", "rows", "remote_rows", "local_calls", "remote_calls"),
     *("replaced_rows", "spared_events", "lost_mass", "trunk_s", "local_s", "wait_s"),

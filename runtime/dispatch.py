@@ -5,13 +5,15 @@ eager experts would compute them → calls through the port → local rows meanw
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.ahead import NextRouters
 from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
@@ -20,6 +22,9 @@ from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
 
 __all__ = ["Combine", "Dispatcher", "ExpertCall", "ExpertCaller", "NoCaller", "PendingCall", "execute_call"]
+
+
+_FEW_TOKENS: Final = 4  # more of them ask for most experts anyway
 
 
 class PendingCall(Protocol):
@@ -63,6 +68,8 @@ class Dispatcher:
         Which of the routing's variants layer 0 uses; the next layer uses the next.
     substitution
         Chooses other experts than the router did, where some are not at hand; exact if None.
+    ahead
+        Guesses what the next layer will ask for, so that it can be loaded meanwhile.
     spent_s
         Time in `run` so far, so that the rest of the step's time is the trunk's.
     """
@@ -74,6 +81,7 @@ class Dispatcher:
     combine: Combine = "partial"
     turn: int = 0
     substitution: Substitution | None = None
+    ahead: NextRouters | None = None
     spent_s: float = field(default=0.0, init=False)
 
     def run(
@@ -108,6 +116,8 @@ class Dispatcher:
         local = self.routing.is_local or not holder.any()
         sent = [] if local else self._begin(layer, hidden, rows, holder)
         self._count(layer, rows, holder, sent, tokens=hidden.shape[0])
+        if self.ahead is not None and self.residency.is_caching and hidden.shape[0] <= _FEW_TOKENS:
+            self.residency.prefetch(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
         combined = self._combine(layer, hidden, rows, holder, sent)
         self.spent_s += perf_counter() - began
         return combined

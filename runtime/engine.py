@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import torch
 
+from runtime.ahead import NextRouters
 from runtime.caches import BatchCache, decode_mask, session_cache
 from runtime.counters import Counters
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
@@ -83,6 +84,7 @@ class Segment:
         self.kv_budget = kv_budget
         self.importance = importance
         self._taps = RouterTaps(trunk.model)
+        self._ahead = NextRouters(trunk.model)
         self._sessions: dict[str, _Session] = {}
         self._kv_used = 0
         self._turn = 0
@@ -251,7 +253,8 @@ class Segment:
         """Begin a step under the current routing; whoever called ends it on the board."""
         routing = self.board.begin()
         self._turn += 1  # a lost update between threads only repeats a variant
-        return Dispatcher(self.residency, routing, caller or NoCaller(), self.counters.fresh(), combine, self._turn)
+        counts, port = self.counters.fresh(), caller or NoCaller()
+        return Dispatcher(self.residency, routing, port, counts, combine, self._turn, ahead=self._ahead)
 
     def _within(
         self, dispatcher: Dispatcher, layers: Callable[[list[Any]], torch.Tensor], sessions: Sequence[_Session]

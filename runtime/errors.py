@@ -5,7 +5,7 @@ Decides the exit code of each kind. Must not know who reports it.
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,38 @@ class ExpertUnavailable(RuntimeFault):
     def __init__(self, layer: int, expert: int, where: str) -> None:
         self.layer, self.expert = layer, expert
         super().__init__(f"layer {layer} expert {expert} is not held by {where}; apply a plan that places it")
+
+
+class DamagedRecord(RuntimeFault):
+    """A record that is not what its sha256 says, or cannot be read."""
+
+    def __init__(self, where: Path | str, reason: str) -> None:
+        self.where = where
+        super().__init__(f"{where}: a record of an expert cannot be used: {reason}")
+
+
+class ExpertLost(RuntimeFault):
+    """An expert of this node whose record is damaged wherever it was looked for."""
+
+    def __init__(self, layer: int, expert: int, reasons: Sequence[str]) -> None:
+        self.layer, self.expert, self.reasons = layer, expert, tuple(reasons)
+        super().__init__(
+            f"layer {layer} expert {expert}: no intact record is left: {'; '.join(reasons)}; apply the plan again to "
+            "fetch it anew"
+        )
+
+
+class BudgetTooSmall(RuntimeFault):
+    """A budget of memory in which a node cannot work; says how much it needs."""
+
+    exit_code = ExitCode.INFEASIBLE
+
+    def __init__(self, tier: str, *, budget: int, needed: int, why: str) -> None:
+        self.tier, self.budget, self.needed = tier, budget, needed
+        super().__init__(
+            f"{tier} budget of {format_bytes(budget)} is too small: at least {format_bytes(needed)} "
+            f"({needed} bytes) are needed: {why}"
+        )
 
 
 class CallFailed(RuntimeFault):

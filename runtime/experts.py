@@ -6,8 +6,8 @@ Bits also depend on how many threads a matrix product uses: nodes whose results 
 Must not know who called, nor which node it runs on.
 """
 
-import itertools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from runtime.errors import InvalidInput, RuntimeFault
-from runtime.slots import Borrowed, ExpertWeights, Residency
+from runtime.pool import ExpertWeights
+from runtime.slots import Residency
 from schemas.store import ExpertForm
 from schemas.topology import Tier
 
@@ -117,37 +118,43 @@ def compute_rows(
     tier_rows: TierRows | None = None,
 ) -> torch.Tensor:
     """Compute rows of one layer from the replicas held here, as `execute_call` does; hidden is [T, D]."""
-    math = expert_math(residency.layout.form)
     bounds = _group_bounds(rows.expert)
-    experts = rows.expert[bounds[:-1]].tolist()
-    with torch.inference_mode(), residency.borrow(layer, experts) as borrowed:
-        if tier_rows is not None:
-            _count_tiers(tier_rows, borrowed, bounds)
-        if combine == "partial":
-            return _partial_sums(math, rows, hidden, bounds, borrowed)
-        weight = rows.weight.unsqueeze(1)
+    residency.observe(layer, rows.token, rows.expert, rows.weight)
+    with torch.inference_mode():
         if hidden.shape[0] == 1:  # a row per expert, nothing to gather
-            weighted = [math(lent.weights, hidden) * weight[row : row + 1] for row, lent in enumerate(borrowed)]
+            token, gathered = None, hidden.expand(len(rows.expert), -1)
         else:
             token = torch.from_numpy(rows.token).to(hidden.device)
-            groups = zip(bounds[:-1], bounds[1:], borrowed, strict=True)
-            weighted = [math(lent.weights, hidden[token[a:b]]) * weight[a:b] for a, b, lent in groups]
-        return torch.cat(weighted).to(hidden.dtype)
+            gathered = hidden[token]
+        answers = torch.cat(_answers(residency, layer, rows, gathered, bounds=bounds, tier_rows=tier_rows))
+        if combine == "ordered":
+            return (answers * rows.weight.unsqueeze(1)).to(hidden.dtype)
+        if token is None:
+            return rows.weight.unsqueeze(0) @ answers.float()
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        return total.index_add_(0, token, answers.float() * rows.weight.unsqueeze(1))
 
 
-def _partial_sums(
-    math: ExpertMath, rows: Rows, hidden: torch.Tensor, bounds: list[int], borrowed: list[Borrowed]
-) -> torch.Tensor:
-    """Return the weighted sum of each token's rows, [T, D] float32."""
-    if hidden.shape[0] == 1:  # a row per expert, nothing to gather
-        answers = torch.cat([math(lent.weights, hidden) for lent in borrowed])
-        return rows.weight.unsqueeze(0) @ answers.float()
-    token = torch.from_numpy(rows.token).to(hidden.device)
-    gathered = hidden[token]
-    groups = zip(borrowed, itertools.pairwise(bounds), strict=True)
-    answers = torch.cat([math(lent.weights, gathered[start:end]) for lent, (start, end) in groups])
-    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    return total.index_add_(0, token, answers.float() * rows.weight.unsqueeze(1))
+def _answers(
+    residency: Residency,
+    layer: int,
+    rows: Rows,
+    gathered: torch.Tensor,
+    *,
+    bounds: list[int],
+    tier_rows: TierRows | None,
+) -> list[torch.Tensor]:
+    """Return what each expert makes of its rows, [n, D] each, in the rows' order, however the experts come."""
+    math = expert_math(residency.layout.form)
+    experts = rows.expert[bounds[:-1]].tolist()
+    answers: list[Any] = [None] * len(experts)
+    with closing(residency.lend(layer, experts)) as lending:
+        for index, lent in lending:
+            start, end = bounds[index], bounds[index + 1]
+            answers[index] = math(lent.weights, gathered[start:end])
+            if tier_rows is not None:
+                tier_rows[lent.tier] = tier_rows.get(lent.tier, 0) + end - start
+    return answers
 
 
 def _group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:
@@ -161,11 +168,6 @@ def _group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:
         starts = [row for row, value in enumerate(values) if row == 0 or value != values[row - 1]]
         return [*starts, len(values)]
     return [0, *(np.flatnonzero(np.diff(expert)) + 1).tolist(), len(expert)]
-
-
-def _count_tiers(tier_rows: TierRows, borrowed: list[Borrowed], bounds: list[int]) -> None:
-    for start, end, lent in zip(bounds, bounds[1:], borrowed, strict=False):
-        tier_rows[lent.tier] = tier_rows.get(lent.tier, 0) + end - start
 
 
 _MATH: dict[ExpertForm, ExpertMath] = {}

@@ -1,77 +1,131 @@
-"""Where a node keeps its replicas: device slots, host memory, record files; never more bytes than each tier may use.
+"""Where a node keeps its experts: device slots, host memory, record files; never more bytes than each tier may use.
 
-Decides nothing about which expert belongs here: it holds what it is told to, or raises `OverBudget`. Flow: record →
-slot (device), tensor (host) or file (disk) → `borrow` → weights for the expert maths. Bookkeeping under one lock.
+A replica that was put stays where it was put. What budget is left is a cache in front of records that lie on disk or
+elsewhere: an expert that is asked for is loaded into a slot that is free, or that the eviction policy gives up; nothing
+is written back, since every record stays where it was read from. Decides nothing about which expert belongs here: it
+holds what it is told to, or raises `OverBudget`. Flow: record → slot (device, host) or file (disk) → `lend` → weights
+for the expert maths. Bookkeeping under one lock; reads outside of it, by whoever waits or by threads of their own.
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from time import perf_counter
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.errors import ExpertUnavailable, InvalidInput, OverBudget, RuntimeFault, writing
+from runtime.counters import TierCounts
+from runtime.errors import (
+    BudgetTooSmall,
+    DamagedRecord,
+    ExpertLost,
+    ExpertUnavailable,
+    InvalidInput,
+    OverBudget,
+    RuntimeFault,
+    writing,
+)
+from runtime.policy.eviction import EVICTIONS
+from runtime.policy.prefetch import Slack
+from runtime.pool import ExpertWeights, SlotPool, as_weights
+from runtime.promotion import Promoter
+from runtime.records import RecordFile, Source
 from runtime.tensors import torch_dtype
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
-from schemas.units import format_bytes
+
+__all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
+
+log = logging.getLogger(__name__)
 
 Key = tuple[int, int]
 Record = bytes | bytearray | memoryview
+Place = tuple[Key, Tier]
 
-
-class ExpertWeights(NamedTuple):
-    """One expert's tensors, shaped as the layout's form says; views of the slot or record they lie in."""
-
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    gate_up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Replica:
-    """A replica in one tier. `users` borrow it; one dropped while borrowed is freed when the last user is done."""
-
-    key: Key
-    tier: Tier
-    weights: ExpertWeights | None = None  # None: read from the file when used
-    slot: int | None = None
-    file: Path | None = None
-    users: int = 0
-    dropped: bool = False
+_MEMORY: Final[tuple[Tier, ...]] = ("device", "host")
 
 
 class Borrowed(NamedTuple):
-    """An expert in use and the tier it was found in."""
+    """An expert in use, the tier it was found in, and what was waited for it."""
 
     weights: ExpertWeights
     tier: Tier
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Caching:
+    """That budget which is left is a cache, and how it is run.
+
+    Attributes
+    ----------
+    layers, experts
+        Of the model.
+    eviction
+        A name of `runtime.policy.eviction.EVICTIONS`.
+    prefetch
+        Load what the next layer will probably ask for, where the link has time.
+    workers
+        Threads that load beside the one that computes.
+    """
+
+    layers: int
+    experts: int
+    eviction: str = "rates"
+    prefetch: bool = True
+    workers: int = 2
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """An expert in memory. `users` borrow it; one dropped while borrowed is freed when the last user is done."""
+
+    key: Key
+    tier: Tier
+    slot: int
+    weights: ExpertWeights
+    is_assigned: bool = False  # put here, not merely cached
+    is_ready: bool = False
+    is_dropped: bool = False
+    is_guess: bool = False  # loaded ahead, its layer has not run yet
+    users: int = 0
+    found: Tier = "disk"
+    error: Exception | None = None
 
 
 class Residency:
-    """The replicas of one node. Thread-safe; every method says whether it modifies what is held.
+    """The experts of one node. Thread-safe; every method says whether it modifies what is held.
 
     Parameters
     ----------
     budgets
-        Bytes that experts may take per tier; a tier that is left out has none. The device pool of
-        ``budgets["device"] // layout.bytes`` slots is reserved at once (its pages are used as slots are).
+        Bytes that experts may take per tier; a tier that is left out has none. Slots are reserved at once, their
+        memory is taken as they are used.
     record_dir
         Directory of the disk tier's record files, named by sha256. Needed if the disk budget is not 0.
     device
-        Torch device of the slots.
+        Torch device of the device tier's slots.
     max_slots
         Slots to reserve at most: no model has more experts than it has, however large the budget.
+    caching
+        Use left-over budget as a cache; without, records on disk are read whenever they are used.
+
+    Attributes
+    ----------
+    budgets
+        In force now, see `set_budget`.
+    counts
+        What was found where, and loaded, by layer; only with a cache.
     """
 
     def __init__(
@@ -82,23 +136,50 @@ class Residency:
         *,
         device: str = "cpu",
         max_slots: int | None = None,
+        caching: Caching | None = None,
     ) -> None:
         self.layout = layout
         self.device = torch.device(device)
+        self.caching = caching
+        self.counts = TierCounts(caching.layers if caching else 0)
         self.budgets: dict[Tier, int] = {tier: budgets.get(tier, 0) for tier in TIERS}
+        self._most = dict(self.budgets)
         self._record_dir = record_dir
-        self._dtype = torch_dtype(layout.dtype)
-        self._lock = threading.Lock()
-        self._replicas: dict[tuple[Key, Tier], _Replica] = {}
-        self._fastest: dict[Key, _Replica] = {}
+        self._changed = threading.Condition(threading.Lock())
+        self._assigned: dict[Place, Path | None] = {}  # the record's own file in the disk tier
+        self._num_assigned: Counter[Tier] = Counter()
+        self._sources: dict[Key, list[Source]] = {}
+        self._checked: set[Source] = set()
+        self._copies: dict[Place, _Copy] = {}
+        self._ready: dict[Key, _Copy] = {}  # where an expert is computed from
+        self._lacking: set[Key] = set()  # experts that have no memory of their own
+        self._evictable: dict[_Copy, None] = {}
+        self._guesses: dict[int, list[_Copy]] = defaultdict(list)
         self._used: Counter[Tier] = Counter()
-        slots = self.budgets["device"] // layout.bytes
-        slots = slots if max_slots is None else min(slots, max_slots)
-        self._pool = self._make_pool(slots)
-        self._free = list(range(slots - 1, -1, -1))
+        self._pools, self._free = self._make_pools(max_slots)
+        self._eviction = EVICTIONS[caching.eviction](caching.layers, caching.experts) if caching else None
+        self._cached_in: tuple[Tier, ...] = _MEMORY if self.device.type == "cpu" else ("device",)
+        self.slack = Slack()
+        self._lent_at = 0.0
+        self._promoter = Promoter(self._load, caching.workers if caching else 0)
 
-    def put(self, key: Key, tier: Tier, record: Record) -> None:
+    def _make_pools(self, max_slots: int | None) -> tuple[dict[Tier, SlotPool], dict[Tier, list[int]]]:
+        pools: dict[Tier, SlotPool] = {}
+        free: dict[Tier, list[int]] = {}
+        for tier in _MEMORY:
+            slots = self.budgets[tier] // self.layout.bytes
+            slots = slots if max_slots is None else min(slots, max_slots)
+            pools[tier] = SlotPool(self.layout, slots, tier, self.device)
+            free[tier] = list(range(slots - 1, -1, -1))
+        return pools, free
+
+    def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
         """Hold a replica of `key` in `tier`; holding it there already changes nothing. Modifies.
+
+        Parameters
+        ----------
+        source
+            Where the record can be read again, so that the replica can make room when the budget is lowered.
 
         Raises
         ------
@@ -109,62 +190,276 @@ class Residency:
             raise InvalidInput(
                 f"layer {key[0]} expert {key[1]}: record of {len(record)} bytes, the layout says {self.layout.bytes}"
             )
-        with self._lock:
-            if (key, tier) in self._replicas:
+        if tier == "disk":
+            self._put_file(key, record)
+            return
+        with self._changed:
+            copy, is_held = self._claim(key, tier, source)
+            if is_held:
                 return
-            replica = _Replica(key, tier, slot=self._reserve(tier))
+            if source is not None:
+                self._add_source(key, source)
+            self._assign(key, tier)
+            if copy is None:
+                return  # the budget was lowered: it is loaded when it is asked for
+            copy.is_assigned = True
+            self._settle(copy)
+            if copy.is_ready:
+                return
         try:
-            self._fill(replica, record)
+            self._pools[tier].fill(copy.slot, record)
         except BaseException:
-            with self._lock:
-                self._free_up(replica)
+            self.drop(key, tier)
             raise
-        with self._lock:
-            if (key, tier) in self._replicas:  # another thread put it meanwhile
-                self._free_up(replica)
-                return
-            self._replicas[key, tier] = replica
-            self._choose_fastest(key)
+        finally:
+            with self._changed:
+                self._finish(copy)
+
+    def place(self, key: Key, source: Source) -> None:
+        """Execute `key` from a source that takes none of the budgets; counted as held on disk. Modifies."""
+        with self._changed:
+            self._add_source(key, source)
+            self._assign(key, "disk")
+
+    def add_source(self, key: Key, source: Source) -> None:
+        """Remember another place where the record of a held expert lies, the next best after those known. Modifies."""
+        with self._changed:
+            if any((key, tier) in self._assigned for tier in TIERS):
+                self._add_source(key, source)
 
     def drop(self, key: Key, tier: Tier | None = None) -> None:
         """Stop holding `key` in `tier` (everywhere by default); what is not held is no error. Modifies.
 
         A replica in use is freed, and counted by `used`, until its last user is done.
         """
-        with self._lock:
+        with self._changed:
             for each in TIERS if tier is None else (tier,):
-                replica = self._replicas.pop((key, each), None)
-                if replica is not None:
-                    replica.dropped = True
-                    if not replica.users:
-                        self._free_up(replica)
-            self._choose_fastest(key)
+                if (key, each) in self._assigned:
+                    self._unassign(key, each)
+            if not any((key, each) in self._assigned for each in TIERS):
+                self._sources.pop(key, None)
+                self._lacking.discard(key)
+                for each in _MEMORY:
+                    self._remove((key, each))
+
+    def set_budget(self, tier: Tier, budget: int) -> None:
+        """Let experts take so many bytes of a tier from now on; at most what was reserved in the beginning. Modifies.
+
+        Replicas that can be read again make room, and are loaded when they are asked for.
+
+        Raises
+        ------
+        BudgetTooSmall
+            Replicas that can be read nowhere else need more. Nothing changes.
+        """
+        with self._changed:
+            budget = min(budget, self._most[tier])
+            bound = sum(where == tier and key not in self._sources for key, where in self._assigned)
+            if tier != "disk" and bound * self.layout.bytes > budget:
+                why = f"{bound} experts have no copy on this node's disk"
+                raise BudgetTooSmall(tier, budget=budget, needed=bound * self.layout.bytes, why=why)
+            self.budgets[tier] = budget
+            if tier != "disk":
+                self._review(tier)
+                self._shrink(tier)
 
     @contextmanager
     def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[list[Borrowed]]:
-        """Lend weights of experts of one layer, from the fastest tier; they stay valid inside. Does not modify.
+        """Lend weights of experts of one layer all at once, as they are; they stay valid inside. Caches nothing.
 
         Raises
         ------
         ExpertUnavailable
             One of them is not held.
         """
-        replicas: list[_Replica] = []
+        copies: list[_Copy | None] = []
         try:
-            with self._lock:
+            with self._changed:
                 for expert in experts:
-                    replica = self._fastest.get((layer, expert))
-                    if replica is None:
-                        raise ExpertUnavailable(layer, expert, "this node")
-                    replica.users += 1
-                    replicas.append(replica)
-            yield [Borrowed(replica.weights or self._read(replica), replica.tier) for replica in replicas]
+                    copy = self._settled((layer, expert))
+                    copies.append(copy)
+                    if copy is not None:
+                        self._use(copy)
+            pairs = zip(copies, experts, strict=True)
+            yield [Borrowed(c.weights, c.tier) if c else self._read((layer, expert)) for c, expert in pairs]
         finally:
-            with self._lock:
-                for replica in replicas:
-                    replica.users -= 1
-                    if replica.dropped and not replica.users:
-                        self._free_up(replica)
+            self._return(copy for copy in copies if copy is not None)
+
+    def lend(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
+        """Yield (position in `experts`, weights), those at hand first, others as they come. May modify the cache.
+
+        Weights are valid until the next are asked for, or the iterator is closed; close it.
+
+        Raises
+        ------
+        ExpertUnavailable
+            One of them is not held.
+        ExpertLost
+            The record of one is damaged wherever it lies.
+        """
+        with self._changed:
+            copies = [self._ready.get((layer, expert)) for expert in experts]
+            is_whole = all(copies)
+            if is_whole:
+                for copy in copies:
+                    self._use(copy)  # type: ignore[arg-type]
+        if not is_whole:
+            yield from self._stream(layer, experts)
+            return
+        try:
+            for position, copy in enumerate(copies):
+                yield position, Borrowed(copy.weights, copy.tier)  # type: ignore[union-attr]
+        finally:
+            self._return(copies)  # type: ignore[arg-type]
+            if self._lacking:
+                self._count(layer, copies, 0.0)  # type: ignore[arg-type]
+
+    def _stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
+        """Lend experts some of which must be loaded.
+
+        Whoever waits for a slot has none itself but those that are being filled for it, so that nobody waits for ever.
+        """
+        waited_s = 0.0
+        at_hand: list[tuple[int, _Copy]] = []
+        coming: list[tuple[int, _Copy]] = []
+        absent: list[int] = []
+        held: list[_Copy] = []
+        try:
+            with self._changed:
+                for position, expert in enumerate(experts):
+                    copy = self._ready.get((layer, expert))
+                    if copy is None:
+                        if (layer, expert) not in self._sources and not self._is_coming((layer, expert)):
+                            raise ExpertUnavailable(layer, expert, "this node")
+                        absent.append(position)
+                    else:
+                        self._use(copy)
+                        held.append(copy)
+                        at_hand.append((position, copy))
+                self._count_found(layer, [copy for _, copy in at_hand])
+            while at_hand or coming or absent:
+                if absent and len(coming) <= self._promoter.workers:
+                    absent = self._begin(layer, experts, absent, coming, held)
+                if at_hand:
+                    position, copy = at_hand.pop(0)
+                    yield position, Borrowed(copy.weights, copy.tier)
+                    held.remove(copy)
+                    self._return((copy,))
+                    continue
+                asked = perf_counter()
+                if absent and not coming and not self._can_cache:
+                    position = absent.pop(0)
+                    borrowed = self._read((layer, experts[position]))
+                    waited_s += perf_counter() - asked
+                    yield position, borrowed
+                    continue
+                ready = self._await(coming)
+                took = perf_counter() - asked
+                waited_s += took
+                if ready is not None:
+                    position, copy = ready
+                    yield position, Borrowed(copy.weights, copy.found, took)
+                    held.remove(copy)
+                    self._return((copy,))
+        finally:
+            for _, copy in coming:
+                self._promoter.run(copy)  # given up half-way: others may wait for it
+            self._return(held)
+            self._count(layer, (), waited_s)
+
+    def _begin(
+        self, layer: int, experts: Sequence[int], absent: list[int], coming: list[tuple[int, _Copy]], held: list[_Copy]
+    ) -> list[int]:
+        """Begin to load what there are slots for; return the positions that are left."""
+        left, jobs = [], []
+        with self._changed:
+            rooms = self._rooms(layer, min(len(absent), self._promoter.workers + 2 - len(coming)))
+            for position in absent:
+                key = (layer, experts[position])
+                copy = self._ready.get(key) or self._is_coming(key)
+                if copy is None:
+                    if not rooms:
+                        left.append(position)
+                        continue
+                    copy = self._occupy(key, *rooms.pop())
+                    jobs.append(copy)
+                self._use(copy)
+                self._redeem(copy)
+                held.append(copy)
+                coming.append((position, copy))
+            for tier, slot in rooms:
+                self._vacate(tier, slot)
+        self._promoter.add(jobs, wake=self.slack.is_slow)
+        return left
+
+    def _await(self, coming: list[tuple[int, _Copy]]) -> tuple[int, _Copy] | None:
+        """Return one that is ready, loading it here if nobody does; None if there is none and a slot may be free."""
+        while True:
+            with self._changed:
+                for index, (position, copy) in enumerate(coming):
+                    if copy.error is not None:
+                        raise copy.error
+                    if copy.is_ready:
+                        del coming[index]
+                        return position, copy
+            if any(self._promoter.run(copy) for _, copy in coming):
+                continue
+            with self._changed:
+                if not coming:
+                    self._changed.wait(0.05)
+                    return None
+                if not any(copy.is_ready or copy.error for _, copy in coming):
+                    self._changed.wait(1.0)
+
+    def prefetch(self, layer: int, guess: Callable[[], Iterable[int]]) -> None:
+        """Load experts that `layer` will probably ask for, in the background, as far as there is time. Modifies.
+
+        Parameters
+        ----------
+        guess
+            Says which; not called where there is no time.
+        """
+        room = self.slack.room
+        if self.caching is None or not self.caching.prefetch or not room or self._promoter.waiting:
+            return
+        jobs, experts = [], guess()
+        with self._changed:
+            wanted = [
+                (layer, expert)
+                for expert in experts
+                if (layer, expert) in self._lacking
+                and (layer, expert) not in self._ready
+                and not self._is_coming((layer, expert))
+            ][:room]
+            for key, (tier, slot) in zip(wanted, self._rooms(layer, len(wanted)), strict=False):
+                copy = self._occupy(key, tier, slot)
+                copy.is_guess = True
+                self._guesses[layer].append(copy)
+                jobs.append(copy)
+                self.counts.prefetched[layer] += 1
+        self._promoter.add(jobs, wake=True)
+
+    def observe(self, layer: int, token: NDArray[Any], expert: NDArray[Any], weight: torch.Tensor) -> None:
+        """Let the eviction policy learn which experts the tokens of a layer were routed to. Modifies.
+
+        Parameters
+        ----------
+        token, expert, weight
+            [R] each, a row per token and expert.
+        """
+        if self._eviction is None or not self._lacking:
+            return
+        scores = weight.double().cpu().numpy()
+        with self._changed:
+            if token.min() == token.max():
+                self._eviction.observe(layer, expert[None].astype(np.int64), scores[None], len(expert))
+                return
+            order = np.lexsort((-scores, token))
+            sizes = np.unique(token, return_counts=True)[1]
+            ends = np.cumsum(sizes)
+            for size in np.unique(sizes):
+                rows = (ends[sizes == size] - size)[:, None] + np.arange(size)
+                self._eviction.observe(layer, expert[order][rows].astype(np.int64), scores[order][rows], int(size))
 
     def acquire(self, key: Key) -> ExpertWeights:
         """Return a copy of an expert's weights that stays valid whatever is dropped later. Does not modify."""
@@ -182,93 +477,380 @@ class Residency:
 
     def holds(self, key: Key) -> bool:
         """Whether `key` is held in any tier."""
-        return key in self._fastest
+        return any((key, tier) in self._assigned for tier in TIERS)
 
     def tier_of(self, key: Key) -> Tier | None:
-        """Return the fastest tier that holds `key`; None if none does."""
-        replica = self._fastest.get(key)
-        return None if replica is None else replica.tier
+        """Return the fastest tier that holds `key`, if only in a cache; None if none does."""
+        copy = self._ready.get(key)
+        return copy.tier if copy is not None else next((t for t in TIERS if (key, t) in self._assigned), None)
 
     def at_hand(self, layer: int, experts: int) -> NDArray[np.bool_]:
         """Whether each expert of a layer can be computed without reading its record first, bool [E]."""
-        found = (self._fastest.get((layer, expert)) for expert in range(experts))
-        return np.array([replica is not None and replica.tier != "disk" for replica in found])
+        return np.array([(layer, expert) in self._ready for expert in range(experts)])
 
     def held(self) -> dict[Tier, list[Key]]:
-        """Return the sorted keys held in each tier."""
-        with self._lock:
-            keys = sorted(self._replicas)
-        return {tier: [key for key, where in keys if where == tier] for tier in TIERS}
+        """Return the sorted keys held in each tier, without what is merely cached."""
+        with self._changed:
+            places = sorted(self._assigned)
+        return {tier: [key for key, where in places if where == tier] for tier in TIERS}
 
     def used(self) -> dict[Tier, int]:
-        """Return the bytes taken in each tier, of dropped replicas still in use too."""
-        with self._lock:
+        """Return the bytes taken in each tier, the cache's and those of dropped replicas still in use too."""
+        with self._changed:
             return {tier: self._used[tier] for tier in TIERS}
 
-    def _make_pool(self, slots: int) -> list[torch.Tensor]:
-        """Return one tensor per part of the layout, [slots, *shape]."""
-        try:
-            return [
-                torch.empty((slots, *part.shape), dtype=self._dtype, device=self.device) for part in self.layout.parts
-            ]
-        except (RuntimeError, MemoryError) as error:
-            size = format_bytes(slots * self.layout.bytes)
-            raise RuntimeFault(
-                f"device tier: {size} cannot be reserved on {self.device}; lower memory.device of this node"
-            ) from error
+    @property
+    def is_caching(self) -> bool:
+        """Whether there are experts that have no memory of their own, and a cache for them."""
+        return self.caching is not None and bool(self._lacking)
 
-    def _reserve(self, tier: Tier) -> int | None:
-        """Account for one more record in `tier`; return its slot on the device."""
-        used, budget = self._used[tier], self.budgets[tier]
-        if used + self.layout.bytes > budget or (tier == "device" and not self._free):
-            raise OverBudget(tier, needed=self.layout.bytes, used=used, budget=budget)
-        self._used[tier] += self.layout.bytes
-        return self._free.pop() if tier == "device" else None
+    # below, the lock is held unless a method says otherwise
 
-    def _free_up(self, replica: _Replica) -> None:
-        self._used[replica.tier] -= self.layout.bytes
-        if replica.slot is not None:
-            self._free.append(replica.slot)
-        if replica.file is not None and not self._file_is_shared(replica):
-            replica.file.unlink(missing_ok=True)
+    @property
+    def _can_cache(self) -> bool:
+        """Whether there can be room for a cached copy at all. Takes no lock."""
+        if self.caching is None:
+            return False
+        size = self.layout.bytes
+        return any(self.budgets[tier] - self._bound(tier) * size >= size for tier in self._cached_in)
 
-    def _file_is_shared(self, replica: _Replica) -> bool:
-        """Whether another replica's record has the same content."""
-        return any(other.file == replica.file for other in self._replicas.values() if other is not replica)
+    def _bound(self, tier: Tier) -> int:
+        """Replicas that do not make room."""
+        return 0 if self._is_yielding(tier) else self._num_assigned[tier]
 
-    def _choose_fastest(self, key: Key) -> None:
-        held = [self._replicas[key, tier] for tier in TIERS if (key, tier) in self._replicas]
-        if held:
-            self._fastest[key] = held[0]
+    def _is_yielding(self, tier: Tier) -> bool:
+        return self._num_assigned[tier] * self.layout.bytes > self.budgets[tier]
+
+    def _is_evictable(self, copy: _Copy) -> bool:
+        if not copy.is_ready or copy.users or copy.is_guess:
+            return False
+        return not copy.is_assigned or (self._is_yielding(copy.tier) and copy.key in self._sources)
+
+    def _use(self, copy: _Copy) -> None:
+        copy.users += 1
+        self._evictable.pop(copy, None)
+
+    def _settle(self, copy: _Copy) -> None:
+        """Draw the consequences of a change to a copy."""
+        if copy.is_dropped:
+            if not copy.users and copy.is_ready:
+                self._vacate(copy.tier, copy.slot)
+                copy.is_ready = False
+        elif not self._is_evictable(copy):
+            self._evictable.pop(copy, None)
+        elif self._used[copy.tier] > self.budgets[copy.tier]:
+            self._evict(copy, give_back=True)
         else:
-            self._fastest.pop(key, None)
+            self._evictable[copy] = None
 
-    def _fill(self, replica: _Replica, record: Record) -> None:
-        match replica.tier:
-            case "device":
-                pooled = [pool[replica.slot] for pool in self._pool]
-                for part, staged in zip(pooled, self._views(_staged(record)), strict=True):
-                    part.copy_(staged)
-                replica.weights = self._weights(pooled)
-            case "host":
-                replica.weights = self._weights(self._views(_staged(record)))
-            case "disk":
-                replica.file = self._write(record)
+    def _review(self, tier: Tier) -> None:
+        for copy in [copy for copy in self._copies.values() if copy.tier == tier]:
+            self._settle(copy)
 
-    def _views(self, record: torch.Tensor) -> list[torch.Tensor]:
-        """Return the parts of a record held as bytes."""
-        elements = record.view(self._dtype)
-        size = elements.element_size()
-        starts = [part.offset // size for part in self.layout.parts]
-        return [
-            elements[start : start + part.elements].view(part.shape)
-            for start, part in zip(starts, self.layout.parts, strict=True)
-        ]
+    def _shrink(self, tier: Tier) -> None:
+        """Evict until the tier is within its budget, as far as copies are not in use."""
+        over = -(-(self._used[tier] - self.budgets[tier]) // self.layout.bytes)
+        for copy in self._worst(0, over, (tier,)):
+            self._evict(copy, give_back=True)
+        for slot in self._free[tier]:
+            self._pools[tier].give_back(slot)
 
-    def _weights(self, tensors: Sequence[torch.Tensor]) -> ExpertWeights:
-        named = dict(zip((part.name for part in self.layout.parts), tensors, strict=True))
-        bias, down_bias = named.get("gate_up_proj_bias"), named.get("down_proj_bias")
-        return ExpertWeights(named["gate_up_proj"], named["down_proj"], bias, down_bias)
+    def _worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[_Copy]:
+        """Return copies to give up, the least valuable first."""
+        copies = [copy for copy in self._evictable if copy.tier in tiers]
+        if count <= 0 or not copies:
+            return []
+        if self._eviction is None or self.caching is None:
+            return copies[:count]
+        keys = np.array([copy.key[0] * self.caching.experts + copy.key[1] for copy in copies])
+        worth = self._eviction.worth(keys, layer)
+        return [copies[index] for index in np.argsort(worth, kind="stable")[:count].tolist()]
+
+    def _evict(self, copy: _Copy, *, give_back: bool = False) -> None:
+        self._remove((copy.key, copy.tier))
+        if give_back:
+            self._pools[copy.tier].give_back(copy.slot)
+        self.counts.evictions += 1
+
+    def _remove(self, place: Place) -> None:
+        """Take a copy out; it is freed when its last user is done."""
+        copy = self._copies.pop(place, None)
+        if copy is not None:
+            self._evictable.pop(copy, None)
+            copy.is_dropped = True
+            self._choose(copy.key)
+            self._settle(copy)
+
+    def _rooms(self, layer: int, count: int) -> list[tuple[Tier, int]]:
+        """Take up to so many slots for cached copies, by eviction where none is free."""
+        if self.caching is None:
+            return []
+        rooms: list[tuple[Tier, int]] = []
+        for tier in self._cached_in:
+            rooms += self._take(tier, count - len(rooms))
+        if len(rooms) + len(self._evictable) < count:
+            self._forget_guesses(*self._guesses)
+        for copy in self._worst(layer, count - len(rooms), self._cached_in):
+            self._evict(copy)
+            rooms += self._take(copy.tier, 1)
+        return rooms
+
+    def _take(self, tier: Tier, count: int) -> list[tuple[Tier, int]]:
+        """Account for up to so many records in `tier`; return their slots."""
+        fit = (self.budgets[tier] - self._used[tier]) // self.layout.bytes
+        taken = max(0, min(count, fit, len(self._free[tier])))
+        self._used[tier] += taken * self.layout.bytes
+        return [(tier, self._free[tier].pop()) for _ in range(taken)]
+
+    def _vacate(self, tier: Tier, slot: int) -> None:
+        self._used[tier] -= self.layout.bytes
+        self._free[tier].append(slot)
+        self._changed.notify_all()
+
+    def _occupy(self, key: Key, tier: Tier, slot: int) -> _Copy:
+        copy = self._copies[key, tier] = _Copy(key, tier, slot, self._pools[tier].weights(slot))
+        copy.is_assigned = (key, tier) in self._assigned
+        return copy
+
+    def _claim(self, key: Key, tier: Tier, source: Source | None) -> tuple[_Copy | None, bool]:
+        """Return a copy to be filled or kept, and whether the replica is held already.
+
+        There is no copy where the budget was lowered and the record can be read again. Cached copies make room, those
+        in use when their users are done.
+        """
+        while True:
+            copy = self._copies.get((key, tier))
+            if copy is not None and not copy.is_ready:
+                self._changed.wait()
+            elif copy is not None or (key, tier) in self._assigned:
+                return copy, (key, tier) in self._assigned
+            elif room := self._take(tier, 1):
+                return self._occupy(key, *room[0]), False
+            elif victims := self._worst(key[0], 1, (tier,)):
+                self._evict(victims[0])
+            elif any(each.tier == tier and not each.is_assigned for each in self._copies.values()):
+                self._forget_guesses(*self._guesses)
+                if not any(each.tier == tier for each in self._evictable):
+                    self._changed.wait()
+            elif source is not None and self.budgets[tier] < self._most[tier]:
+                return None, False
+            else:
+                raise OverBudget(tier, needed=self.layout.bytes, used=self._used[tier], budget=self.budgets[tier])
+
+    def _assign(self, key: Key, tier: Tier, file: Path | None = None) -> None:
+        was_yielding = self._is_yielding(tier)
+        if (key, tier) not in self._assigned:
+            self._num_assigned[tier] += 1
+        self._assigned[key, tier] = file
+        self._note_lack(key)
+        if self._is_yielding(tier) != was_yielding:
+            self._review(tier)
+
+    def _unassign(self, key: Key, tier: Tier) -> None:
+        was_yielding = self._is_yielding(tier)
+        file = self._assigned.pop((key, tier))
+        self._num_assigned[tier] -= 1
+        self._remove((key, tier))
+        if tier == "disk" and file is not None:
+            self._used["disk"] -= self.layout.bytes
+            self._sources[key] = [s for s in self._sources.get(key, []) if getattr(s, "file", None) != file]
+            if file not in self._assigned.values():
+                file.unlink(missing_ok=True)
+            if not self._sources[key]:
+                del self._sources[key]
+        self._note_lack(key)
+        if self._is_yielding(tier) != was_yielding:
+            self._review(tier)
+
+    def _note_lack(self, key: Key) -> None:
+        has_memory = any((key, t) in self._assigned and not self._is_yielding(t) for t in _MEMORY)
+        if key in self._sources and not has_memory:
+            self._lacking.add(key)
+        else:
+            self._lacking.discard(key)
+
+    def _add_source(self, key: Key, source: Source) -> None:
+        known = self._sources.setdefault(key, [])
+        if source not in known:
+            known.append(source)
+
+    def _is_coming(self, key: Key) -> _Copy | None:
+        """Return a copy that is being filled."""
+        found = (self._copies.get((key, tier)) for tier in _MEMORY)
+        return next((copy for copy in found if copy is not None and not copy.is_ready), None)
+
+    def _settled(self, key: Key) -> _Copy | None:
+        """Return the copy of an expert, waiting for one that is being filled; None: to be read from its source."""
+        while (copy := self._ready.get(key)) is None and self._is_coming(key) is not None:
+            self._changed.wait(0.05)
+        if copy is None and key not in self._sources:
+            raise ExpertUnavailable(*key, "this node")
+        return copy
+
+    def _choose(self, key: Key) -> None:
+        """Note where an expert is computed from."""
+        found = (self._copies.get((key, tier)) for tier in _MEMORY)
+        copy = next((copy for copy in found if copy is not None and copy.is_ready), None)
+        if copy is None:
+            self._ready.pop(key, None)
+        else:
+            self._ready[key] = copy
+
+    def _finish(self, copy: _Copy) -> None:
+        """Let a copy that is filled be used; frees one that was dropped meanwhile."""
+        copy.is_ready = True
+        if not copy.is_dropped:
+            self._choose(copy.key)
+        self._settle(copy)
+        self._changed.notify_all()
+
+    def _fail(self, copy: _Copy, error: Exception) -> None:
+        """Free a copy that could not be filled; whoever waits for it gets the error."""
+        copy.error, copy.is_dropped = error, True
+        if self._copies.get((copy.key, copy.tier)) is copy:
+            del self._copies[copy.key, copy.tier]
+        self._vacate(copy.tier, copy.slot)
+
+    def _forget_guesses(self, *layers: int) -> None:
+        """Let guesses be evicted, whose layers have run."""
+        for copy in [copy for layer in layers for copy in self._guesses.pop(layer, ())]:
+            if copy.is_guess:
+                copy.is_guess = False
+                self.slack.observe_guesses(1, 0)
+                if not copy.is_dropped:
+                    self._settle(copy)
+
+    def _count_found(self, layer: int, copies: Iterable[_Copy]) -> None:
+        if self.caching is None:
+            return
+        for copy in copies:
+            self.counts.found[copy.tier][layer] += 1
+            self._redeem(copy)
+
+    def _redeem(self, copy: _Copy) -> None:
+        """Count a guess that came true."""
+        if copy.is_guess:
+            copy.is_guess = False
+            self.counts.prefetch_hits[copy.key[0]] += 1
+            self.slack.observe_guesses(1, 1)
+
+    # below, the lock is not held
+
+    def _count(self, layer: int, copies: Sequence[_Copy], waited_s: float) -> None:
+        if self.caching is None:
+            return
+        with self._changed:
+            self._count_found(layer, copies)
+            self._forget_guesses(layer)
+            self.counts.waited_s[layer] += waited_s
+            now = perf_counter()
+            if self._lent_at:
+                self.slack.observe_layer(now - self._lent_at, waited_s)
+            self._lent_at = now
+
+    def _return(self, copies: Iterable[_Copy]) -> None:
+        with self._changed:
+            for copy in copies:
+                copy.users -= 1
+                if not copy.users:
+                    self._settle(copy)
+                    self._changed.notify_all()
+
+    def _load(self, copy: _Copy) -> None:
+        """Fill a copy from the first source that is intact."""
+        began = perf_counter()
+        try:
+            self._fill(copy)
+        except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
+            with self._changed:
+                self._fail(copy, error)
+            return
+        with self._changed:
+            self.slack.observe_load(perf_counter() - began)
+            self.counts.load(copy.key[0], self.layout.bytes)
+            self._finish(copy)
+
+    def _fill(self, copy: _Copy) -> None:
+        pool = self._pools[copy.tier]
+        if self.device.type == "cpu" or copy.tier == "host":
+            self._read_into(copy.key, pool.buffers(copy.slot))
+            return
+        with self._changed:
+            host = self._copies.get((copy.key, "host"))
+            host = host if host is not None and host.is_ready else None
+            if host is not None:
+                self._use(host)
+        if host is None:
+            pool.fill_from(copy.slot, self._staged(copy.key))
+            return
+        try:
+            copy.found = "host"
+            pool.fill_from(copy.slot, [part for part in host.weights if part is not None])
+        finally:
+            self._return((host,))
+
+    def _staged(self, key: Key) -> list[torch.Tensor]:
+        """Read a record into memory of torch's own; returns its parts."""
+        dtype = torch_dtype(self.layout.dtype)
+        parts = [torch.empty(part.shape, dtype=dtype) for part in self.layout.parts]
+        self._read_into(key, [_bytes_of(part) for part in parts])
+        return parts
+
+    def _read(self, key: Key) -> Borrowed:
+        """Read an expert for one use."""
+        began = perf_counter()
+        weights = as_weights(self.layout, [part.to(self.device) for part in self._staged(key)])
+        if self.caching is not None:
+            with self._changed:
+                self.counts.load(key[0], self.layout.bytes)
+        return Borrowed(weights, "disk", perf_counter() - began)
+
+    def _read_into(self, key: Key, parts: Sequence[memoryview]) -> None:
+        """Read a record from its first intact source, which is checked when it is first used."""
+        reasons: list[str] = []
+        for source in list(self._sources.get(key, ())):
+            try:
+                source.read_into(parts, check=source not in self._checked)
+            except DamagedRecord as error:
+                log.warning("%s; it is looked for elsewhere", error)
+                reasons.append(str(error))
+                self._discredit(key, source)
+            else:
+                self._checked.add(source)
+                return
+        if not reasons and not self.holds(key):
+            raise ExpertUnavailable(*key, "this node")
+        raise ExpertLost(*key, reasons)
+
+    def _discredit(self, key: Key, source: Source) -> None:
+        """Ask a damaged source last from now on: it may have been a disk's passing fault."""
+        with self._changed:
+            self._checked.discard(source)
+            known = self._sources.get(key, [])
+            if source in known:
+                known.remove(source)
+                known.append(source)
+
+    def _put_file(self, key: Key, record: Record) -> None:
+        size = self.layout.bytes
+        with self._changed:
+            if (key, "disk") in self._assigned:
+                return
+            if self._used["disk"] + size > self.budgets["disk"]:
+                raise OverBudget("disk", needed=size, used=self._used["disk"], budget=self.budgets["disk"])
+            self._used["disk"] += size
+        try:
+            file = self._write(record)
+        except BaseException:
+            with self._changed:
+                self._used["disk"] -= size
+            raise
+        with self._changed:
+            if (key, "disk") in self._assigned:  # another thread put it meanwhile
+                self._used["disk"] -= size
+                return
+            self._sources.setdefault(key, []).insert(0, RecordFile(file, file.name))
+            self._assign(key, "disk", file)
 
     def _write(self, record: Record) -> Path:
         if self._record_dir is None:
@@ -290,29 +872,6 @@ class Residency:
                 raise
         return file
 
-    def _read(self, replica: _Replica) -> ExpertWeights:
-        layer, expert = replica.key
-        if replica.file is None:
-            raise ExpertUnavailable(layer, expert, "this node")
-        try:
-            data = np.fromfile(replica.file, dtype=np.uint8)
-        except OSError as error:
-            raise RuntimeFault(f"layer {layer} expert {expert}: {replica.file}: {error.strerror}") from error
-        if data.size != self.layout.bytes:
-            raise RuntimeFault(
-                f"layer {layer} expert {expert}: {replica.file} has {data.size} bytes, the layout says "
-                f"{self.layout.bytes}; apply the plan again to fetch it anew"
-            )
-        parts = self._views(torch.from_numpy(data))
-        return self._weights([part.to(self.device) for part in parts])
-
-
-def _staged(record: Record) -> torch.Tensor:
-    """Copy a record into memory of torch's own alignment."""
-    staged = torch.empty(len(record), dtype=torch.uint8)
-    staged.numpy()[:] = np.frombuffer(record, dtype=np.uint8)
-    return staged
-
 
 def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:
     named = {
@@ -322,3 +881,8 @@ def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:
         "down_proj_bias": weights.down_bias,
     }
     return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -1,0 +1,66 @@
+"""How many experts to bring in before they are asked for: as many as the link has time for, and none where it has none.
+
+Decides from measured times only: what computing a layer takes is time in which the link is idle, unless it is busy with
+what was asked for. Must not know clocks or which experts are guessed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+_FADE: Final = 0.95
+_HANDOVER_S: Final = 150e-6  # what it takes to let another thread load: quicker loads are made when they are needed
+_TRUSTED: Final = 0.4  # share of guesses that must come true
+_FEW: Final = 32
+
+
+@dataclass
+class Slack:
+    """Moving averages of a link and of the layers that ask it for experts. Not thread-safe.
+
+    Attributes
+    ----------
+    load_s
+        One load.
+    idle_s
+        Time between two layers in which nobody waits for a load.
+    """
+
+    load_s: float = 0.0
+    idle_s: float = 0.0
+    guesses: int = 0
+    came_true: int = 0
+    _is_new: bool = field(default=True, repr=False)
+
+    def observe_load(self, seconds: float) -> None:
+        """Note how long a load took. Modifies."""
+        self.load_s = seconds if not self.load_s else _FADE * self.load_s + (1 - _FADE) * seconds
+
+    def observe_layer(self, seconds: float, waited_s: float) -> None:
+        """Note the time since the layer before, and how much of it was waited for loads. Modifies."""
+        idle = max(0.0, seconds - waited_s)
+        self.idle_s = idle if self._is_new else _FADE * self.idle_s + (1 - _FADE) * idle
+        self._is_new = False
+
+    def observe_guesses(self, made: int, came_true: int) -> None:
+        """Note guesses and those that were asked for. Modifies; old ones fade."""
+        self.guesses += made
+        self.came_true += came_true
+        if self.guesses > 4096:
+            self.guesses //= 2
+            self.came_true //= 2
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether loads take so long that another thread should make them."""
+        return self.load_s > _HANDOVER_S
+
+    @property
+    def room(self) -> int:
+        """Loads that fit into a layer's idle time; 0 where guesses do not come true.
+
+        >>> Slack(load_s=0.001, idle_s=0.0035).room
+        3
+        """
+        if not self.is_slow or (self.guesses >= _FEW and self.came_true < _TRUSTED * self.guesses):
+            return 0
+        return int(self.idle_s / self.load_s)

@@ -1,0 +1,130 @@
+"""Slots for records: memory of one tier, taken as slots are used and given back to the system when it must be.
+
+Decides where the parts of a record lie in a slot: each at a multiple of 64 bytes, so that the bits of a product do not
+depend on which slot it is. Must not know which expert is where.
+"""
+
+import mmap
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from runtime.errors import RuntimeFault
+from runtime.records import scatter
+from runtime.tensors import torch_dtype
+from schemas.model import DTYPE_ITEMSIZE
+from schemas.store import RecordLayout
+from schemas.topology import Tier
+from schemas.units import format_bytes
+
+_ALIGNMENT: Final = 64
+
+
+class ExpertWeights(NamedTuple):
+    """One expert's tensors, shaped as the layout's form says; views of the slot or record they lie in."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+class SlotPool:
+    """`slots` equal slots. Knows nothing of who uses which; may be used from several threads, a slot by one at a time.
+
+    Raises
+    ------
+    RuntimeFault
+        So much memory cannot be reserved.
+    """
+
+    def __init__(self, layout: RecordLayout, slots: int, tier: Tier, device: torch.device) -> None:
+        self._layout = layout
+        self._dtype = torch_dtype(layout.dtype)
+        self._sizes = [part.elements * DTYPE_ITEMSIZE[layout.dtype] for part in layout.parts]
+        self._starts = _aligned_starts(self._sizes)
+        self._stride = _aligned(self._starts[-1] + self._sizes[-1])
+        self._is_mapped = device.type == "cpu"
+        self._map: mmap.mmap | None = None
+        try:
+            self._bytes = self._reserve(slots * self._stride, tier, device)
+        except (RuntimeError, MemoryError, OSError, ValueError, OverflowError) as error:
+            raise RuntimeFault(
+                f"{tier} tier: {format_bytes(slots * layout.bytes)} cannot be reserved on {device}; "
+                f"lower memory.{tier} of this node"
+            ) from error
+        self._weights: dict[int, ExpertWeights] = {}
+
+    def _reserve(self, size: int, tier: Tier, device: torch.device) -> torch.Tensor:
+        if not self._is_mapped:
+            where = {"device": "cpu", "pin_memory": True} if tier == "host" else {"device": device}
+            return torch.empty(size, dtype=torch.uint8, **where)
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def weights(self, slot: int) -> ExpertWeights:
+        """Return the views of a slot's parts."""
+        found = self._weights.get(slot)
+        if found is None:
+            found = self._weights[slot] = as_weights(self._layout, self._parts(slot))
+        return found
+
+    def _parts(self, slot: int) -> list[torch.Tensor]:
+        base = slot * self._stride
+        return [
+            self._bytes[base + start : base + start + size].view(self._dtype).view(part.shape)
+            for start, size, part in zip(self._starts, self._sizes, self._layout.parts, strict=True)
+        ]
+
+    def buffers(self, slot: int) -> list[memoryview]:
+        """Return the parts of a slot as bytes that can be written; of pools in ordinary memory."""
+        base = slot * self._stride
+        memory: Any = self._map if self._map is not None else self._bytes.numpy()
+        whole = memoryview(memory)
+        return [whole[base + a : base + a + size] for a, size in zip(self._starts, self._sizes, strict=True)]
+
+    def fill(self, slot: int, record: bytes | bytearray | memoryview) -> None:
+        """Copy a record into a slot. Modifies."""
+        if self._bytes.device.type == "cpu":
+            scatter(record, self.buffers(slot))
+            return
+        staged = torch.frombuffer(bytearray(record), dtype=torch.uint8)
+        pairs = zip(self._layout.parts, self._sizes, strict=True)
+        self.fill_from(slot, [staged[part.offset : part.offset + size] for part, size in pairs])
+
+    def fill_from(self, slot: int, parts: Sequence[torch.Tensor]) -> None:
+        """Copy parts, held as bytes, into a slot of a device. Modifies."""
+        base = slot * self._stride
+        for start, size, part in zip(self._starts, self._sizes, parts, strict=True):
+            self._bytes[base + start : base + start + size].copy_(part.view(-1).view(torch.uint8))
+
+    def give_back(self, slot: int) -> None:
+        """Let the system have the pages of a slot that is not used. Modifies."""
+        if self._map is None:
+            return
+        first = -(-slot * self._stride // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (slot + 1) * self._stride // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def as_weights(layout: RecordLayout, tensors: Sequence[torch.Tensor]) -> ExpertWeights:
+    """Name the parts of a record."""
+    named = dict(zip((part.name for part in layout.parts), tensors, strict=True))
+    bias, down_bias = named.get("gate_up_proj_bias"), named.get("down_proj_bias")
+    return ExpertWeights(named["gate_up_proj"], named["down_proj"], bias, down_bias)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _aligned_starts(sizes: Sequence[int]) -> list[int]:
+    starts, start = [], 0
+    for size in sizes:
+        starts.append(start)
+        start = _aligned(start + size)
+    return starts

@@ -1,0 +1,121 @@
+"""Where the record of an expert can be read from, straight into the memory where it is used.
+
+Decides what counts as damage: other bytes than the sha256 says, fewer of them, or a disk that returns an error. Flow:
+`preadv` into the parts of a slot → checked where the caller asks for it. Must not know who needs the record or why.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from runtime.errors import DamagedRecord, RuntimeFault
+from schemas.checkpoint import Checkpoint
+from schemas.store import RecordLayout
+
+
+class Source(Protocol):
+    """One place where a record lies. Hashable; two that are equal have the same bytes."""
+
+    def read_into(self, parts: Sequence[memoryview], *, check: bool) -> None:
+        """Fill the parts of a record in their order. Raises `DamagedRecord`, after which the parts are undefined.
+
+        Parameters
+        ----------
+        check
+            Compare with the sha256; a source that cannot be damaged need not.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A record at an offset of a file, or a file of its own."""
+
+    file: Path
+    sha256: str
+    offset: int = 0
+
+    def read_into(self, parts: Sequence[memoryview], *, check: bool) -> None:
+        """Read without reading ahead: what lies behind a record is another expert."""
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, self.offset, 0, os.POSIX_FADV_RANDOM)
+                _read_all(descriptor, parts, self.offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise DamagedRecord(self.file, error.strerror or str(error)) from error
+        except EOFError as error:
+            raise DamagedRecord(self.file, "it was cut short") from error
+        if check:
+            _check(self.file, parts, self.sha256)
+
+
+def _read_all(descriptor: int, parts: Sequence[memoryview], offset: int) -> None:
+    """Fill the parts, however few bytes one call brings."""
+    left = list(parts)
+    while left:
+        count = os.preadv(descriptor, left, offset)
+        if count == 0:
+            raise EOFError
+        offset += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]
+
+
+def _check(where: Path | str, parts: Sequence[memoryview], sha256: str) -> None:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    if digest.hexdigest() != sha256:
+        raise DamagedRecord(where, "its sha256 is another than promised")
+
+
+@dataclass(frozen=True)
+class CheckpointExpert:
+    """An expert whose record is made from the checkpoint's own tensors whenever it is read; nothing names its bytes."""
+
+    checkpoint: Checkpoint
+    layout: RecordLayout
+    key: tuple[int, int]
+
+    def __hash__(self) -> int:
+        """Hash without the checkpoint's tables."""
+        return hash(self.key)
+
+    def read_into(self, parts: Sequence[memoryview], *, check: bool) -> None:  # noqa: ARG002
+        """Make the record."""
+        from runtime.store import read_record
+
+        scatter(read_record(self.checkpoint, self.layout, self.key), parts)
+
+
+@dataclass(frozen=True)
+class FetchedRecord:
+    """A record that somebody else brings: other nodes."""
+
+    sha256: str
+    fetch: Callable[[str], bytes | bytearray | memoryview]
+
+    def read_into(self, parts: Sequence[memoryview], *, check: bool) -> None:  # noqa: ARG002
+        """Fetch it by its name; whoever brings it has checked it."""
+        try:
+            scatter(self.fetch(self.sha256), parts)
+        except (RuntimeFault, OSError, ValueError) as error:
+            raise DamagedRecord(f"record {self.sha256[:12]}… at other nodes", str(error)) from error
+
+
+def scatter(record: bytes | bytearray | memoryview, parts: Sequence[memoryview]) -> None:
+    """Copy a record into its parts; raises ValueError where the sizes differ."""
+    view, start = memoryview(record), 0
+    for part in parts:
+        part[:] = view[start : start + len(part)]
+        start += len(part)
+    if start != len(view):
+        raise ValueError(f"a record of {len(view)} bytes does not fit parts of {start}")
