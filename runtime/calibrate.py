@@ -13,7 +13,7 @@ Axes: N pieces, T tokens, L layers, E experts, K top-k.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ _PROBE_PIECES: Final = 16
 _SCALES: Final = (0.5, 1.0, 2.0)  # around the first guess
 _CONFIDENT: Final = 1.96  # standard errors on either side: 95 %
 _FEWEST: Final = 8  # pieces
-_TRIES, _NEAR = 3, 0.85  # runs for a budget, and how much of it is enough
+_TRIES, _NEAR = 4, 0.9  # runs for a budget, and how much of it is enough
 
 Progress = Callable[[int, int], None]
 
@@ -143,6 +143,14 @@ def _shape_of_layers(bench: Bench, situation: Situation) -> Floats:
     return np.asarray(shape / shape.mean())
 
 
+class _Point(NamedTuple):
+    """A run at a scale."""
+
+    scale: float
+    run: Run
+    rise: Rise
+
+
 class _Curve:
     """Cost against scale: divergence grows with a power of it, and NLL in proportion to divergence, then faster."""
 
@@ -159,6 +167,16 @@ class _Curve:
         run = self._bench.run(policy_of(self.shares(scale), is_whole=self._situation.is_whole))
         self._runs.append((scale, run))
         return run
+
+    def around(self, allowed: float) -> tuple["_Point", "_Point | None"]:
+        """Return the largest scale whose rise is within what is allowed, and the next larger one that was run."""
+        points = sorted(
+            (_Point(scale, run, Rise.between(self._exact, run)) for scale, run in self._runs),
+            key=lambda point: point.scale,
+        )
+        within = [point for point in points if point.rise.mean <= allowed]
+        best = within[-1] if within else _Point(0.0, self._exact, Rise(0.0, 0.0))
+        return best, next((point for point in points if point.scale > best.scale), None)
 
     def scale_of(self, rise: float) -> float:
         """Return the scale at which NLL is expected to rise by this much."""
@@ -183,31 +201,29 @@ class _Curve:
 
 
 def _setting(bench: Bench, exact: Run, curve: _Curve, budget: float) -> Setting:
-    """Approach a budget from the fit, and keep the most that was measured to be within it."""
+    """Approach a budget, first by the fit, then between what was within it and what was not; keep the most within."""
     allowed = math.log1p(budget)
     tokens = bench.pieces.shape[0] * (bench.pieces.shape[1] - 1)
-    best: tuple[float, Run, Rise] | None = None
     scale = curve.scale_of(allowed)
     for _ in range(_TRIES):
-        run = curve.measure(scale)
-        rise = Rise.between(exact, run)
-        require_text(rise.error, budget, tokens=tokens)
-        if rise.mean <= allowed and (best is None or scale > best[0]):
-            best = scale, run, rise
-        if _NEAR * allowed <= rise.mean <= allowed:
+        require_text(Rise.between(exact, curve.measure(scale)).error, budget, tokens=tokens)
+        best, dear = curve.around(allowed)
+        if best.rise.mean >= _NEAR * allowed:
             break
-        scale = min(curve.scale_of(allowed), scale * (0.8 if rise.mean > allowed else 1.5))
-    if best is None:
-        best = 0.0, exact, Rise(0.0, 0.0)  # nothing that was tried is cheap enough
-    return _told(budget, curve.shares(best[0]), *best[1:], exact)
+        if dear is None:
+            scale = best.scale * min(max(curve.scale_of(allowed) / max(best.scale, 1e-12), 1.2), 2.0)
+        else:
+            way = (allowed - best.rise.mean) / (dear.rise.mean - best.rise.mean)
+            scale = best.scale + (dear.scale - best.scale) * min(max(0.9 * way, 0.1), 0.9)
+    return _told(budget, curve.shares(best.scale), best, exact)
 
 
-def _told(budget: float, shares: tuple[float, ...], run: Run, rise: Rise, exact: Run) -> Setting:
+def _told(budget: float, shares: tuple[float, ...], point: _Point, exact: Run) -> Setting:
     """Return the setting: what is lost has its price by layer, in inverse proportion to the shares."""
-    allowed = math.log1p(budget)
-    price = 1 / np.maximum(np.array(shares), 1e-12)
+    allowed, run, rise = math.log1p(budget), point.run, point.rise
+    price = 1 / np.array(shares) if point.scale > 0 else np.ones(len(shares))
     spent = price * run.lost
-    price *= max(rise.mean, allowed / 2) / max(float(spent.sum()), 1e-12)
+    price *= max(rise.mean, allowed / 2) / max(float(spent.sum()), 1e-6)
     parts = spent / spent.sum() * allowed if spent.sum() > 0 else np.full(len(shares), allowed / len(shares))
     interval = _CONFIDENT * rise.error
     return Setting(
