@@ -24,7 +24,7 @@ _COMMON = {
     "vocab_size": 256,
     "hidden_size": 64,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 0,
