@@ -23,6 +23,7 @@ from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
 from schemas.topology import DEFAULT_COORDINATOR_PORT
+from schemas.units import format_bytes, parse_bytes
 
 DEFAULT_COORDINATOR = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
 
@@ -36,11 +37,17 @@ def cli() -> None:
 @cli.command()
 @click.option("--config", required=True, type=click.Path(path_type=Path), help="The agent's YAML file.")
 @click.option("--verbose", "-v", is_flag=True, help="Log every change.")
-def run(config: Path, verbose: bool) -> None:
+@click.option(
+    "--device-budget", metavar="SIZE",
+    help="Take no more of the device than this, 600MiB say, whatever the plan gives; see agent budget.",
+)  # fmt: skip
+def run(config: Path, verbose: bool, device_budget: str | None) -> None:
     """Run this node's agent until it is stopped."""
     from agent.settings import load_settings
 
     settings = load_settings(config)
+    if device_budget is not None:
+        settings = settings.model_copy(update={"device_budget": _size(device_budget)})
     stop = threading.Event()
     _on_signal(lambda *_: sys.exit(ExitCode.DONE))  # nothing runs yet, and to import torch takes a while
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # read once, when torch is imported
@@ -61,6 +68,39 @@ def run(config: Path, verbose: bool) -> None:
     gc.freeze()  # all is closed; to collect what torch and transformers made takes a second or more at exit
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@cli.command()
+@click.argument("node")
+@click.argument("size")
+@click.option(
+    "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
+    metavar="HOST:PORT", help="Where planner serve listens.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def budget(node: str, size: str, coordinator: str, as_json: bool) -> None:
+    """Let the agent of NODE take SIZE (400MiB, say) of its device from now on, trunk and KV cache included.
+
+    Experts that the plan gives it beyond that stay on its disk and are loaded when they are asked for. It holds until
+    the agent ends, and cannot exceed memory.device of its config.
+    """
+    from agent.client import change_budget
+
+    changed = change_budget(node, coordinator, _size(size))
+    if as_json:
+        click.echo(json.dumps(changed.model_dump(exclude={"type"})))
+        return
+    click.echo(
+        f"{node}: {format_bytes(changed.device)} of the device, of which experts may take "
+        f"{format_bytes(changed.experts)} and take {format_bytes(changed.used)}"
+    )
+
+
 def _on_signal(handle: Callable[..., object]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
@@ -68,7 +108,9 @@ def _on_signal(handle: Callable[..., object]) -> None:
 
 @cli.command()
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--node", required=True, help="Where the prompt enters: an ingress of the topology.")
+@click.option("--node", help="Where the prompt enters: an ingress of the topology.")
+@click.option("--local", type=click.Path(path_type=Path), metavar="MODEL", help="No cluster: a checkpoint or a store.")
+@click.option("--device-budget", metavar="SIZE", help="With --local: memory for trunk, KV cache and experts.")
 @click.option(
     "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
     metavar="HOST:PORT", help="Where planner serve listens.",
@@ -82,13 +124,23 @@ def _on_signal(handle: Callable[..., object]) -> None:
     help="ordered is bit-equal to one node, and sends more.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
-def generate(*, node: str, coordinator: str, as_json: bool, **wanted: Any) -> None:
-    """Generate text from the running cluster."""
+def generate(
+    *, node: str | None, local: Path | None, device_budget: str | None, coordinator: str, as_json: bool, **wanted: Any
+) -> None:
+    """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
+    if (node is None) == (local is None) or (device_budget is not None and local is None):
+        raise click.UsageError("give --node, or --local MODEL and perhaps --device-budget SIZE")
     answer = Answer()
+    if local is not None:
+        from agent.alone import stream_alone
+
+        pieces = stream_alone(local, answer, budget=_size(device_budget) if device_budget else None, **wanted)
+    else:
+        pieces = stream(str(node), coordinator, answer, **wanted)
     try:
-        for piece in stream(node, coordinator, answer, **wanted):
+        for piece in pieces:
             if not as_json:
                 click.echo(piece, nl=False)
     except KeyboardInterrupt:
@@ -99,6 +151,10 @@ def generate(*, node: str, coordinator: str, as_json: bool, **wanted: Any) -> No
             click.echo()
     if as_json:
         click.echo(json.dumps(answer.document()))
+    elif answer.note:
+        from agent.alone import told
+
+        click.echo(told(answer.note), err=True)
 
 
 for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *REPLAY_COMMANDS):

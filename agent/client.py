@@ -16,6 +16,8 @@ from agent.transport import Context, Socket, connect, make_socket
 from schemas.address import InvalidAddress, parse_address, require_loopback
 from schemas.messages import (
     Alive,
+    BudgetChanged,
+    BudgetRequest,
     Cancel,
     Endpoints,
     Failed,
@@ -34,6 +36,7 @@ from schemas.wire import SHUTDOWN_LINGER_MS
 
 FIRST_ANSWER_S: Final = 3.0
 SILENCE_S: Final = 120.0
+BUDGET_S: Final = 30.0
 ABSENCE_S: Final = 3.0
 _ALIVE_S: Final = 1.0
 
@@ -45,6 +48,7 @@ class Answer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finished: Finished | None = None
+    note: dict[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """Return it as one JSON document."""
@@ -58,6 +62,7 @@ class Answer:
             "seconds": end.seconds if end else None,
             "prefill_s": end.prefill_s if end else None,
             "tokens_per_s": (len(self.tokens) - 1) / decode_s if len(self.tokens) > 1 and decode_s > 0 else None,
+            **self.note,
         }
 
 
@@ -84,6 +89,28 @@ def stream(
             raise
     finally:
         context.destroy(linger=SHUTDOWN_LINGER_MS)
+
+
+def change_budget(node: str, coordinator: str, device: int) -> BudgetChanged:
+    """Tell the agent of a node how many bytes of its device it may take; raises `Refused` where that is too little."""
+    context: Context = zmq.Context()
+    try:
+        where = locate(context, node, coordinator)
+        socket = make_socket(context, zmq.DEALER, "control")
+        connect(socket, where.address, where.client)
+        answer = None
+        if socket.poll(round(FIRST_ANSWER_S * 1000), zmq.POLLOUT):
+            socket.send(encode(BudgetRequest(device=device)))
+            answer = _receive(socket, BUDGET_S)
+    finally:
+        context.destroy(linger=SHUTDOWN_LINGER_MS)
+    match answer:
+        case BudgetChanged():
+            return answer
+        case Refusal(code=code, message=text):
+            raise Refused(f"{node}: {text}", code)
+        case _:
+            raise AgentError(f"the agent of {node} does not answer at {where.address}:{where.client}")
 
 
 def locate(context: Context, node: str, coordinator: str) -> Endpoints:

@@ -18,8 +18,11 @@ import zmq
 
 from agent.errors import RequestCancelled
 from agent.transport import Context, Socket, inproc_pair
+from runtime.errors import RuntimeFault
 from schemas.messages import (
     Alive,
+    BudgetChanged,
+    BudgetRequest,
     Cancel,
     Failed,
     Finished,
@@ -74,6 +77,8 @@ class ClientServer(threading.Thread):
     ----------
     make_source
         Called once in each worker thread.
+    set_budget
+        Changes what this node may take of its device; raises errors with an `exit_code`.
     """
 
     def __init__(
@@ -83,12 +88,14 @@ class ClientServer(threading.Thread):
         *,
         workers: int,
         make_source: Callable[[], TokenSource],
+        set_budget: Callable[[int], BudgetChanged],
         stopped: Callable[[], bool],
     ) -> None:
         super().__init__(name="clients", daemon=True)
         self._socket = socket
         self._stopped = stopped
         self._make_source = make_source
+        self._set_budget = set_budget
         self._requests: dict[tuple[bytes, str], Request] = {}
         self._line: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._inbox, self._make_push = inproc_pair(context, "answers")
@@ -150,8 +157,16 @@ class ClientServer(threading.Thread):
             case Alive(request=name):
                 if found := self._requests.get((client, name)):
                     found.alive_at = time.monotonic()
+            case BudgetRequest(device=device):
+                self._send(client, self._changed_budget(device))
             case _:
                 self._send(client, Refusal(code=ExitCode.INVALID, message=f"an agent takes no {message.type}"))
+
+    def _changed_budget(self, device: int) -> BudgetChanged | Refusal:
+        try:
+            return self._set_budget(device)
+        except RuntimeFault as error:
+            return Refusal(code=error.exit_code, message=str(error))
 
     def _accept(self, client: bytes, wanted: GenerateRequest) -> None:
         request = Request(client, wanted, time.monotonic())

@@ -12,17 +12,20 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from agent.budget import Held
 from agent.errors import CannotPrepare, DataUnusable
 from runtime.errors import ExpertUnavailable, RuntimeFault
+from runtime.records import FetchedRecord, RecordFile, Source
 from runtime.slots import Key, Record, Residency
 from runtime.store import Store
 from schemas.messages import AssignedReplica
 from schemas.outcome import ExitCode
+from schemas.store import RECORDS_NAME
 from schemas.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -40,10 +43,21 @@ class Holdings:
         ``records`` below it belongs to the disk tier (`residency`), ``backing`` to this class.
     disk_budget
         Bytes that both together may take.
+    fetch
+        Brings a record from other nodes when every copy here is damaged.
     """
 
-    def __init__(self, residency: Residency, store: Store | None, data: Path, *, disk_budget: int) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        store: Store | None,
+        data: Path,
+        *,
+        disk_budget: int,
+        fetch: Callable[[AssignedReplica], Record] | None = None,
+    ) -> None:
         self.residency = residency
+        self._fetch = fetch
         self.store = store
         self._records = data / "records"
         self._backing = data / "backing"
@@ -132,11 +146,30 @@ class Holdings:
     def hold(self, replica: AssignedReplica, record: Record) -> None:
         """Put a verified record into its tier, with a backing copy where there is room. Modifies."""
         name, key = replica.record.sha256, (replica.record.layer, replica.record.expert)
-        self.residency.put(key, replica.tier, record)
-        with self._lock:
-            self._keys[name], self._sizes[name] = key, len(record)
         if replica.tier in _BACKED:
             self._back(name, record)
+        sources = self._sources(replica)
+        self.residency.put(key, replica.tier, record, source=sources[0] if sources else None)
+        for source in sources:
+            self.residency.add_source(key, source)
+        if self._fetch is not None and replica.sources and replica.tier == "disk":
+            self.residency.add_source(key, FetchedRecord(name, partial(self._fetched, replica)))
+        with self._lock:
+            self._keys[name], self._sizes[name] = key, len(record)
+
+    def _sources(self, replica: AssignedReplica) -> list[Source]:
+        """Return where the record can be read again on this node."""
+        name = replica.record.sha256
+        sources: list[Source] = [RecordFile(self._backing / name, name)] if name in self._backed else []
+        if self.store is not None and name in self.store.by_sha256:
+            offset = self.store.by_sha256[name].offset
+            sources.append(RecordFile(self.store.path / RECORDS_NAME, name, offset))
+        return sources
+
+    def _fetched(self, replica: AssignedReplica, name: str) -> Record:
+        log.warning("record %s… is fetched from other nodes", name[:12])
+        assert self._fetch is not None  # noqa: S101
+        return self._fetch(replica)
 
     def keep(self, wanted: Mapping[Held, AssignedReplica], parts: Collection[str] = ()) -> None:
         """Drop every replica and backing copy that is not wanted, nor one of the trunk's `parts`. Modifies."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import zmq
 
 from agent import machine as m
+from agent.allowance import Allowance
 from agent.budget import Budget, wanted_parts, wanted_replicas
 from agent.clients import ClientServer
 from agent.control import ControlLine
@@ -40,15 +42,15 @@ from agent.routes import EpochRoutes, epoch_routes
 from agent.serving import ExpertServer, Fence, Work
 from agent.sessions import Sender
 from agent.settings import Settings
-from agent.transfer import WeightsServer
+from agent.transfer import Puller, Wanted, WeightsServer
 from agent.transport import Context, bind, make_socket
 from runtime.counters import Counters
 from runtime.engine import Segment
-from runtime.errors import InvalidStore
+from runtime.errors import InvalidStore, RuntimeFault
 from runtime.loading import Trunk
 from runtime.models import open_model
 from runtime.routing import EpochBoard, Routing
-from runtime.slots import Residency
+from runtime.slots import Caching, Record, Residency
 from runtime.store import Store
 from schemas import messages as msg
 from schemas.address import Address
@@ -97,9 +99,16 @@ class Node:
         self._machine = m.AgentMachine(self._journal.state, budget)
         budgets = {tier: getattr(self._memory, tier) for tier in TIERS}
         self._residency = Residency(
-            self._model.layout, budgets, data / "records", max_slots=self._spec.layers * self._spec.experts
+            self._model.layout,
+            budgets,
+            data / "records",
+            max_slots=self._spec.layers * self._spec.experts,
+            caching=Caching(
+                self._spec.layers, self._spec.experts, eviction=settings.eviction, prefetch=settings.prefetch
+            ),
         )
-        self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk)
+        self._allowance = Allowance(self._residency, budget, settings.device_budget)
+        self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
         self._counters = Counters(self._spec.layers, self._spec.experts)
         self._importance = load_importance(settings, self._spec)
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
@@ -168,6 +177,7 @@ class Node:
                 client,
                 workers=settings.context.sessions,
                 make_source=self._make_generator,
+                set_budget=self._set_budget,
                 stopped=self._stopped,
             ),
         ]
@@ -191,6 +201,19 @@ class Node:
             limits=self._limits,
             patience=Patience(answer_s=self._settings.call_timeout_s, absence_s=self._settings.absence_timeout_s),
         )
+
+    def _fetch(self, replica: msg.AssignedReplica) -> Record:
+        """Bring one record from the nodes that hold it; in the thread that needs it."""
+        puller = Puller(self._context, self._endpoints_of, stopped=self._stopped)
+        wanted = Wanted(replica.record.sha256, replica.record.bytes, deque(replica.sources))
+        for record in puller.pull([wanted]):
+            return record.data
+        raise RuntimeFault("the agent is being stopped")
+
+    def _set_budget(self, device: int) -> msg.BudgetChanged:
+        device = self._allowance.change(device)
+        experts, used = self._residency.budgets["device"], self._residency.used()["device"]
+        return msg.BudgetChanged(device=device, experts=experts, used=used)
 
     def _make_segment(self, trunk: Trunk) -> Segment:
         return Segment(
@@ -326,6 +349,7 @@ class Node:
                 self._journal.write(state)
             case m.Obtain():
                 self._stop_preparation()
+                self._allowance.fit(instruction.assignments)
                 self._preparation = Preparation(
                     instruction,
                     self._holdings,
@@ -344,6 +368,7 @@ class Node:
                 self._set_fence()  # first: a call that is let in must find its expert
                 self._holdings.keep(wanted_replicas(assignments), wanted_parts(assignments))
                 self._release()
+                self._allowance.fit(assignments)
             case _:
                 assert_never(instruction)
 

@@ -5,7 +5,7 @@ Decides defaults, and turns paths relative to the file into absolute ones. Must 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from schemas.base import FrozenModel
 from schemas.files import Fault, load_yaml
 from schemas.model import HeldDtype
 from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId, Quality
+from schemas.units import Bytes
 
 PortOrAny = Annotated[int, Field(ge=0, le=65535)]
 
@@ -40,6 +41,10 @@ class Settings(FrozenModel):
         Where the agent keeps its journal and records.
     memory, context, dtype
         As in the topology. Trunk and KV cache of the layers that run here are taken from `memory` too.
+    device_budget
+        Less of the device than `memory` tells the planner: experts beyond it are loaded when they are asked for.
+    eviction, prefetch
+        Of experts that are cached in memory which the plan leaves free.
     quality
         What substitution of experts may cost; exact by default.
     threads
@@ -59,6 +64,9 @@ class Settings(FrozenModel):
     memory: Memory
     context: Context = Context()
     dtype: HeldDtype = "checkpoint"
+    device_budget: Bytes | None = None
+    eviction: Literal["rates", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
+    prefetch: bool = True
     quality: Quality = Quality()
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0

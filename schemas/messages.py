@@ -496,6 +496,22 @@ class GenerateRequest(FrozenModel):
     combine: Literal["partial", "ordered"] = "partial"
 
 
+class BudgetRequest(FrozenModel):
+    """Let an agent take so many bytes of its device from now on, trunk and KV cache included."""
+
+    type: Literal["budget"] = "budget"
+    device: Count
+
+
+class BudgetChanged(FrozenModel):
+    """The device budget in force, and what experts may take of it and do take."""
+
+    type: Literal["budget_changed"] = "budget_changed"
+    device: Count
+    experts: Count
+    used: Count
+
+
 class Cancel(FrozenModel):
     """The client no longer wants a request's answer."""
 
@@ -546,7 +562,8 @@ Message = (
     Hello | Heartbeat | Goodbye | Catalogue | Counts | Welcome | Unknown | Refusal | Peers
     | Prepare | Commit | Retire | Abort | CatalogueRequest | CountsRequest
     | ApplyRequest | ApplyProgress | StatusRequest | StatusReport | CountersRequest | CountersReport
-    | LocateRequest | Located | GenerateRequest | Cancel | Alive | Generated | Finished | Failed
+    | LocateRequest | Located | BudgetRequest | BudgetChanged
+    | GenerateRequest | Cancel | Alive | Generated | Finished | Failed
 )  # fmt: skip
 
 _ADAPTER: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])

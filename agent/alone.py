@@ -1,0 +1,84 @@
+"""`agent generate --local`: one process, no cluster; a model that may be larger than the memory it is given.
+
+Decides nothing: `runtime.alone` loads, `runtime.engine` generates. Must not know sockets.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from agent.client import Answer
+from runtime.alone import open_alone
+from runtime.engine import Sampling, Segment, generate
+from runtime.loading import load_tokenizer
+from runtime.models import open_model
+from runtime.text import TextStream
+from schemas.messages import Finished
+from schemas.units import format_bytes
+
+
+def stream_alone(
+    model: Path,
+    answer: Answer,
+    *,
+    prompt: str,
+    max_tokens: int,
+    budget: int | None = None,
+    eviction: str = "rates",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    combine: Any = "partial",
+) -> Iterator[str]:
+    """Yield pieces of text, filling `answer` meanwhile; its `note` tells what was loaded."""
+    tokenizer = load_tokenizer(open_model(model).config_dir)
+    ids = tokenizer(prompt)["input_ids"]
+    segment = open_alone(model, budget=budget, max_tokens=len(ids) + max_tokens, eviction=eviction)
+    text, began, first = TextStream(tokenizer), time.monotonic(), 0.0
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    for token in generate(segment, ids, max_tokens=max_tokens, sampling=sampling, combine=combine):
+        first = first or time.monotonic()
+        answer.tokens.append(token)
+        piece = text.push(token)
+        answer.text += piece
+        yield piece
+    rest = text.end()
+    answer.text += rest
+    answer.note = _note(segment)
+    stopped = answer.tokens[-1] in segment.trunk.stop_ids
+    answer.finished = Finished(
+        request="local",
+        text=rest,
+        reason="stop" if stopped else "length",
+        prompt_tokens=len(ids),
+        tokens=len(answer.tokens),
+        seconds=time.monotonic() - began,
+        prefill_s=first - began,
+    )
+    yield rest
+
+
+def _note(segment: Segment) -> dict[str, Any]:
+    """Tell what the cache did."""
+    residency, counts = segment.residency, segment.residency.counts
+    return {
+        "expert_budget": residency.budgets["device"],
+        "expert_bytes": segment.trunk.spec.total_expert_bytes,
+        "hit_rate": counts.hit_rate,
+        "loads": sum(counts.loads),
+        "loaded_bytes": sum(counts.load_bytes),
+        "waited_s": sum(counts.waited_s),
+        "prefetched": sum(counts.prefetched),
+        "prefetch_hits": sum(counts.prefetch_hits),
+    }
+
+
+def told(note: dict[str, Any]) -> str:
+    """Return a note in words."""
+    rate = note["hit_rate"]
+    return (
+        f"experts: {format_bytes(note['expert_budget'])} of {format_bytes(note['expert_bytes'])} in memory, "
+        f"{'-' if rate is None else f'{rate:.1%}'} found there, {note['loads']} loads of "
+        f"{format_bytes(note['loaded_bytes'])}, waited {note['waited_s']:.2f} s for them"
+    )
