@@ -14,6 +14,7 @@ from runtime.engine import Sampling, Segment, generate
 from runtime.loading import load_tokenizer
 from runtime.models import open_model
 from runtime.text import TextStream
+from runtime.timeline import Timeline
 from schemas.messages import Finished
 from schemas.units import format_bytes
 
@@ -30,11 +31,14 @@ def stream_alone(
     top_p: float = 1.0,
     seed: int = 0,
     combine: Any = "partial",
+    trace_file: Path | None = None,
 ) -> Iterator[str]:
     """Yield pieces of text, filling `answer` meanwhile; its `note` tells what was loaded."""
     tokenizer = load_tokenizer(open_model(model).config_dir)
     ids = tokenizer(prompt)["input_ids"]
     segment = open_alone(model, budget=budget, max_tokens=len(ids) + max_tokens, eviction=eviction)
+    if trace_file is not None:
+        segment.timeline = segment.residency.timeline = Timeline()
     text, began, first = TextStream(tokenizer), time.monotonic(), 0.0
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     for token in generate(segment, ids, max_tokens=max_tokens, sampling=sampling, combine=combine):
@@ -43,6 +47,8 @@ def stream_alone(
         piece = text.push(token)
         answer.text += piece
         yield piece
+    if trace_file is not None and segment.timeline is not None:
+        segment.timeline.write(trace_file)
     rest = text.end()
     answer.text += rest
     answer.note = _note(segment)

@@ -110,6 +110,10 @@ def _on_signal(handle: Callable[..., object]) -> None:
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--node", help="Where the prompt enters: an ingress of the topology.")
 @click.option("--local", type=click.Path(path_type=Path), metavar="MODEL", help="No cluster: a checkpoint or a store.")
+@click.option(
+    "--trace-file", type=click.Path(path_type=Path),
+    help="With --local: write steps, layers and loads for a trace viewer (ui.perfetto.dev).",
+)  # fmt: skip
 @click.option("--device-budget", metavar="SIZE", help="With --local: memory for trunk, KV cache and experts.")
 @click.option(
     "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
@@ -125,18 +129,26 @@ def _on_signal(handle: Callable[..., object]) -> None:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
 def generate(
-    *, node: str | None, local: Path | None, device_budget: str | None, coordinator: str, as_json: bool, **wanted: Any
+    *,
+    node: str | None,
+    local: Path | None,
+    device_budget: str | None,
+    trace_file: Path | None,
+    coordinator: str,
+    as_json: bool,
+    **wanted: Any,
 ) -> None:
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    if (node is None) == (local is None) or (device_budget is not None and local is None):
-        raise click.UsageError("give --node, or --local MODEL and perhaps --device-budget SIZE")
+    if (node is None) == (local is None) or ((device_budget or trace_file) and local is None):
+        raise click.UsageError("give --node, or --local MODEL and perhaps --device-budget SIZE and --trace-file FILE")
     answer = Answer()
     if local is not None:
         from agent.alone import stream_alone
 
-        pieces = stream_alone(local, answer, budget=_size(device_budget) if device_budget else None, **wanted)
+        size = _size(device_budget) if device_budget else None
+        pieces = stream_alone(local, answer, budget=size, trace_file=trace_file, **wanted)
     else:
         pieces = stream(str(node), coordinator, answer, **wanted)
     try:

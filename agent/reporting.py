@@ -16,6 +16,7 @@ from agent.settings import Settings
 from runtime.counters import Counters
 from runtime.importance import Importance
 from runtime.routing import EpochBoard
+from runtime.slots import Residency
 from schemas import messages as msg
 from schemas.activation import NodeCounts
 from schemas.model import ModelSpec
@@ -108,6 +109,7 @@ class Reporter:
                 step_tokens=counts.tokens,
                 hops=self._traffic.hops,
                 tokens_per_s=self._rate.update(now, self._traffic.entered),
+                cache=_cache_use(self._holdings.residency),
             ),
             moved=preparation.moved if preparation else 0,
             to_move=preparation.to_move if preparation else 0,
@@ -134,6 +136,21 @@ class Reporter:
         counts = self._counters.snapshot()
         routed = tuple(tuple(int(count) for count in layer) for layer in counts.routed)
         return msg.Counts(counts=NodeCounts(node=self._node, tokens=counts.tokens, counts=routed))
+
+
+def _cache_use(residency: Residency) -> msg.CacheUse | None:
+    """Return what the cache did; None while every expert has a place of its own."""
+    counts = residency.counts
+    if not residency.is_caching and not any(counts.loads):
+        return None
+    return msg.CacheUse(
+        found=sum(map(sum, counts.found.values())),
+        loads=sum(counts.loads),
+        load_bytes=sum(counts.load_bytes),
+        waited_s=sum(counts.waited_s),
+        prefetched=sum(counts.prefetched),
+        prefetch_hits=sum(counts.prefetch_hits),
+    )
 
 
 class _Rate:

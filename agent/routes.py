@@ -45,6 +45,6 @@ def epoch_routes(assignment: Assignment, node: str, *, layers: int, experts: int
             Route(ingress=node, layer=hop.layer, expert=hop.expert, holder=holder, share=share)
             for holder, share in zip(hop.holders, shares, strict=False)
         ]
-    routing = Routing.build(assignment.epoch, layers=layers, experts=experts, local=local, routes=routes)
     others = {(hop.layer, hop.expert): tuple(h for h in hop.holders if h != node) for hop in assignment.routing}
+    routing = Routing.build(assignment.epoch, layers=layers, experts=experts, local=local, routes=routes, others=others)
     return EpochRoutes(routing, others, local)

@@ -18,8 +18,10 @@ from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
 from runtime.importance import NOBODY, Substitution
+from runtime.policy.menu import Rates, Way, choose
 from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
+from runtime.timeline import Timeline
 
 __all__ = ["Combine", "Dispatcher", "ExpertCall", "ExpertCaller", "NoCaller", "PendingCall", "execute_call"]
 
@@ -56,6 +58,7 @@ class _Sent(NamedTuple):
     pending: PendingCall
     rows: NDArray[np.intp]  # which of the forward's rows
     token: NDArray[np.integer[Any]]  # [T'] which of the forward's tokens
+    began: float
 
 
 @dataclass
@@ -70,6 +73,10 @@ class Dispatcher:
         Chooses other experts than the router did, where some are not at hand; exact if None.
     ahead
         Guesses what the next layer will ask for, so that it can be loaded meanwhile.
+    rates
+        How long calls took lately; shared by the steps of a node.
+    timeline
+        Takes a span for every layer's local experts and every wait for other nodes.
     spent_s
         Time in `run` so far, so that the rest of the step's time is the trunk's.
     """
@@ -82,6 +89,8 @@ class Dispatcher:
     turn: int = 0
     substitution: Substitution | None = None
     ahead: NextRouters | None = None
+    rates: Rates = field(default_factory=Rates)
+    timeline: Timeline | None = None
     spent_s: float = field(default=0.0, init=False)
 
     def run(
@@ -110,10 +119,12 @@ class Dispatcher:
             at_hand = (holders == LOCAL) & self.residency.at_hand(layer, len(holders))
             rows = _present_rows(*self.substitution.apply(layer, top_k_index, top_k_weights, at_hand))
         holder = holders[rows.expert]
+        if self.routing.others is not None and hidden.shape[0] <= _FEW_TOKENS and self.residency.is_caching:
+            holder = self._quickest(layer, rows.expert, holder)
         if not self.routing.is_complete and (holder < LOCAL).any():
             missing = int(rows.expert[holder < LOCAL][0])
             raise ExpertUnavailable(layer, missing, f"any node in epoch {self.routing.epoch}")
-        local = self.routing.is_local or not holder.any()
+        local = not holder.any()
         sent = [] if local else self._begin(layer, hidden, rows, holder)
         self._count(layer, rows, holder, sent, tokens=hidden.shape[0])
         if self.ahead is not None and self.residency.is_caching and hidden.shape[0] <= _FEW_TOKENS:
@@ -122,6 +133,34 @@ class Dispatcher:
         self.spent_s += perf_counter() - began
         return combined
 
+    def _quickest(self, layer: int, expert: NDArray[np.integer[Any]], holder: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return who computes each row, where this node could as well as another: [R] like `holder`.
+
+        What is in memory here is computed here; what would have to be loaded goes the way that is done first.
+        """
+        open_rows: dict[int, tuple[int, list[Way]]] = {}
+        holder = holder.copy()
+        for row, (each, planned) in enumerate(zip(expert.tolist(), holder.tolist(), strict=True)):
+            tier = self.residency.tier_of((layer, each))
+            if tier is None or self.routing.others is None:
+                continue
+            other = planned if planned > LOCAL else int(self.routing.others[layer, each])
+            if tier != "disk":
+                holder[row] = LOCAL
+            elif other > LOCAL:
+                name = self.routing.holders[other - 1]
+                open_rows[row] = (
+                    other,
+                    [
+                        Way("disk", self.residency.slack.load_s),
+                        Way(name, self.rates.seconds(name) or 0.0, is_shared=True),  # what was never tried is tried
+                    ],
+                )
+        ways = choose([ways for _, ways in open_rows.values()])
+        for (row, (other, _)), way in zip(open_rows.items(), ways, strict=True):
+            holder[row] = other if way else LOCAL
+        return holder
+
     def _begin(self, layer: int, hidden: torch.Tensor, rows: Rows, holder: NDArray[np.int32]) -> list[_Sent]:
         """Begin one call per holder, in holder order."""
         sent = []
@@ -129,7 +168,7 @@ class Dispatcher:
             mine = np.flatnonzero(holder == index)
             name = self.routing.holders[index - 1]
             call, token = self._call(layer, name, hidden, rows, mine)
-            sent.append(_Sent(call, self.caller.begin(call), mine, token))
+            sent.append(_Sent(call, self.caller.begin(call), mine, token, perf_counter()))
         return sent
 
     def _call(
@@ -201,13 +240,21 @@ class Dispatcher:
         answer = compute_rows(
             self.residency, layer, rows, hidden, combine=self.combine, tier_rows=self.counts.tier_rows
         )
-        self.counts.local_s += perf_counter() - began
+        now = perf_counter()
+        self.counts.local_s += now - began
+        if self.timeline is not None:
+            self.timeline.add("experts here", f"layer {layer}", began, now, rows=len(rows.expert))
         return answer
 
     def _answer(self, sent: _Sent) -> torch.Tensor:
         began = perf_counter()
         answer = sent.pending.result()
-        self.counts.wait_s += perf_counter() - began
+        now = perf_counter()
+        self.counts.wait_s += now - began
+        self.rates.observe(sent.call.holder, now - sent.began)
+        if self.timeline is not None:
+            about = f"layer {sent.call.layer} at {sent.call.holder}"
+            self.timeline.add("waits for other nodes", about, began, now, rows=len(sent.rows))
         call = sent.call
         if tuple(answer.shape) != call.answer_shape or answer.dtype != call.answer_dtype:
             reason = f"answer is {answer.dtype} {tuple(answer.shape)}, expected {call.answer_dtype} {call.answer_shape}"

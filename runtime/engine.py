@@ -26,9 +26,11 @@ from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import Trunk
+from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
 from runtime.sampling import Sampling, prefill_chunks, sample
 from runtime.slots import Residency
+from runtime.timeline import Timeline
 
 __all__ = ["Keep", "Sampling", "Segment", "generate", "prefill_chunks", "sample"]
 
@@ -65,6 +67,11 @@ class Segment:
     importance
         Lets decode steps use other experts than the router's choice, within a budget; exact if None. Prompts and
         steps that combine in order are exact.
+
+    Attributes
+    ----------
+    timeline
+        Takes spans of steps, layers and waits, where it is set.
     """
 
     def __init__(
@@ -84,7 +91,9 @@ class Segment:
         self.kv_budget = kv_budget
         self.importance = importance
         self._taps = RouterTaps(trunk.model)
+        self.timeline: Timeline | None = None
         self._ahead = NextRouters(trunk.model)
+        self._rates = Rates()
         self._sessions: dict[str, _Session] = {}
         self._kv_used = 0
         self._turn = 0
@@ -254,7 +263,9 @@ class Segment:
         routing = self.board.begin()
         self._turn += 1  # a lost update between threads only repeats a variant
         counts, port = self.counters.fresh(), caller or NoCaller()
-        return Dispatcher(self.residency, routing, port, counts, combine, self._turn, ahead=self._ahead)
+        dispatcher = Dispatcher(self.residency, routing, port, counts, combine, self._turn)
+        dispatcher.ahead, dispatcher.rates, dispatcher.timeline = self._ahead, self._rates, self.timeline
+        return dispatcher
 
     def _within(
         self, dispatcher: Dispatcher, layers: Callable[[list[Any]], torch.Tensor], sessions: Sequence[_Session]
@@ -289,7 +300,15 @@ class Segment:
                     hidden = self._head(hidden, keep)
         finally:
             self.trunk.dispatch.reset(active)
-        counts.trunk_s = perf_counter() - began - dispatcher.spent_s
+        now = perf_counter()
+        counts.trunk_s = now - began - dispatcher.spent_s
+        if self.timeline is not None:
+            about = {
+                "trunk_ms": 1e3 * counts.trunk_s,
+                "experts_ms": 1e3 * counts.local_s,
+                "wait_ms": 1e3 * counts.wait_s,
+            }
+            self.timeline.add("steps", f"{counts.tokens} tokens", began, now, **about, **counts.tier_rows)
         if dispatcher.substitution is not None:
             dispatcher.substitution.count(counts)
         if is_counted:

@@ -5,15 +5,19 @@ Decides what counts as damage: other bytes than the sha256 says, fewer of them, 
 """
 
 import hashlib
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from runtime.errors import DamagedRecord, RuntimeFault
+from runtime.errors import DamagedRecord, InvalidInput, RuntimeFault, writing
 from schemas.checkpoint import Checkpoint
 from schemas.store import RecordLayout
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -119,3 +123,49 @@ def scatter(record: bytes | bytearray | memoryview, parts: Sequence[memoryview])
         start += len(part)
     if start != len(view):
         raise ValueError(f"a record of {len(view)} bytes does not fit parts of {start}")
+
+
+def read_first(
+    sources: Sequence[Source], parts: Sequence[memoryview], checked: set[Source]
+) -> tuple[Source | None, dict[Source, str]]:
+    """Read a record from the first source that is intact; returns it, and the damaged ones with what is wrong.
+
+    Parameters
+    ----------
+    checked
+        Sources whose sha256 was found right; others are checked, and added. Modified.
+    """
+    damaged: dict[Source, str] = {}
+    for source in sources:
+        try:
+            source.read_into(parts, check=source not in checked)
+        except DamagedRecord as error:
+            log.warning("%s; it is looked for elsewhere", error)
+            checked.discard(source)
+            damaged[source] = str(error)
+        else:
+            checked.add(source)
+            return source, damaged
+    return None, damaged
+
+
+def write_record(directory: Path | None, record: bytes | bytearray | memoryview) -> Path:
+    """Write a record into a file named by its sha256, whole or not at all; returns the file."""
+    if directory is None:
+        raise InvalidInput("the disk tier has a budget but no directory for its records; name one")
+    file = directory / hashlib.sha256(record).hexdigest()
+    if file.is_file() and file.stat().st_size == len(record):
+        return file
+    with writing(file, needed=len(record)):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=directory, prefix=".record.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(record)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).replace(file)
+        except BaseException:
+            Path(name).unlink()
+            raise
+    return file

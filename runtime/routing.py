@@ -5,7 +5,7 @@ Decides nothing: it is the plan's routes as arrays, and a count of running steps
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -32,11 +32,14 @@ class Routing:
     tables
         [V, L, E] int32: 0 here, i at ``holders[i - 1]``, -1 nobody. One variant unless routes are split by shares;
         then variants are used in turn, so that each holder gets its share.
+    others
+        [L, E] int32: another node that has what is held here, at ``holders[i - 1]``, or -1; None if nothing has.
     """
 
     epoch: int
     holders: tuple[str, ...]
     tables: NDArray[np.int32]
+    others: NDArray[np.int32] | None = None
 
     @cached_property
     def is_complete(self) -> bool:
@@ -57,17 +60,22 @@ class Routing:
         experts: int,
         local: Iterable[tuple[int, int]],
         routes: Iterable[Route] = (),
+        others: Mapping[tuple[int, int], tuple[str, ...]] | None = None,
     ) -> "Routing":
         """Make the snapshot of one node from the (layer, expert) keys it holds and its own routes.
 
         Routes win over what is held here: another node may be quicker than this one's disk. A route whose holder is
-        its own ingress means this node. What is held here and has no route needs no call.
+        its own ingress means this node. What is held here and has no route needs no call; `others` tells who else could
+        be called for it, best first.
         """
         split: dict[tuple[int, int], list[Route]] = defaultdict(list)
         for route in routes:
             split[route.layer, route.expert].append(route)
+        local = frozenset(local)
+        spare = {key: names[0] for key, names in (others or {}).items() if key in local and names}
         own = {route.ingress for each in split.values() for route in each}
-        holders = tuple(sorted({route.holder for each in split.values() for route in each} - own))
+        named = {route.holder for each in split.values() for route in each}
+        holders = tuple(sorted((named | set(spare.values())) - own))
         index = {holder: position for position, holder in enumerate(holders, start=1)} | dict.fromkeys(own, LOCAL)
         variants = _VARIANTS if any(len(each) > 1 for each in split.values()) else 1
         tables = np.full((variants, layers, experts), NOBODY, dtype=np.int32)
@@ -79,7 +87,10 @@ class Routing:
             draws = (np.arange(variants) * _GOLDEN) % 1.0 * shares[-1]
             picks = np.minimum(np.searchsorted(shares, draws, side="right"), len(ranked) - 1)
             tables[:, layer, expert] = np.array([index[route.holder] for route in ranked])[picks]
-        return cls(epoch, holders, tables)
+        table = np.full((layers, experts), NOBODY, dtype=np.int32)
+        for key, name in spare.items():
+            table[key] = index[name] or NOBODY
+        return cls(epoch, holders, tables, table if spare else None)
 
     @classmethod
     def all_local(cls, epoch: int, *, layers: int, experts: int) -> "Routing":

@@ -7,18 +7,14 @@ holds what it is told to, or raises `OverBudget`. Flow: record → slot (device,
 for the expert maths. Bookkeeping under one lock; reads outside of it, by whoever waits or by threads of their own.
 """
 
-import hashlib
 import logging
-import os
-import tempfile
 import threading
-from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,20 +23,20 @@ from numpy.typing import NDArray
 from runtime.counters import TierCounts
 from runtime.errors import (
     BudgetTooSmall,
-    DamagedRecord,
     ExpertLost,
     ExpertUnavailable,
     InvalidInput,
     OverBudget,
     RuntimeFault,
-    writing,
 )
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool, as_weights
 from runtime.promotion import Promoter
-from runtime.records import RecordFile, Source
+from runtime.records import RecordFile, Source, read_first, write_record
+from runtime.shelf import MEMORY, Copy, Key, Shelf
 from runtime.tensors import torch_dtype
+from runtime.timeline import Timeline
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
 
@@ -48,11 +44,7 @@ __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
 
 log = logging.getLogger(__name__)
 
-Key = tuple[int, int]
 Record = bytes | bytearray | memoryview
-Place = tuple[Key, Tier]
-
-_MEMORY: Final[tuple[Tier, ...]] = ("device", "host")
 
 
 class Borrowed(NamedTuple):
@@ -86,23 +78,6 @@ class Caching:
     workers: int = 2
 
 
-@dataclass(slots=True, eq=False)
-class _Copy:
-    """An expert in memory. `users` borrow it; one dropped while borrowed is freed when the last user is done."""
-
-    key: Key
-    tier: Tier
-    slot: int
-    weights: ExpertWeights
-    is_assigned: bool = False  # put here, not merely cached
-    is_ready: bool = False
-    is_dropped: bool = False
-    is_guess: bool = False  # loaded ahead, its layer has not run yet
-    users: int = 0
-    found: Tier = "disk"
-    error: Exception | None = None
-
-
 class Residency:
     """The experts of one node. Thread-safe; every method says whether it modifies what is held.
 
@@ -126,6 +101,8 @@ class Residency:
         In force now, see `set_budget`.
     counts
         What was found where, and loaded, by layer; only with a cache.
+    timeline
+        Takes a span for every load, where it is set.
     """
 
     def __init__(
@@ -146,32 +123,36 @@ class Residency:
         self._most = dict(self.budgets)
         self._record_dir = record_dir
         self._changed = threading.Condition(threading.Lock())
-        self._assigned: dict[Place, Path | None] = {}  # the record's own file in the disk tier
-        self._num_assigned: Counter[Tier] = Counter()
-        self._sources: dict[Key, list[Source]] = {}
         self._checked: set[Source] = set()
-        self._copies: dict[Place, _Copy] = {}
-        self._ready: dict[Key, _Copy] = {}  # where an expert is computed from
-        self._lacking: set[Key] = set()  # experts that have no memory of their own
-        self._evictable: dict[_Copy, None] = {}
-        self._guesses: dict[int, list[_Copy]] = defaultdict(list)
-        self._used: Counter[Tier] = Counter()
-        self._pools, self._free = self._make_pools(max_slots)
-        self._eviction = EVICTIONS[caching.eviction](caching.layers, caching.experts) if caching else None
-        self._cached_in: tuple[Tier, ...] = _MEMORY if self.device.type == "cpu" else ("device",)
-        self.slack = Slack()
+        slots = {tier: self._slots(tier, max_slots) for tier in MEMORY}
+        self._pools = {tier: SlotPool(layout, count, tier, self.device) for tier, count in slots.items()}
+        self._shelf = Shelf(
+            layout.bytes,
+            self.budgets,
+            slots,
+            cached_in=() if caching is None else MEMORY if self.device.type == "cpu" else ("device",),
+            eviction=EVICTIONS[caching.eviction](caching.layers, caching.experts) if caching else None,
+            experts=caching.experts if caching else 0,
+            counts=self.counts,
+            notify=self._changed.notify_all,
+            give_back=lambda tier, slot: self._pools[tier].give_back(slot),
+        )
+        self.timeline: Timeline | None = None
         self._lent_at = 0.0
         self._promoter = Promoter(self._load, caching.workers if caching else 0)
 
-    def _make_pools(self, max_slots: int | None) -> tuple[dict[Tier, SlotPool], dict[Tier, list[int]]]:
-        pools: dict[Tier, SlotPool] = {}
-        free: dict[Tier, list[int]] = {}
-        for tier in _MEMORY:
-            slots = self.budgets[tier] // self.layout.bytes
-            slots = slots if max_slots is None else min(slots, max_slots)
-            pools[tier] = SlotPool(self.layout, slots, tier, self.device)
-            free[tier] = list(range(slots - 1, -1, -1))
-        return pools, free
+    def _slots(self, tier: Tier, most: int | None) -> int:
+        slots = self.budgets[tier] // self.layout.bytes
+        return slots if most is None else min(slots, most)
+
+    @property
+    def slack(self) -> Slack:
+        """What is known of loads and of the time for them."""
+        return self._shelf.slack
+
+    @slack.setter
+    def slack(self, slack: Slack) -> None:
+        self._shelf.slack = slack
 
     def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
         """Hold a replica of `key` in `tier`; holding it there already changes nothing. Modifies.
@@ -198,12 +179,12 @@ class Residency:
             if is_held:
                 return
             if source is not None:
-                self._add_source(key, source)
-            self._assign(key, tier)
+                self._shelf.add_source(key, source)
+            self._shelf.assign(key, tier)
             if copy is None:
                 return  # the budget was lowered: it is loaded when it is asked for
             copy.is_assigned = True
-            self._settle(copy)
+            self._shelf.settle(copy)
             if copy.is_ready:
                 return
         try:
@@ -213,19 +194,19 @@ class Residency:
             raise
         finally:
             with self._changed:
-                self._finish(copy)
+                self._shelf.finish(copy)
 
     def place(self, key: Key, source: Source) -> None:
         """Execute `key` from a source that takes none of the budgets; counted as held on disk. Modifies."""
         with self._changed:
-            self._add_source(key, source)
-            self._assign(key, "disk")
+            self._shelf.add_source(key, source)
+            self._shelf.assign(key, "disk")
 
     def add_source(self, key: Key, source: Source) -> None:
         """Remember another place where the record of a held expert lies, the next best after those known. Modifies."""
         with self._changed:
-            if any((key, tier) in self._assigned for tier in TIERS):
-                self._add_source(key, source)
+            if any((key, tier) in self._shelf.assigned for tier in TIERS):
+                self._shelf.add_source(key, source)
 
     def drop(self, key: Key, tier: Tier | None = None) -> None:
         """Stop holding `key` in `tier` (everywhere by default); what is not held is no error. Modifies.
@@ -234,13 +215,13 @@ class Residency:
         """
         with self._changed:
             for each in TIERS if tier is None else (tier,):
-                if (key, each) in self._assigned:
-                    self._unassign(key, each)
-            if not any((key, each) in self._assigned for each in TIERS):
-                self._sources.pop(key, None)
-                self._lacking.discard(key)
-                for each in _MEMORY:
-                    self._remove((key, each))
+                if (key, each) in self._shelf.assigned:
+                    self._remove_file(self._shelf.unassign(key, each))
+            if not any((key, each) in self._shelf.assigned for each in TIERS):
+                self._shelf.sources.pop(key, None)
+                self._shelf.lacking.discard(key)
+                for each in MEMORY:
+                    self._shelf.remove((key, each))
 
     def set_budget(self, tier: Tier, budget: int) -> None:
         """Let experts take so many bytes of a tier from now on; at most what was reserved in the beginning. Modifies.
@@ -254,14 +235,14 @@ class Residency:
         """
         with self._changed:
             budget = min(budget, self._most[tier])
-            bound = sum(where == tier and key not in self._sources for key, where in self._assigned)
+            bound = sum(where == tier and key not in self._shelf.sources for key, where in self._shelf.assigned)
             if tier != "disk" and bound * self.layout.bytes > budget:
                 why = f"{bound} experts have no copy on this node's disk"
                 raise BudgetTooSmall(tier, budget=budget, needed=bound * self.layout.bytes, why=why)
             self.budgets[tier] = budget
             if tier != "disk":
-                self._review(tier)
-                self._shrink(tier)
+                self._shelf.review(tier)
+                self._shelf.shrink(tier)
 
     @contextmanager
     def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[list[Borrowed]]:
@@ -272,16 +253,16 @@ class Residency:
         ExpertUnavailable
             One of them is not held.
         """
-        copies: list[_Copy | None] = []
+        copies: list[Copy | None] = []
         try:
             with self._changed:
                 for expert in experts:
                     copy = self._settled((layer, expert))
                     copies.append(copy)
                     if copy is not None:
-                        self._use(copy)
+                        self._shelf.use(copy)
             pairs = zip(copies, experts, strict=True)
-            yield [Borrowed(c.weights, c.tier) if c else self._read((layer, expert)) for c, expert in pairs]
+            yield [Borrowed(self._weights(c), c.tier) if c else self._read((layer, expert)) for c, expert in pairs]
         finally:
             self._return(copy for copy in copies if copy is not None)
 
@@ -298,20 +279,20 @@ class Residency:
             The record of one is damaged wherever it lies.
         """
         with self._changed:
-            copies = [self._ready.get((layer, expert)) for expert in experts]
+            copies = [self._shelf.ready.get((layer, expert)) for expert in experts]
             is_whole = all(copies)
             if is_whole:
                 for copy in copies:
-                    self._use(copy)  # type: ignore[arg-type]
+                    self._shelf.use(copy)  # type: ignore[arg-type]
         if not is_whole:
             yield from self._stream(layer, experts)
             return
         try:
             for position, copy in enumerate(copies):
-                yield position, Borrowed(copy.weights, copy.tier)  # type: ignore[union-attr]
+                yield position, Borrowed(self._weights(copy), copy.tier)  # type: ignore[arg-type, union-attr]
         finally:
             self._return(copies)  # type: ignore[arg-type]
-            if self._lacking:
+            if self._shelf.lacking:
                 self._count(layer, copies, 0.0)  # type: ignore[arg-type]
 
     def _stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
@@ -320,34 +301,35 @@ class Residency:
         Whoever waits for a slot has none itself but those that are being filled for it, so that nobody waits for ever.
         """
         waited_s = 0.0
-        at_hand: list[tuple[int, _Copy]] = []
-        coming: list[tuple[int, _Copy]] = []
+        at_hand: list[tuple[int, Copy]] = []
+        coming: list[tuple[int, Copy]] = []
         absent: list[int] = []
-        held: list[_Copy] = []
+        held: list[Copy] = []
         try:
             with self._changed:
                 for position, expert in enumerate(experts):
-                    copy = self._ready.get((layer, expert))
+                    copy = self._shelf.ready.get((layer, expert))
                     if copy is None:
-                        if (layer, expert) not in self._sources and not self._is_coming((layer, expert)):
+                        if (layer, expert) not in self._shelf.sources and not self._shelf.is_coming((layer, expert)):
                             raise ExpertUnavailable(layer, expert, "this node")
                         absent.append(position)
                     else:
-                        self._use(copy)
+                        self._shelf.use(copy)
                         held.append(copy)
                         at_hand.append((position, copy))
-                self._count_found(layer, [copy for _, copy in at_hand])
+                if self.caching is not None:
+                    self._shelf.count_found(layer, [copy for _, copy in at_hand])
             while at_hand or coming or absent:
                 if absent and len(coming) <= self._promoter.workers:
                     absent = self._begin(layer, experts, absent, coming, held)
                 if at_hand:
                     position, copy = at_hand.pop(0)
-                    yield position, Borrowed(copy.weights, copy.tier)
+                    yield position, Borrowed(self._weights(copy), copy.tier)
                     held.remove(copy)
                     self._return((copy,))
                     continue
                 asked = perf_counter()
-                if absent and not coming and not self._can_cache:
+                if absent and not coming and not self._shelf.can_cache:
                     position = absent.pop(0)
                     borrowed = self._read((layer, experts[position]))
                     waited_s += perf_counter() - asked
@@ -358,7 +340,7 @@ class Residency:
                 waited_s += took
                 if ready is not None:
                     position, copy = ready
-                    yield position, Borrowed(copy.weights, copy.found, took)
+                    yield position, Borrowed(self._weights(copy), copy.found, took)
                     held.remove(copy)
                     self._return((copy,))
         finally:
@@ -368,31 +350,31 @@ class Residency:
             self._count(layer, (), waited_s)
 
     def _begin(
-        self, layer: int, experts: Sequence[int], absent: list[int], coming: list[tuple[int, _Copy]], held: list[_Copy]
+        self, layer: int, experts: Sequence[int], absent: list[int], coming: list[tuple[int, Copy]], held: list[Copy]
     ) -> list[int]:
         """Begin to load what there are slots for; return the positions that are left."""
         left, jobs = [], []
         with self._changed:
-            rooms = self._rooms(layer, min(len(absent), self._promoter.workers + 2 - len(coming)))
+            rooms = self._shelf.rooms(layer, min(len(absent), self._promoter.workers + 2 - len(coming)))
             for position in absent:
                 key = (layer, experts[position])
-                copy = self._ready.get(key) or self._is_coming(key)
+                copy = self._shelf.ready.get(key) or self._shelf.is_coming(key)
                 if copy is None:
                     if not rooms:
                         left.append(position)
                         continue
-                    copy = self._occupy(key, *rooms.pop())
+                    copy = self._shelf.occupy(key, *rooms.pop())
                     jobs.append(copy)
-                self._use(copy)
-                self._redeem(copy)
+                self._shelf.use(copy)
+                self._shelf.redeem(copy)
                 held.append(copy)
                 coming.append((position, copy))
             for tier, slot in rooms:
-                self._vacate(tier, slot)
+                self._shelf.vacate(tier, slot)
         self._promoter.add(jobs, wake=self.slack.is_slow)
         return left
 
-    def _await(self, coming: list[tuple[int, _Copy]]) -> tuple[int, _Copy] | None:
+    def _await(self, coming: list[tuple[int, Copy]]) -> tuple[int, Copy] | None:
         """Return one that is ready, loading it here if nobody does; None if there is none and a slot may be free."""
         while True:
             with self._changed:
@@ -427,14 +409,14 @@ class Residency:
             wanted = [
                 (layer, expert)
                 for expert in experts
-                if (layer, expert) in self._lacking
-                and (layer, expert) not in self._ready
-                and not self._is_coming((layer, expert))
+                if (layer, expert) in self._shelf.lacking
+                and (layer, expert) not in self._shelf.ready
+                and not self._shelf.is_coming((layer, expert))
             ][:room]
-            for key, (tier, slot) in zip(wanted, self._rooms(layer, len(wanted)), strict=False):
-                copy = self._occupy(key, tier, slot)
+            for key, (tier, slot) in zip(wanted, self._shelf.rooms(layer, len(wanted)), strict=False):
+                copy = self._shelf.occupy(key, tier, slot)
                 copy.is_guess = True
-                self._guesses[layer].append(copy)
+                self._shelf.guesses[layer].append(copy)
                 jobs.append(copy)
                 self.counts.prefetched[layer] += 1
         self._promoter.add(jobs, wake=True)
@@ -447,19 +429,21 @@ class Residency:
         token, expert, weight
             [R] each, a row per token and expert.
         """
-        if self._eviction is None or not self._lacking:
+        if self._shelf.eviction is None or not self._shelf.lacking:
             return
         scores = weight.double().cpu().numpy()
         with self._changed:
             if token.min() == token.max():
-                self._eviction.observe(layer, expert[None].astype(np.int64), scores[None], len(expert))
+                self._shelf.eviction.observe(layer, expert[None].astype(np.int64), scores[None], len(expert))
                 return
             order = np.lexsort((-scores, token))
             sizes = np.unique(token, return_counts=True)[1]
             ends = np.cumsum(sizes)
             for size in np.unique(sizes):
                 rows = (ends[sizes == size] - size)[:, None] + np.arange(size)
-                self._eviction.observe(layer, expert[order][rows].astype(np.int64), scores[order][rows], int(size))
+                self._shelf.eviction.observe(
+                    layer, expert[order][rows].astype(np.int64), scores[order][rows], int(size)
+                )
 
     def acquire(self, key: Key) -> ExpertWeights:
         """Return a copy of an expert's weights that stays valid whatever is dropped later. Does not modify."""
@@ -477,315 +461,120 @@ class Residency:
 
     def holds(self, key: Key) -> bool:
         """Whether `key` is held in any tier."""
-        return any((key, tier) in self._assigned for tier in TIERS)
+        return any((key, tier) in self._shelf.assigned for tier in TIERS)
 
     def tier_of(self, key: Key) -> Tier | None:
         """Return the fastest tier that holds `key`, if only in a cache; None if none does."""
-        copy = self._ready.get(key)
-        return copy.tier if copy is not None else next((t for t in TIERS if (key, t) in self._assigned), None)
+        copy = self._shelf.ready.get(key)
+        return copy.tier if copy is not None else next((t for t in TIERS if (key, t) in self._shelf.assigned), None)
 
     def at_hand(self, layer: int, experts: int) -> NDArray[np.bool_]:
         """Whether each expert of a layer can be computed without reading its record first, bool [E]."""
-        return np.array([(layer, expert) in self._ready for expert in range(experts)])
+        return np.array([(layer, expert) in self._shelf.ready for expert in range(experts)])
 
     def held(self) -> dict[Tier, list[Key]]:
         """Return the sorted keys held in each tier, without what is merely cached."""
         with self._changed:
-            places = sorted(self._assigned)
+            places = sorted(self._shelf.assigned)
         return {tier: [key for key, where in places if where == tier] for tier in TIERS}
 
     def used(self) -> dict[Tier, int]:
         """Return the bytes taken in each tier, the cache's and those of dropped replicas still in use too."""
         with self._changed:
-            return {tier: self._used[tier] for tier in TIERS}
+            return {tier: self._shelf.used[tier] for tier in TIERS}
 
     @property
     def is_caching(self) -> bool:
         """Whether there are experts that have no memory of their own, and a cache for them."""
-        return self.caching is not None and bool(self._lacking)
+        return self.caching is not None and bool(self._shelf.lacking)
 
-    # below, the lock is held unless a method says otherwise
-
-    @property
-    def _can_cache(self) -> bool:
-        """Whether there can be room for a cached copy at all. Takes no lock."""
-        if self.caching is None:
-            return False
-        size = self.layout.bytes
-        return any(self.budgets[tier] - self._bound(tier) * size >= size for tier in self._cached_in)
-
-    def _bound(self, tier: Tier) -> int:
-        """Replicas that do not make room."""
-        return 0 if self._is_yielding(tier) else self._num_assigned[tier]
-
-    def _is_yielding(self, tier: Tier) -> bool:
-        return self._num_assigned[tier] * self.layout.bytes > self.budgets[tier]
-
-    def _is_evictable(self, copy: _Copy) -> bool:
-        if not copy.is_ready or copy.users or copy.is_guess:
-            return False
-        return not copy.is_assigned or (self._is_yielding(copy.tier) and copy.key in self._sources)
-
-    def _use(self, copy: _Copy) -> None:
-        copy.users += 1
-        self._evictable.pop(copy, None)
-
-    def _settle(self, copy: _Copy) -> None:
-        """Draw the consequences of a change to a copy."""
-        if copy.is_dropped:
-            if not copy.users and copy.is_ready:
-                self._vacate(copy.tier, copy.slot)
-                copy.is_ready = False
-        elif not self._is_evictable(copy):
-            self._evictable.pop(copy, None)
-        elif self._used[copy.tier] > self.budgets[copy.tier]:
-            self._evict(copy, give_back=True)
-        else:
-            self._evictable[copy] = None
-
-    def _review(self, tier: Tier) -> None:
-        for copy in [copy for copy in self._copies.values() if copy.tier == tier]:
-            self._settle(copy)
-
-    def _shrink(self, tier: Tier) -> None:
-        """Evict until the tier is within its budget, as far as copies are not in use."""
-        over = -(-(self._used[tier] - self.budgets[tier]) // self.layout.bytes)
-        for copy in self._worst(0, over, (tier,)):
-            self._evict(copy, give_back=True)
-        for slot in self._free[tier]:
-            self._pools[tier].give_back(slot)
-
-    def _worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[_Copy]:
-        """Return copies to give up, the least valuable first."""
-        copies = [copy for copy in self._evictable if copy.tier in tiers]
-        if count <= 0 or not copies:
-            return []
-        if self._eviction is None or self.caching is None:
-            return copies[:count]
-        keys = np.array([copy.key[0] * self.caching.experts + copy.key[1] for copy in copies])
-        worth = self._eviction.worth(keys, layer)
-        return [copies[index] for index in np.argsort(worth, kind="stable")[:count].tolist()]
-
-    def _evict(self, copy: _Copy, *, give_back: bool = False) -> None:
-        self._remove((copy.key, copy.tier))
-        if give_back:
-            self._pools[copy.tier].give_back(copy.slot)
-        self.counts.evictions += 1
-
-    def _remove(self, place: Place) -> None:
-        """Take a copy out; it is freed when its last user is done."""
-        copy = self._copies.pop(place, None)
-        if copy is not None:
-            self._evictable.pop(copy, None)
-            copy.is_dropped = True
-            self._choose(copy.key)
-            self._settle(copy)
-
-    def _rooms(self, layer: int, count: int) -> list[tuple[Tier, int]]:
-        """Take up to so many slots for cached copies, by eviction where none is free."""
-        if self.caching is None:
-            return []
-        rooms: list[tuple[Tier, int]] = []
-        for tier in self._cached_in:
-            rooms += self._take(tier, count - len(rooms))
-        if len(rooms) + len(self._evictable) < count:
-            self._forget_guesses(*self._guesses)
-        for copy in self._worst(layer, count - len(rooms), self._cached_in):
-            self._evict(copy)
-            rooms += self._take(copy.tier, 1)
-        return rooms
-
-    def _take(self, tier: Tier, count: int) -> list[tuple[Tier, int]]:
-        """Account for up to so many records in `tier`; return their slots."""
-        fit = (self.budgets[tier] - self._used[tier]) // self.layout.bytes
-        taken = max(0, min(count, fit, len(self._free[tier])))
-        self._used[tier] += taken * self.layout.bytes
-        return [(tier, self._free[tier].pop()) for _ in range(taken)]
-
-    def _vacate(self, tier: Tier, slot: int) -> None:
-        self._used[tier] -= self.layout.bytes
-        self._free[tier].append(slot)
-        self._changed.notify_all()
-
-    def _occupy(self, key: Key, tier: Tier, slot: int) -> _Copy:
-        copy = self._copies[key, tier] = _Copy(key, tier, slot, self._pools[tier].weights(slot))
-        copy.is_assigned = (key, tier) in self._assigned
-        return copy
-
-    def _claim(self, key: Key, tier: Tier, source: Source | None) -> tuple[_Copy | None, bool]:
+    def _claim(self, key: Key, tier: Tier, source: Source | None) -> tuple[Copy | None, bool]:
         """Return a copy to be filled or kept, and whether the replica is held already.
 
         There is no copy where the budget was lowered and the record can be read again. Cached copies make room, those
         in use when their users are done.
         """
         while True:
-            copy = self._copies.get((key, tier))
+            copy = self._shelf.copies.get((key, tier))
             if copy is not None and not copy.is_ready:
                 self._changed.wait()
-            elif copy is not None or (key, tier) in self._assigned:
-                return copy, (key, tier) in self._assigned
-            elif room := self._take(tier, 1):
-                return self._occupy(key, *room[0]), False
-            elif victims := self._worst(key[0], 1, (tier,)):
-                self._evict(victims[0])
-            elif any(each.tier == tier and not each.is_assigned for each in self._copies.values()):
-                self._forget_guesses(*self._guesses)
-                if not any(each.tier == tier for each in self._evictable):
+            elif copy is not None or (key, tier) in self._shelf.assigned:
+                return copy, (key, tier) in self._shelf.assigned
+            elif room := self._shelf.take(tier, 1):
+                return self._shelf.occupy(key, *room[0]), False
+            elif victims := self._shelf.worst(key[0], 1, (tier,)):
+                self._shelf.evict(victims[0])
+            elif any(each.tier == tier and not each.is_assigned for each in self._shelf.copies.values()):
+                self._shelf.forget_guesses(*self._shelf.guesses)
+                if not any(each.tier == tier for each in self._shelf.evictable):
                     self._changed.wait()
             elif source is not None and self.budgets[tier] < self._most[tier]:
                 return None, False
             else:
-                raise OverBudget(tier, needed=self.layout.bytes, used=self._used[tier], budget=self.budgets[tier])
+                raise OverBudget(tier, needed=self.layout.bytes, used=self._shelf.used[tier], budget=self.budgets[tier])
 
-    def _assign(self, key: Key, tier: Tier, file: Path | None = None) -> None:
-        was_yielding = self._is_yielding(tier)
-        if (key, tier) not in self._assigned:
-            self._num_assigned[tier] += 1
-        self._assigned[key, tier] = file
-        self._note_lack(key)
-        if self._is_yielding(tier) != was_yielding:
-            self._review(tier)
-
-    def _unassign(self, key: Key, tier: Tier) -> None:
-        was_yielding = self._is_yielding(tier)
-        file = self._assigned.pop((key, tier))
-        self._num_assigned[tier] -= 1
-        self._remove((key, tier))
-        if tier == "disk" and file is not None:
-            self._used["disk"] -= self.layout.bytes
-            self._sources[key] = [s for s in self._sources.get(key, []) if getattr(s, "file", None) != file]
-            if file not in self._assigned.values():
-                file.unlink(missing_ok=True)
-            if not self._sources[key]:
-                del self._sources[key]
-        self._note_lack(key)
-        if self._is_yielding(tier) != was_yielding:
-            self._review(tier)
-
-    def _note_lack(self, key: Key) -> None:
-        has_memory = any((key, t) in self._assigned and not self._is_yielding(t) for t in _MEMORY)
-        if key in self._sources and not has_memory:
-            self._lacking.add(key)
-        else:
-            self._lacking.discard(key)
-
-    def _add_source(self, key: Key, source: Source) -> None:
-        known = self._sources.setdefault(key, [])
-        if source not in known:
-            known.append(source)
-
-    def _is_coming(self, key: Key) -> _Copy | None:
-        """Return a copy that is being filled."""
-        found = (self._copies.get((key, tier)) for tier in _MEMORY)
-        return next((copy for copy in found if copy is not None and not copy.is_ready), None)
-
-    def _settled(self, key: Key) -> _Copy | None:
+    def _settled(self, key: Key) -> Copy | None:
         """Return the copy of an expert, waiting for one that is being filled; None: to be read from its source."""
-        while (copy := self._ready.get(key)) is None and self._is_coming(key) is not None:
+        while (copy := self._shelf.ready.get(key)) is None and self._shelf.is_coming(key) is not None:
             self._changed.wait(0.05)
-        if copy is None and key not in self._sources:
+        if copy is None and key not in self._shelf.sources:
             raise ExpertUnavailable(*key, "this node")
         return copy
 
-    def _choose(self, key: Key) -> None:
-        """Note where an expert is computed from."""
-        found = (self._copies.get((key, tier)) for tier in _MEMORY)
-        copy = next((copy for copy in found if copy is not None and copy.is_ready), None)
-        if copy is None:
-            self._ready.pop(key, None)
-        else:
-            self._ready[key] = copy
-
-    def _finish(self, copy: _Copy) -> None:
-        """Let a copy that is filled be used; frees one that was dropped meanwhile."""
-        copy.is_ready = True
-        if not copy.is_dropped:
-            self._choose(copy.key)
-        self._settle(copy)
-        self._changed.notify_all()
-
-    def _fail(self, copy: _Copy, error: Exception) -> None:
-        """Free a copy that could not be filled; whoever waits for it gets the error."""
-        copy.error, copy.is_dropped = error, True
-        if self._copies.get((copy.key, copy.tier)) is copy:
-            del self._copies[copy.key, copy.tier]
-        self._vacate(copy.tier, copy.slot)
-
-    def _forget_guesses(self, *layers: int) -> None:
-        """Let guesses be evicted, whose layers have run."""
-        for copy in [copy for layer in layers for copy in self._guesses.pop(layer, ())]:
-            if copy.is_guess:
-                copy.is_guess = False
-                self.slack.observe_guesses(1, 0)
-                if not copy.is_dropped:
-                    self._settle(copy)
-
-    def _count_found(self, layer: int, copies: Iterable[_Copy]) -> None:
-        if self.caching is None:
-            return
-        for copy in copies:
-            self.counts.found[copy.tier][layer] += 1
-            self._redeem(copy)
-
-    def _redeem(self, copy: _Copy) -> None:
-        """Count a guess that came true."""
-        if copy.is_guess:
-            copy.is_guess = False
-            self.counts.prefetch_hits[copy.key[0]] += 1
-            self.slack.observe_guesses(1, 1)
-
-    # below, the lock is not held
-
-    def _count(self, layer: int, copies: Sequence[_Copy], waited_s: float) -> None:
+    def _count(self, layer: int, copies: Sequence[Copy], waited_s: float) -> None:
         if self.caching is None:
             return
         with self._changed:
-            self._count_found(layer, copies)
-            self._forget_guesses(layer)
+            self._shelf.count_found(layer, copies)
+            self._shelf.forget_guesses(layer)
             self.counts.waited_s[layer] += waited_s
             now = perf_counter()
             if self._lent_at:
                 self.slack.observe_layer(now - self._lent_at, waited_s)
             self._lent_at = now
 
-    def _return(self, copies: Iterable[_Copy]) -> None:
+    def _return(self, copies: Iterable[Copy]) -> None:
         with self._changed:
             for copy in copies:
                 copy.users -= 1
                 if not copy.users:
-                    self._settle(copy)
+                    self._shelf.settle(copy)
                     self._changed.notify_all()
 
-    def _load(self, copy: _Copy) -> None:
+    def _load(self, copy: Copy) -> None:
         """Fill a copy from the first source that is intact."""
         began = perf_counter()
         try:
             self._fill(copy)
         except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
             with self._changed:
-                self._fail(copy, error)
+                self._shelf.fail(copy, error)
             return
+        ended = perf_counter()
+        if self.timeline is not None:
+            about = f"layer {copy.key[0]} expert {copy.key[1]}"
+            self.timeline.add("loads", about, began, ended, bytes=self.layout.bytes, ahead=copy.is_guess)
         with self._changed:
-            self.slack.observe_load(perf_counter() - began)
+            self.slack.observe_load(ended - began)
             self.counts.load(copy.key[0], self.layout.bytes)
-            self._finish(copy)
+            self._shelf.finish(copy)
 
-    def _fill(self, copy: _Copy) -> None:
+    def _fill(self, copy: Copy) -> None:
         pool = self._pools[copy.tier]
         if self.device.type == "cpu" or copy.tier == "host":
             self._read_into(copy.key, pool.buffers(copy.slot))
             return
         with self._changed:
-            host = self._copies.get((copy.key, "host"))
+            host = self._shelf.copies.get((copy.key, "host"))
             host = host if host is not None and host.is_ready else None
             if host is not None:
-                self._use(host)
+                self._shelf.use(host)
         if host is None:
             pool.fill_from(copy.slot, self._staged(copy.key))
             return
         try:
             copy.found = "host"
-            pool.fill_from(copy.slot, [part for part in host.weights if part is not None])
+            pool.fill_from(copy.slot, [part for part in self._weights(host) if part is not None])
         finally:
             self._return((host,))
 
@@ -807,70 +596,49 @@ class Residency:
 
     def _read_into(self, key: Key, parts: Sequence[memoryview]) -> None:
         """Read a record from its first intact source, which is checked when it is first used."""
-        reasons: list[str] = []
-        for source in list(self._sources.get(key, ())):
-            try:
-                source.read_into(parts, check=source not in self._checked)
-            except DamagedRecord as error:
-                log.warning("%s; it is looked for elsewhere", error)
-                reasons.append(str(error))
-                self._discredit(key, source)
-            else:
-                self._checked.add(source)
-                return
-        if not reasons and not self.holds(key):
+        source, damaged = read_first(list(self._shelf.sources.get(key, ())), parts, self._checked)
+        if damaged:
+            with self._changed:
+                self._discredit(key, list(damaged))
+        if source is None and not damaged and not self.holds(key):
             raise ExpertUnavailable(*key, "this node")
-        raise ExpertLost(*key, reasons)
+        if source is None:
+            raise ExpertLost(*key, list(damaged.values()))
 
-    def _discredit(self, key: Key, source: Source) -> None:
-        """Ask a damaged source last from now on: it may have been a disk's passing fault."""
-        with self._changed:
-            self._checked.discard(source)
-            known = self._sources.get(key, [])
-            if source in known:
-                known.remove(source)
-                known.append(source)
+    def _discredit(self, key: Key, damaged: Sequence[Source]) -> None:
+        """Ask damaged sources last from now on: it may have been a disk's passing fault."""
+        if (known := self._shelf.sources.get(key)) is not None:
+            known.sort(key=damaged.__contains__)
 
     def _put_file(self, key: Key, record: Record) -> None:
         size = self.layout.bytes
         with self._changed:
-            if (key, "disk") in self._assigned:
+            if (key, "disk") in self._shelf.assigned:
                 return
-            if self._used["disk"] + size > self.budgets["disk"]:
-                raise OverBudget("disk", needed=size, used=self._used["disk"], budget=self.budgets["disk"])
-            self._used["disk"] += size
+            if self._shelf.used["disk"] + size > self.budgets["disk"]:
+                raise OverBudget("disk", needed=size, used=self._shelf.used["disk"], budget=self.budgets["disk"])
+            self._shelf.used["disk"] += size
         try:
-            file = self._write(record)
+            file = write_record(self._record_dir, record)
         except BaseException:
             with self._changed:
-                self._used["disk"] -= size
+                self._shelf.used["disk"] -= size
             raise
         with self._changed:
-            if (key, "disk") in self._assigned:  # another thread put it meanwhile
-                self._used["disk"] -= size
+            if (key, "disk") in self._shelf.assigned:  # another thread put it meanwhile
+                self._shelf.used["disk"] -= size
                 return
-            self._sources.setdefault(key, []).insert(0, RecordFile(file, file.name))
-            self._assign(key, "disk", file)
+            own = RecordFile(file, file.name)
+            self._shelf.sources.setdefault(key, []).insert(0, own)
+            self._shelf.assign(key, "disk", own)
 
-    def _write(self, record: Record) -> Path:
-        if self._record_dir is None:
-            raise InvalidInput("the disk tier has a budget but no directory for its records; name one")
-        file = self._record_dir / hashlib.sha256(record).hexdigest()
-        if file.is_file() and file.stat().st_size == len(record):
-            return file
-        with writing(file, needed=len(record)):
-            self._record_dir.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._record_dir, prefix=".record.")
-            try:
-                with os.fdopen(descriptor, "wb") as stream:
-                    stream.write(record)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                Path(name).replace(file)
-            except BaseException:
-                Path(name).unlink()
-                raise
-        return file
+    @staticmethod
+    def _remove_file(source: Source | None) -> None:
+        if isinstance(source, RecordFile):
+            source.file.unlink(missing_ok=True)
+
+    def _weights(self, copy: Copy) -> ExpertWeights:
+        return self._pools[copy.tier].weights(copy.slot)
 
 
 def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:

@@ -121,6 +121,27 @@ class QualityUse(FrozenModel):
     divergence: float | None
 
 
+class CacheUse(FrozenModel):
+    """What a node's cache of experts did since it started, for tokens that entered anywhere.
+
+    Attributes
+    ----------
+    found, loads, load_bytes
+        Experts of a layer that were in memory when they were asked for, and those that were read, with their bytes.
+    waited_s
+        What steps waited for that.
+    prefetched, prefetch_hits
+        Experts that were read ahead, and those of them that were asked for.
+    """
+
+    found: Count = 0
+    loads: Count = 0
+    load_bytes: Count = 0
+    waited_s: Annotated[float, Field(ge=0)] = 0.0
+    prefetched: Count = 0
+    prefetch_hits: Count = 0
+
+
 class Served(FrozenModel):
     """What an agent counted since it started. Rows are (token, expert) pairs of its own requests.
 
@@ -152,6 +173,7 @@ class Served(FrozenModel):
     hops: Count = 0
     tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
     quality: QualityUse | None = None
+    cache: CacheUse | None = None
 
 
 class Hello(FrozenModel):
@@ -417,6 +439,7 @@ class NodeStatus(FrozenModel):
     hit_rate: float | None
     substitution_share: float | None
     quality: QualityUse | None = None
+    cache: CacheUse | None = None
     remote_share: float | None
     tokens_per_s: float
     tokens: Count

@@ -60,8 +60,8 @@ def node_status(
         return NodeStatus(
             id=node, state="never seen", epoch=0, experts=TierCounts(), memory_used=none,
             memory_allowed=TierBytes(device=allowed.device, host=allowed.host, disk=allowed.disk), hit_rate=None,
-            substitution_share=None, quality=None, remote_share=None, tokens_per_s=0.0, tokens=0, last_heartbeat_s=None,
-            progress=0, **planned,
+            substitution_share=None, quality=None, cache=None, remote_share=None, tokens_per_s=0.0, tokens=0,
+            last_heartbeat_s=None, progress=0, **planned,
         )  # fmt: skip
     beat = view.heartbeat
     served = beat.served if beat else Served()
@@ -78,6 +78,7 @@ def node_status(
         hit_rate=served.device_rows / rows if rows else None,
         substitution_share=served.substituted_rows / rows if rows else None,
         quality=served.quality,
+        cache=served.cache,
         remote_share=served.remote_rows / rows if rows else None,
         tokens_per_s=served.tokens_per_s if state in {"up", "stalled"} else 0.0,
         tokens=served.tokens,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 _FADE: Final = 0.95
-_HANDOVER_S: Final = 150e-6  # what it takes to let another thread load: quicker loads are made when they are needed
-_TRUSTED: Final = 0.4  # share of guesses that must come true
+_HANDOVER_S: Final = 2e-3  # quicker loads are best made by who needs them: threads that share two cores cost more
+_TRUSTED: Final = 0.5  # share of guesses that must come true
 _FEW: Final = 32
 
 
@@ -58,7 +58,7 @@ class Slack:
     def room(self) -> int:
         """Loads that fit into a layer's idle time; 0 where guesses do not come true.
 
-        >>> Slack(load_s=0.001, idle_s=0.0035).room
+        >>> Slack(load_s=0.010, idle_s=0.035).room
         3
         """
         if not self.is_slow or (self.guesses >= _FEW and self.came_true < _TRUSTED * self.guesses):

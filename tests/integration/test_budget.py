@@ -32,6 +32,9 @@ def test_a_budget_below_the_plan_and_a_live_change(
         for prompt in PROMPTS:
             assert ask(prompt) == reference[prompt]
         wait_for(lambda: used() <= 9 * MIB, timeout_s=10, what=lambda: f"{used()} bytes are used")
+        cache = cluster.status()["nodes"][0]["cache"]
+        assert cache["load_bytes"] == cache["loads"] * spec().expert_bytes > 0
+        assert cache["found"] > cache["loads"]
         with pytest.raises(Refused, match=r"n0: device budget of 6 MiB is too small: at least .* are needed") as caught:
             change_budget("n0", cluster.coordinator, 6 * MIB)
         assert caught.value.exit_code == ExitCode.INFEASIBLE

@@ -145,23 +145,23 @@ class ResidencyMachine(RuleBasedStateMachine):
         with held._changed:
             for tier in ("device", "host"):
                 # copies that were under way when a budget was lowered are given up when they have come
-                coming = sum(copy.tier == tier and not copy.is_ready for copy in held._copies.values())
+                coming = sum(copy.tier == tier and not copy.is_ready for copy in held._shelf.copies.values())
                 most = self.limit[tier] + self.lent_in(tier) + coming
-                assert held._used[tier] <= most * self.size
+                assert held._shelf.used[tier] <= most * self.size
 
     @invariant()
     def books_are_right(self):
         if not hasattr(self, "held"):
             return
         held = self.held
-        assert {place for place in held._assigned if place[1] != "disk"} == self.put_at
+        assert {place for place in held._shelf.assigned if place[1] != "disk"} == self.put_at
         with held._changed:
             for tier in ("device", "host"):
-                slots = [copy.slot for copy in held._copies.values() if copy.tier == tier]
+                slots = [copy.slot for copy in held._shelf.copies.values() if copy.tier == tier]
                 assert len(set(slots)) == len(slots)
-                assert not set(slots) & set(held._free[tier])
-            assert all(copy.is_ready and not copy.users for copy in held._evictable)
-            assert all(copy.users >= 0 for copy in held._copies.values())
+                assert not set(slots) & set(held._shelf.free[tier])
+            assert all(copy.is_ready and not copy.users for copy in held._shelf.evictable)
+            assert all(copy.users >= 0 for copy in held._shelf.copies.values())
 
     def teardown(self):
         for loan, _, _ in getattr(self, "loans", ()):

@@ -1,0 +1,316 @@
+"""What is in which slot, who uses it and who must make room: the bookkeeping of a residency.
+
+Decides which copies are evicted, for whom, and in which tier a copy is made. Pure: no weights, no files, no clock and
+no lock, which whoever calls has. Every method that changes something says so by its name.
+
+A replica that was put (*assigned*) keeps its slot; other copies are cache. Where a budget was lowered below what was
+put, the tier *yields*: replicas that can be read again are evicted like cached copies.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from runtime.counters import TierCounts
+from runtime.policy.eviction import Eviction
+from runtime.policy.prefetch import Slack
+from runtime.records import Source
+from schemas.topology import Tier
+
+Key = tuple[int, int]
+Place = tuple[Key, Tier]
+
+MEMORY: Final[tuple[Tier, ...]] = ("device", "host")
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """An expert in memory. `users` borrow it; one dropped while borrowed is freed when the last user is done.
+
+    Attributes
+    ----------
+    is_assigned
+        It was put here, and is not merely cached.
+    is_ready
+        It is filled.
+    is_guess
+        It was loaded ahead, and its layer has not run yet.
+    found
+        Where its record came from.
+    error
+        Why it could not be filled.
+    """
+
+    key: Key
+    tier: Tier
+    slot: int
+    is_assigned: bool = False
+    is_ready: bool = False
+    is_dropped: bool = False
+    is_guess: bool = False
+    users: int = 0
+    found: Tier = "disk"
+    error: Exception | None = None
+
+
+class Shelf:
+    """Copies by slot, and what was put where.
+
+    Parameters
+    ----------
+    budgets
+        Bytes by tier; may be changed, `review` and `shrink` then.
+    slots
+        Slots by tier.
+    cached_in
+        Tiers that cached copies are made in, fastest first; none without a cache.
+    experts
+        Of a layer.
+    notify, give_back
+        Called when a slot is free, and when its memory is not needed for now.
+
+    Attributes
+    ----------
+    assigned
+        What was put where, with the record that lies here for it alone (disk).
+    ready
+        The copy that an expert is computed from.
+    lacking
+        Experts that have no slot of their own.
+    """
+
+    def __init__(
+        self,
+        record_bytes: int,
+        budgets: dict[Tier, int],
+        slots: Mapping[Tier, int],
+        *,
+        cached_in: tuple[Tier, ...],
+        eviction: Eviction | None,
+        experts: int,
+        counts: TierCounts,
+        notify: Callable[[], None],
+        give_back: Callable[[Tier, int], None],
+    ) -> None:
+        self.record_bytes = record_bytes
+        self.budgets = budgets
+        self.cached_in = cached_in
+        self.eviction = eviction
+        self.counts = counts
+        self.slack = Slack()
+        self.assigned: dict[Place, Source | None] = {}
+        self.sources: dict[Key, list[Source]] = {}
+        self.copies: dict[Place, Copy] = {}
+        self.ready: dict[Key, Copy] = {}
+        self.lacking: set[Key] = set()
+        self.evictable: dict[Copy, None] = {}
+        self.guesses: dict[int, list[Copy]] = defaultdict(list)
+        self.used: Counter[Tier] = Counter()
+        self.free: dict[Tier, list[int]] = {tier: list(range(count - 1, -1, -1)) for tier, count in slots.items()}
+        self._experts = experts
+        self._num_assigned: Counter[Tier] = Counter()
+        self._notify = notify
+        self._give_back = give_back
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether there can be room for a cached copy at all."""
+        size = self.record_bytes
+        return any(self.budgets[tier] - self.bound(tier) * size >= size for tier in self.cached_in)
+
+    def bound(self, tier: Tier) -> int:
+        """Replicas that do not make room."""
+        return 0 if self.is_yielding(tier) else self._num_assigned[tier]
+
+    def is_yielding(self, tier: Tier) -> bool:
+        """Whether more was put in a tier than its budget has room for."""
+        return self._num_assigned[tier] * self.record_bytes > self.budgets[tier]
+
+    def is_evictable(self, copy: Copy) -> bool:
+        """Whether a copy may make room."""
+        if not copy.is_ready or copy.users or copy.is_guess:
+            return False
+        return not copy.is_assigned or (self.is_yielding(copy.tier) and copy.key in self.sources)
+
+    def use(self, copy: Copy) -> None:
+        """Begin to use a copy; `users` is lowered by whoever ends it."""
+        copy.users += 1
+        self.evictable.pop(copy, None)
+
+    def settle(self, copy: Copy) -> None:
+        """Draw the consequences of a change to a copy."""
+        if copy.is_dropped:
+            if not copy.users and copy.is_ready:
+                self.vacate(copy.tier, copy.slot)
+                copy.is_ready = False
+        elif not self.is_evictable(copy):
+            self.evictable.pop(copy, None)
+        elif self.used[copy.tier] > self.budgets[copy.tier]:
+            self.evict(copy, give_back=True)
+        else:
+            self.evictable[copy] = None
+
+    def review(self, tier: Tier) -> None:
+        """Draw the consequences of a tier's change from yielding or to it."""
+        for copy in [copy for copy in self.copies.values() if copy.tier == tier]:
+            self.settle(copy)
+
+    def shrink(self, tier: Tier) -> None:
+        """Evict until the tier is within its budget, as far as copies are not in use."""
+        over = -(-(self.used[tier] - self.budgets[tier]) // self.record_bytes)
+        for copy in self.worst(0, over, (tier,)):
+            self.evict(copy, give_back=True)
+        for slot in self.free[tier]:
+            self._give_back(tier, slot)
+
+    def worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[Copy]:
+        """Return copies to give up, the least valuable first."""
+        copies = [copy for copy in self.evictable if copy.tier in tiers]
+        if count <= 0 or not copies:
+            return []
+        if self.eviction is None:
+            return copies[:count]
+        keys = np.array([copy.key[0] * self._experts + copy.key[1] for copy in copies])
+        worth = self.eviction.worth(keys, layer)
+        return [copies[index] for index in np.argsort(worth, kind="stable")[:count].tolist()]
+
+    def evict(self, copy: Copy, *, give_back: bool = False) -> None:
+        """Give a copy up."""
+        self.remove((copy.key, copy.tier))
+        if give_back:
+            self._give_back(copy.tier, copy.slot)
+        self.counts.evictions += 1
+
+    def remove(self, place: Place) -> None:
+        """Take a copy out; it is freed when its last user is done."""
+        copy = self.copies.pop(place, None)
+        if copy is not None:
+            self.evictable.pop(copy, None)
+            copy.is_dropped = True
+            self.choose(copy.key)
+            self.settle(copy)
+
+    def rooms(self, layer: int, count: int) -> list[tuple[Tier, int]]:
+        """Take up to so many slots for cached copies, by eviction where none is free."""
+        rooms: list[tuple[Tier, int]] = []
+        for tier in self.cached_in:
+            rooms += self.take(tier, count - len(rooms))
+        if len(rooms) + len(self.evictable) < count:
+            self.forget_guesses(*self.guesses)
+        for copy in self.worst(layer, count - len(rooms), self.cached_in):
+            self.evict(copy)
+            rooms += self.take(copy.tier, 1)
+        return rooms
+
+    def take(self, tier: Tier, count: int) -> list[tuple[Tier, int]]:
+        """Account for up to so many records in `tier`; return their slots."""
+        fit = (self.budgets[tier] - self.used[tier]) // self.record_bytes
+        taken = max(0, min(count, fit, len(self.free[tier])))
+        self.used[tier] += taken * self.record_bytes
+        return [(tier, self.free[tier].pop()) for _ in range(taken)]
+
+    def vacate(self, tier: Tier, slot: int) -> None:
+        """Free a slot."""
+        self.used[tier] -= self.record_bytes
+        self.free[tier].append(slot)
+        self._notify()
+
+    def occupy(self, key: Key, tier: Tier, slot: int) -> Copy:
+        """Make a copy that is to be filled."""
+        copy = self.copies[key, tier] = Copy(key, tier, slot)
+        copy.is_assigned = (key, tier) in self.assigned
+        return copy
+
+    def assign(self, key: Key, tier: Tier, own: Source | None = None) -> None:
+        """Hold a replica in a tier."""
+        was_yielding = self.is_yielding(tier)
+        if (key, tier) not in self.assigned:
+            self._num_assigned[tier] += 1
+        self.assigned[key, tier] = own
+        self.note_lack(key)
+        if self.is_yielding(tier) != was_yielding:
+            self.review(tier)
+
+    def unassign(self, key: Key, tier: Tier) -> Source | None:
+        """Stop holding a replica; returns the record that lay here for it alone."""
+        was_yielding = self.is_yielding(tier)
+        own = self.assigned.pop((key, tier))
+        self._num_assigned[tier] -= 1
+        self.remove((key, tier))
+        if own is not None:
+            self.used["disk"] -= self.record_bytes
+            self.sources[key].remove(own)
+            if not self.sources[key]:
+                del self.sources[key]
+        self.note_lack(key)
+        if self.is_yielding(tier) != was_yielding:
+            self.review(tier)
+        return own if own not in self.assigned.values() else None
+
+    def note_lack(self, key: Key) -> None:
+        """Note whether an expert has a slot of its own."""
+        has_memory = any((key, t) in self.assigned and not self.is_yielding(t) for t in MEMORY)
+        if key in self.sources and not has_memory:
+            self.lacking.add(key)
+        else:
+            self.lacking.discard(key)
+
+    def add_source(self, key: Key, source: Source) -> None:
+        """Note where a record can be read, the next best after those known."""
+        known = self.sources.setdefault(key, [])
+        if source not in known:
+            known.append(source)
+
+    def is_coming(self, key: Key) -> Copy | None:
+        """Return a copy that is being filled."""
+        found = (self.copies.get((key, tier)) for tier in MEMORY)
+        return next((copy for copy in found if copy is not None and not copy.is_ready), None)
+
+    def choose(self, key: Key) -> None:
+        """Note where an expert is computed from."""
+        found = (self.copies.get((key, tier)) for tier in MEMORY)
+        copy = next((copy for copy in found if copy is not None and copy.is_ready), None)
+        if copy is None:
+            self.ready.pop(key, None)
+        else:
+            self.ready[key] = copy
+
+    def finish(self, copy: Copy) -> None:
+        """Let a copy that is filled be used; frees one that was dropped meanwhile."""
+        copy.is_ready = True
+        if not copy.is_dropped:
+            self.choose(copy.key)
+        self.settle(copy)
+        self._notify()
+
+    def fail(self, copy: Copy, error: Exception) -> None:
+        """Free a copy that could not be filled; whoever waits for it gets the error."""
+        copy.error, copy.is_dropped = error, True
+        if self.copies.get((copy.key, copy.tier)) is copy:
+            del self.copies[copy.key, copy.tier]
+        self.vacate(copy.tier, copy.slot)
+
+    def forget_guesses(self, *layers: int) -> None:
+        """Let guesses be evicted, whose layers have run."""
+        for copy in [copy for layer in layers for copy in self.guesses.pop(layer, ())]:
+            if copy.is_guess:
+                copy.is_guess = False
+                self.slack.observe_guesses(1, 0)
+                if not copy.is_dropped:
+                    self.settle(copy)
+
+    def count_found(self, layer: int, copies: Iterable[Copy]) -> None:
+        """Count copies that were at hand."""
+        for copy in copies:
+            self.counts.found[copy.tier][layer] += 1
+            self.redeem(copy)
+
+    def redeem(self, copy: Copy) -> None:
+        """Count a guess that came true."""
+        if copy.is_guess:
+            copy.is_guess = False
+            self.counts.prefetch_hits[copy.key[0]] += 1
+            self.slack.observe_guesses(1, 1)

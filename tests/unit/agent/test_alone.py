@@ -1,0 +1,66 @@
+"""One machine alone: a model larger than its memory gives the tokens it gives with all of it, and tells what it did."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from agent.cli import cli
+from runtime.errors import BudgetTooSmall, InvalidStore
+from runtime.store import prepare_store
+from tests.cluster import MODEL
+
+PROMPT = "class Stack:"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("alone") / "store"
+    prepare_store(MODEL, path, dtype="float32")
+    return path
+
+
+def ask(*options):
+    result = CliRunner().invoke(
+        cli,
+        ["generate", "--prompt", PROMPT, "--max-tokens", "12", "--json", *map(str, options)],
+        catch_exceptions=False,
+    )
+    return json.loads(result.stdout)
+
+
+def test_a_budget_changes_what_is_loaded_and_no_token(store, tmp_path):
+    trace = tmp_path / "trace.json"
+    whole = ask("--local", store)
+    small = ask("--local", store, "--device-budget", "8MiB", "--trace-file", trace)
+    from_checkpoint = ask("--local", MODEL, "--device-budget", "8MiB")
+    assert small["tokens"] == whole["tokens"]
+    assert len(from_checkpoint["tokens"]) == len(whole["tokens"])
+    assert small["loads"] > whole["loads"] > 0
+    assert small["loaded_bytes"] == small["loads"] * 144 * 1024
+    assert small["expert_budget"] < 3 << 20
+    events = json.loads(trace.read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert tracks == {"steps", "experts here", "loads"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert all(span["dur"] >= 0 and span["ts"] >= 0 for span in spans)
+    assert sum("bytes" in span["args"] for span in spans) == small["loads"]
+
+
+def test_a_budget_that_is_too_small_says_how_much_is_needed(store):
+    with pytest.raises(
+        BudgetTooSmall, match=r"at least 6\.\d+ MiB .* are needed: .* trunk and KV cache, and 2 experts"
+    ):
+        ask("--local", store, "--device-budget", "1MiB")
+
+
+def test_a_card_has_no_experts_and_options_that_contradict(store, tmp_path):
+    card = tmp_path / "card"
+    card.mkdir()
+    for file in store.iterdir():
+        if file.name != "records.bin":
+            (card / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InvalidStore, match="holds no records"):
+        ask("--local", card)
+    for options in ([], ["--node", "a", "--local", store], ["--node", "a", "--device-budget", "1MiB"]):
+        assert CliRunner().invoke(cli, ["generate", "--prompt", "x", *map(str, options)]).exit_code == 2
