@@ -207,9 +207,11 @@ class Segments:
                 front.put(ring.Faulted(session, node, code, text, exit_code))
 
     def _pass_fault_on(self, sender: Sender, fault: SessionFault) -> None:
+        """Tell another node's ingress; one of this node that listens no more has closed the session."""
         entries = self.registry.at(fault.session)
-        if any(sender.node in {entry.next_node, entry.opened.path.ingress} for entry in entries):
-            self.say(entries[0].opened.path.ingress, fault)
+        ingress = entries[0].opened.path.ingress if entries else self._me.node
+        if ingress != self._me.node and any(sender.node in {entry.next_node, ingress} for entry in entries):
+            self.say(ingress, fault)
 
     def take_step(self, sender: Sender, header: StepHeader, payload: torch.Tensor) -> None:
         """Take a step in, whose frames were checked, raising `Objection`."""
