@@ -23,6 +23,7 @@ ALIVE_S: Final = 1.0  # between two signs of life to the segments
 REPEAT_S: Final = 0.5  # until an open that was not answered is sent again
 PAUSE_S: Final = 0.1  # before a path is opened anew
 STALL_S: Final = 2.0  # without a token while every node says that it has nothing to do
+MOST_RUNS: Final = 3  # of a path that opens everywhere and then loses its way, without a token in between
 
 _HOPELESS: Final[frozenset[SessionCode]] = frozenset({"context_full", "not_yours", "refused", "failed"})
 
@@ -187,7 +188,8 @@ class Ring:
         self._unopened: set[str] = set()
         self._idle: set[str] = set()
         self._trouble = ""
-        self._progress_at = self._moved_at = self._said_at = self._tried_at = 0.0
+        self._vain_runs = 0  # since the last token
+        self._token_at = self._progress_at = self._moved_at = self._said_at = self._tried_at = 0.0
 
     @property
     def session(self) -> str:
@@ -223,7 +225,7 @@ class Ring:
     def _way_is(self, way: Way, now: float) -> Iterator[Instruction]:
         self._way = way
         if self.state == "new":
-            self._progress_at = now
+            self._token_at = self._progress_at = now
             yield from self._open(now)
         elif self.state in {"opening", "running"} and way.path is not None and way.path != self._path:
             yield from self._close()
@@ -270,7 +272,8 @@ class Ring:
             last = self._path.segments[-1].node if self._path is not None else ""
             yield from self._pause(f"{self._part(last)}: a token was lost on its way", now)
             return
-        self._progress_at = self._moved_at = now
+        self._token_at = self._progress_at = self._moved_at = now
+        self._trouble, self._vain_runs = "", 0
         self._idle.clear()
         self.tokens.append(event.token)
         yield Emit(event.token)
@@ -296,10 +299,13 @@ class Ring:
             yield from self._pause(f"{self._part(event.node)}: {event.message}", now)
 
     def _pause(self, trouble: str, now: float) -> Iterator[Instruction]:
-        """Give the session up, to open another in a moment."""
+        """Give the session up, to open another in a moment; not for ever where nodes work and no token comes of it."""
         self._trouble, self._tried_at = trouble, now
+        self._vain_runs += self.state == "running"
         yield from self._close()
         self.state = "pausing"
+        if self._vain_runs >= MOST_RUNS and now - self._token_at > self._patience_s:
+            yield from self._give_up()
 
     def _tick(self, now: float) -> Iterator[Instruction]:
         if self.state in {"opening", "pausing"} and now - self._progress_at > self._patience_s:

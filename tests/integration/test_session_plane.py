@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from agent import sessions
+from agent import plane, sessions
+from agent import ring as states
 from agent.errors import AgentError, RequestCancelled
 from agent.generation import Generator, Ingress
 from agent.peers import Patience, PeerCaller
@@ -53,7 +54,7 @@ class Node:
         self.endpoints = msg.Endpoints(address="127.0.0.1", expert=1, weights=1, client=1, session=port)
         self.plane = SessionPlane(
             self.context, socket, me=Sender(name, f"{time.monotonic_ns()}"), limits=LIMITS, layers=4,
-            endpoints=lambda: world.endpoints, make_caller=lambda: world.make_caller(self.context),
+            endpoints=lambda: world.endpoints_for(name), make_caller=lambda: world.make_caller(self.context),
             stopped=self.over.is_set,
         )  # fmt: skip
         self.workers = self.plane.workers(2)
@@ -80,6 +81,7 @@ class World:
         self.board = EpochBoard(Routing.all_local(1, layers=4, experts=16))
         self.pool = TensorPool()
         self.endpoints: dict[str, msg.Endpoints] = {}
+        self.gone: set[tuple[str, str]] = set()  # links, from whom to whom
         self.nodes: dict[str, Node] = {}
         self.ingress = Ingress(load_tokenizer(MODEL), 1024)
         self.ranges = {
@@ -94,6 +96,9 @@ class World:
         self.nodes[name] = Node(self, name)
         self.endpoints = {**self.endpoints, name: self.nodes[name].endpoints}
         self.offer(name, 1)
+
+    def endpoints_for(self, name: str) -> dict[str, msg.Endpoints]:
+        return {other: where for other, where in self.endpoints.items() if (name, other) not in self.gone}
 
     def offer(self, name: str, epoch: int, *, without: tuple[tuple[int, int], ...] = ()) -> None:
         segments = {
@@ -264,6 +269,18 @@ def test_a_node_that_stays_away_is_named(store: Path) -> None:
         assert time.monotonic() - began < 6
         world.nodes["b"] = Node(world, "b")
         world.offer("b", 1)
+        world.require_clean()
+
+
+def test_a_link_that_is_gone_between_two_nodes_of_a_path_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them answers its ingress, so that the path opens again and again, and no token comes of it."""
+    monkeypatch.setattr(states, "ALIVE_S", 0.2)
+    monkeypatch.setattr(plane, "STEP_PATIENCE_S", 0.6)
+    with made(store) as world:
+        world.gone.add(("b", "c"))
+        world.use(ring("a", "a:0-0", "b:1-2", "c:3-3"))
+        with pytest.raises(AgentError, match="layers 3 … 3 on c: cannot be reached from b; given up after 2 s"):
+            world.generate(PROMPTS[0], patience_s=2.0)
         world.require_clean()
 
 
