@@ -246,6 +246,8 @@ class Registry:
             if header.count != entry.opened.prompt_tokens:
                 raise Objection("refused", f"{header.count} tokens where {entry.opened.prompt_tokens} were announced")
             entry.heard_at = now
+        elif header.count > max(1, entry.opened.prompt_tokens - header.position):
+            raise Objection("refused", f"{header.count} tokens at {header.position}, where one is generated at a time")
         entry.arrived += header.count
         entry.in_line.extend(self._steps(entry, header, payload))
         if not entry.is_running and entry not in self._line:

@@ -118,8 +118,9 @@ def test_steps_keep_their_order_and_the_room_that_was_reserved():
     take(there, B, hidden(0, 3))  # again
     refused("lost", lambda: take(there, B, hidden(4)))
     refused("context_full", lambda: take(there, B, hidden(3, 3)))
-    take(there, B, hidden(3, 2))
-    assert [run(there), run(there), run(there)] == [[(1, 0, 3)], [(1, 3, 2)], []]
+    take(there, B, hidden(3))
+    take(there, B, hidden(4))
+    assert [run(there) for _ in range(4)] == [[(1, 0, 3)], [(1, 3, 1)], [(1, 4, 1)], []]
     assert "4 tokens where 3 were announced" in refused("refused", lambda: take(opened("b"), A, ids(4)))
 
 
@@ -128,6 +129,16 @@ def test_a_token_before_the_prompt_is_refused_and_the_prompt_still_runs():
     assert "within the 3 to run first" in refused("refused", lambda: take(there, C, token(0)))
     take(there, A, ids())
     assert run(there) == [(1, 0, 3)]
+
+
+def test_tokens_of_an_answer_come_one_by_one():
+    """Several would not fit among other answers' tokens in a batch, which all fail with it."""
+    there = opened("c")
+    assert "one is generated at a time" in refused("refused", lambda: take(there, B, hidden(0, 4)))
+    take(there, B, hidden(0, 3))
+    assert "one is generated at a time" in refused("refused", lambda: take(there, B, hidden(3, 2)))
+    take(there, B, hidden(3))
+    assert [run(there), run(there), run(there)] == [[(1, 0, 3)], [(1, 3, 1)], []]
 
 
 def test_a_prompt_is_cut_and_what_was_generated_runs_again_as_it_did():
