@@ -46,8 +46,8 @@ def test_a_session_reserves_what_its_cache_takes(checkpoint, store, family):
 
 
 def test_context_is_bounded(split):
-    with pytest.raises(ContextFull, match="300 tokens exceed the model's context of 256"):
-        split.segment.open("a", 300)
+    with pytest.raises(ContextFull, match="600 tokens exceed the model's context of 512"):
+        split.segment.open("a", 600)
     split.segment.open("a", 4)
     split.segment.step("a", torch.tensor([5, 6, 7]), caller=split.caller)
     with pytest.raises(ContextFull, match="5 tokens exceed the session's reservation of 4"):
