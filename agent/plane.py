@@ -142,11 +142,6 @@ class SessionPlane:
         """Return ranges of sessions that entered here and run nowhere else: they may end before the range goes."""
         return self._segments.ranges_of_own()
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions open at segments of this node."""
-        return len(self._segments.registry)
-
     def _order(self, act: Callable[[], None]) -> None:
         self._orders.append(act)
         if self._is_asleep:
