@@ -241,6 +241,7 @@ class Residency:
                 raise BudgetTooSmall(tier, budget=budget, needed=bound * self.layout.bytes, why=why)
             self.budgets[tier] = budget
             if tier != "disk":
+                self._shelf.forget_guesses(*self._shelf.guesses)
                 self._shelf.review(tier)
                 self._shelf.shrink(tier)
 
