@@ -40,6 +40,7 @@ from schemas.sessions import (
     decode_session,
     encode_session,
     parse_step,
+    session_of_step,
 )
 from schemas.wire import Limits
 
@@ -221,8 +222,8 @@ class SessionPlane:
         session = NO_SESSION
         try:
             if len(frames) == 2 and reply is not None:
+                session = session_of_step(frames[0]) or NO_SESSION
                 header = parse_step(frames, self._limits)
-                session = header.session
                 self._segments.take_step(sender, header, incoming(header, frames[1]))
                 return
             message = decode_session(frames[0] if len(frames) == 1 else b"")

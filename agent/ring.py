@@ -26,6 +26,7 @@ STALL_S: Final = 2.0  # without a token while every node says that it has nothin
 MOST_RUNS: Final = 3  # of a path that opens everywhere and then loses its way, without a token in between
 
 _HOPELESS: Final[frozenset[SessionCode]] = frozenset({"context_full", "not_yours", "refused", "failed"})
+_UNNAMED: Final[frozenset[SessionCode]] = frozenset({"not_yours", "refused"})  # messages that do not say where
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,8 @@ class Ring:
             return
         if event.code in _HOPELESS:
             yield from self._close()
-            yield from self._fail(event.message, event.exit_code)
+            where = f"{self._part(event.node)}: " if event.code in _UNNAMED else ""
+            yield from self._fail(f"{where}{event.message}", event.exit_code)
         else:
             yield from self._pause(f"{self._part(event.node)}: {event.message}", now)
 

@@ -181,6 +181,11 @@ def pack_step(header: StepHeader) -> bytes:
     )  # fmt: skip
 
 
+def session_of_step(frame: bytes | memoryview) -> str | None:
+    """Return the session that a header names, without trusting the rest of it; None where it is too short for one."""
+    return _STEP_HEADER.unpack_from(frame)[3].hex() if len(frame) >= _STEP_HEADER.size else None
+
+
 def parse_step(frames: Frames, limits: Limits) -> StepHeader:
     """Check the two frames of a step and return its header; raises `RemoteProtocolError`."""
     fields = unpack_header(frames, _STEP_HEADER, _STEP, count=2, what="step")
@@ -189,7 +194,7 @@ def parse_step(frames: Frames, limits: Limits) -> StepHeader:
     require(position <= MAX_POSITION, f"position {position}, the limit is {MAX_POSITION}")
     name = _KINDS[kind]
     most = 1 if name == "token" else limits.tokens
-    require(1 <= count <= most, f"{count} tokens, the limit is {most}")
+    require(1 <= count <= most, f"{count} tokens, the limit is {most}; raise context.tokens in this node's config")
     require(name == "token" or end == _NO_END, "an end without a token")
     wanted = limits.hidden_size if name == "hidden" else 0
     require(hidden == wanted, f"hidden size {hidden}, expected {wanted}")

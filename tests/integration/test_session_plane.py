@@ -319,6 +319,15 @@ def test_sessions_beyond_the_kv_budget_wait_for_room_or_say_that_there_is_none(w
         peer.stop(wait_s=0.2)
 
 
+def test_a_prompt_beyond_what_a_node_takes_is_told_with_the_limit(world: World) -> None:
+    """The ingress was given more context than the node that runs the first layers."""
+    ingress, world.ingress = world.ingress, Ingress(world.ingress.tokenizer, 4096)
+    world.use(ring("a", "b:0-3"))
+    with pytest.raises(AgentError, match=r"layers 0 … 3 on b: refused a frame: 1\d\d\d tokens, the limit is 1024"):
+        world.generate("hello " * 360, 2)
+    world.ingress = ingress
+
+
 def test_a_session_whose_ingress_is_gone_is_freed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "LEASE_S", 0.5)
     peer = Stranger(world, "a")
