@@ -23,7 +23,7 @@ ALIVE_S: Final = 1.0  # between two signs of life to the segments
 REPEAT_S: Final = 0.5  # until an open that was not answered is sent again
 PAUSE_S: Final = 0.1  # before a path is opened anew
 STALL_S: Final = 2.0  # without a token while every node says that it has nothing to do
-MOST_RUNS: Final = 3  # of a path that opens everywhere and then loses its way, without a token in between
+MOST_RUNS: Final = 3  # of a path that opens everywhere and loses its way before a token has gone all around
 
 _HOPELESS: Final[frozenset[SessionCode]] = frozenset({"context_full", "not_yours", "refused", "failed"})
 _UNNAMED: Final[frozenset[SessionCode]] = frozenset({"not_yours", "refused"})  # messages that do not say where
@@ -189,8 +189,8 @@ class Ring:
         self._unopened: set[str] = set()
         self._idle: set[str] = set()
         self._trouble = ""
-        self._vain_runs = 0  # since the last token
-        self._token_at = self._progress_at = self._moved_at = self._said_at = self._tried_at = 0.0
+        self._run_tokens = self._vain_runs = 0  # of the session that is open, and since a token went all around
+        self._around_at = self._progress_at = self._moved_at = self._said_at = self._tried_at = 0.0
 
     @property
     def session(self) -> str:
@@ -226,7 +226,7 @@ class Ring:
     def _way_is(self, way: Way, now: float) -> Iterator[Instruction]:
         self._way = way
         if self.state == "new":
-            self._token_at = self._progress_at = now
+            self._around_at = self._progress_at = now
             yield from self._open(now)
         elif self.state in {"opening", "running"} and way.path is not None and way.path != self._path:
             yield from self._close()
@@ -239,7 +239,7 @@ class Ring:
             yield from self._fail(self._way.why_not, ExitCode.FAILED)
             return
         self.state, self._path, self._session = "opening", path, self._new_id()
-        self._unopened, self._idle = set(_nodes(path)), set()
+        self._unopened, self._idle, self._run_tokens = set(_nodes(path)), set(), 0
         self._moved_at = self._said_at = self._tried_at = now
         yield Open(self._opening(path), _nodes(path))
 
@@ -273,8 +273,10 @@ class Ring:
             last = self._path.segments[-1].node if self._path is not None else ""
             yield from self._pause(f"{self._part(last)}: a token was lost on its way", now)
             return
-        self._token_at = self._progress_at = self._moved_at = now
-        self._trouble, self._vain_runs = "", 0
+        self._progress_at = self._moved_at = now
+        self._run_tokens += 1
+        if self._run_tokens > 1:  # the first one of a run comes of what was fed
+            self._around_at, self._trouble, self._vain_runs = now, "", 0
         self._idle.clear()
         self.tokens.append(event.token)
         yield Emit(event.token)
@@ -306,7 +308,7 @@ class Ring:
         self._vain_runs += self.state == "running"
         yield from self._close()
         self.state = "pausing"
-        if self._vain_runs >= MOST_RUNS and now - self._token_at > self._patience_s:
+        if self._vain_runs >= MOST_RUNS and now - self._around_at > self._patience_s:
             yield from self._give_up()
 
     def _tick(self, now: float) -> Iterator[Instruction]:

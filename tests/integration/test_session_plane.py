@@ -272,14 +272,25 @@ def test_a_node_that_stays_away_is_named(store: Path) -> None:
         world.require_clean()
 
 
-def test_a_link_that_is_gone_between_two_nodes_of_a_path_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them answers its ingress, so that the path opens again and again, and no token comes of it."""
+@pytest.mark.parametrize(
+    ("link", "trouble"),
+    [
+        (("b", "c"), "layers 2 … 3 on c: cannot be reached from b"),
+        (("c", "b"), "layers 0 … 1 on b: cannot be reached from c"),  # one token comes of every run
+        (("c", "a"), "no token, and no node is at work on one"),
+    ],
+    ids=["onward", "around", "to the ingress"],
+)
+def test_a_link_that_is_gone_between_nodes_of_a_path_is_named(
+    store: Path, monkeypatch: pytest.MonkeyPatch, link: tuple[str, str], trouble: str
+) -> None:
+    """All of them answer their ingress, so that the path opens again and again."""
     monkeypatch.setattr(states, "ALIVE_S", 0.2)
     monkeypatch.setattr(plane, "STEP_PATIENCE_S", 0.6)
     with made(store) as world:
-        world.gone.add(("b", "c"))
-        world.use(ring("a", "a:0-0", "b:1-2", "c:3-3"))
-        with pytest.raises(AgentError, match="layers 3 … 3 on c: cannot be reached from b; given up after 2 s"):
+        world.gone.add(link)
+        world.use(ring("a", "b:0-1", "c:2-3"))
+        with pytest.raises(AgentError, match=f"{trouble}; given up after 2 s"):
             world.generate(PROMPTS[0], patience_s=2.0)
         world.require_clean()
 
