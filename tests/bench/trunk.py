@@ -26,7 +26,7 @@ import yaml
 
 from runtime.loading import load_tokenizer
 from runtime.recorder import read_texts, record_trace
-from runtime.store import Store, prepare_store
+from runtime.store import prepare_store
 from schemas.checkpoint import read_checkpoint
 from schemas.model import ModelSpec
 from schemas.plan import Plan, load_plan
@@ -124,7 +124,7 @@ def main(
         path = Path(directory)
         prepare_store(model, path / "store", dtype="float32")
         record(path, model, texts)
-        compute = measure_compute(path, model)
+        compute = measure_compute(path, model, texts)
         click.echo(f"node times: {', '.join(f'{name} {value:.1f}' for name, value in compute.items())}")
         setting = Setting(model, texts, path, fill, latency_ms, compute)
         if "links" in parts:
@@ -144,23 +144,32 @@ def record(path: Path, model: Path, texts: Path) -> None:
         )
 
 
-def measure_compute(path: Path, model: Path) -> dict[str, float]:
-    """Measure a node's compute block: one agent that holds everything, and one expert by itself."""
-    guess = Setting(model, path, path, 1.0, 0.05, {"expert_us": 50.0})
-    scene = write_scene(path / "alone", guess, {"only": 1.0}, sessions=1, tokens=768)
-    with running_site(Site(Loopback(), scene, path / "alone-site", path / "store", 7400)) as site:  # type: ignore[arg-type]
-        token_s = statistics.median(
-            decode_s(site.generate("only", prompt, 64)) for prompt in prompts_of(SHARED / "data" / "text", "code") * 3
-        )
+def measure_compute(path: Path, model: Path, texts: Path) -> dict[str, float]:
+    """Measure a node's compute block on loopback.
+
+    One agent that holds everything, the same with every expert at another agent, and one expert by itself.
+    """
+    guess = Setting(model, texts, path, 1.0, 0.05, {"expert_us": 50.0})
+    alone = write_scene(path / "alone", guess, {"only": 1.0}, sessions=1, tokens=768)
+    calling = write_scene(path / "calling", guess, {"only": 0.0, "other": 1.0}, sessions=1, tokens=768)
+    token_s, calling_s = (loopback_s(path, scene, guess) for scene in (alone, calling))
     experts = Experts(path / "store")
     experts.measure()
-    spec, tiers = Store.open(path / "store").manifest.model, experts.by_tier()
+    spec, tiers = guess.spec, experts.by_tier()
     return {
         "expert_us": tiers["device"] * 1e6,
         "host_expert_us": tiers["host"] * 1e6,
         "trunk_layer_us": max(token_s / spec.layers - spec.top_k * tiers["device"], 0.0) * 1e6,
-        "call_overhead_us": 150.0,
+        "call_overhead_us": max(calling_s - token_s, 0.0) / spec.layers * 1e6,
     }
+
+
+def loopback_s(path: Path, scene: Scene, setting: Setting) -> float:
+    """Seconds per token at node `only` of a scene on loopback, the trunk at the ingress."""
+    site = Site(Loopback(), scene, path / f"{scene.path.name}-site", path / "store", 7400)  # type: ignore[arg-type]
+    with running_site(site, "--solver", "dancemoe"):
+        prompts = prompts_of(setting.texts, "code") * 3
+        return statistics.median(decode_s(site.generate("only", prompt, 64)) for prompt in prompts)
 
 
 def write_scene(path: Path, setting: Setting, shares: Mapping[str, float], *, sessions: int, tokens: int) -> Scene:
