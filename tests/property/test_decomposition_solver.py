@@ -58,7 +58,8 @@ def test_it_agrees_with_the_exact_model_when_compute_and_links_are_short(problem
     if exact is None:
         assert result is None or result.placed is None
         return
-    assert result.bound <= exact.result.objective * (1 + 1e-6) + 1e-9
-    assert result.objective == pytest.approx(exact.result.objective, rel=1e-4, abs=1e-9)
+    least = placement_cost(exact.problem, exact.routing, "additive-latency")  # what paths add, no solver decides
+    assert result.bound <= least * (1 + 1e-6) + 1e-9
+    assert result.objective == pytest.approx(least, rel=1e-4, abs=1e-9)
     routing = route(problem, result.placed, "additive-latency")
     assert violations(problem, result.placed, routing) == []
