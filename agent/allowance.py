@@ -13,6 +13,7 @@ from agent.budget import Budget
 from runtime.errors import BudgetTooSmall
 from runtime.slots import Residency
 from schemas.messages import Assignment
+from schemas.topology import Tier
 from schemas.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,10 @@ class Allowance:
         """Leave room for the trunk and KV cache of these assignments together."""
         with self._lock:
             self._assignments = assignments
-            for tier, memory in (("device", self._device), ("host", self._budget.memory.host)):
+            budgets: tuple[tuple[Tier, int], ...] = (("device", self._device), ("host", self._budget.memory.host))
+            for tier, memory in budgets:
                 try:
-                    self._residency.set_budget(tier, self._left(tier, memory))  # type: ignore[arg-type]
+                    self._residency.set_budget(tier, self._left(tier, memory))
                 except BudgetTooSmall as error:
                     log.warning("%s", error)
 

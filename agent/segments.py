@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 
@@ -259,8 +259,12 @@ class Segments:
         elif position >= opened.prompt_tokens:
             sampling = Sampling(temperature=opened.temperature, top_p=opened.top_p, seed=opened.seed)
             token = sample(output[-1], sampling, position)
-            end = "length" if position + 1 >= opened.max_tokens else "stop" if token in segment.trunk.stop_ids else ""
-            header = StepHeader(entry.session, 0, position, 1, "token", end=end)  # type: ignore[arg-type]
+            end: Literal["", "length", "stop"] = ""
+            if position + 1 >= opened.max_tokens:
+                end = "length"
+            elif token in segment.trunk.stop_ids:
+                end = "stop"
+            header = StepHeader(entry.session, 0, position, 1, "token", end=end)
             payload, ingress = ids_of((token,)), opened.path.ingress
             if ingress != entry.next_node:
                 self._send_step(ingress, header, payload)

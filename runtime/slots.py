@@ -280,21 +280,22 @@ class Residency:
             The record of one is damaged wherever it lies.
         """
         with self._changed:
-            copies = [self._shelf.ready.get((layer, expert)) for expert in experts]
-            is_whole = all(copies)
+            ready = self._shelf.ready
+            copies = [ready[layer, expert] for expert in experts if (layer, expert) in ready]
+            is_whole = len(copies) == len(experts)
             if is_whole:
                 for copy in copies:
-                    self._shelf.use(copy)  # type: ignore[arg-type]
+                    self._shelf.use(copy)
         if not is_whole:
             yield from self._stream(layer, experts)
             return
         try:
             for position, copy in enumerate(copies):
-                yield position, Borrowed(self._weights(copy), copy.tier)  # type: ignore[arg-type, union-attr]
+                yield position, Borrowed(self._weights(copy), copy.tier)
         finally:
-            self._return(copies)  # type: ignore[arg-type]
+            self._return(copies)
             if self._shelf.lacking:
-                self._count(layer, copies, 0.0)  # type: ignore[arg-type]
+                self._count(layer, copies, 0.0)
 
     def _stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
         """Lend experts some of which must be loaded.

@@ -8,17 +8,25 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
 from schemas.topology import Topology, load_topology
-from tests.bench.lab import Lab, Line, Pair, address
+from tests.bench.lab import Line, Pair, address
 from tests.cluster import AGENT, PLANNER, REPOSITORY, call, environment, wait_for
+
+
+class Grounds(Protocol):
+    """Where the nodes of a site run: a lab, or plain loopback."""
+
+    def command(self, number: int, command: Sequence[str]) -> list[str]:
+        """Return a command as it is run at a node."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Scene:
 class Site:
     """A cluster of a scene under one plan, in a directory of its own."""
 
-    lab: Lab
+    lab: Grounds
     scene: Scene
     path: Path
     store: Path

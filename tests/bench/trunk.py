@@ -33,7 +33,7 @@ from schemas.plan import Plan, load_plan
 from tests.bench.calibration import Experts
 from tests.bench.emulated import load_average
 from tests.bench.lab import Lab, NoLab
-from tests.bench.site import Scene, Site, running_site
+from tests.bench.site import Grounds, Scene, Site, running_site
 from tests.cluster import Stream, wait_for
 
 SHARED: Final = Path(__file__).parents[3] / "shared"
@@ -166,7 +166,7 @@ def measure_compute(path: Path, model: Path, texts: Path) -> dict[str, float]:
 
 def loopback_s(path: Path, scene: Scene, setting: Setting) -> float:
     """Seconds per token at node `only` of a scene on loopback, the trunk at the ingress."""
-    site = Site(Loopback(), scene, path / f"{scene.path.name}-site", path / "store", 7400)  # type: ignore[arg-type]
+    site = Site(Loopback(), scene, path / f"{scene.path.name}-site", path / "store", 7400)
     with running_site(site, "--solver", "dancemoe"):
         prompts = prompts_of(setting.texts, "code") * 3
         return statistics.median(decode_s(site.generate("only", prompt, 64)) for prompt in prompts)
@@ -257,7 +257,7 @@ def ring_hops(plan: Plan, ingress: str) -> int:
 
 
 def sites_of(
-    stack: ExitStack, lab: Any, path: Path, setting: Setting, name: str, arms: Mapping[str, tuple[str, ...]]
+    stack: ExitStack, lab: Grounds, path: Path, setting: Setting, name: str, arms: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Site]:
     """Run a cluster per arm, and one node that holds everything, all at once."""
     scene = write_scene(path / name, setting, SHARES, sessions=1, tokens=768)
@@ -329,7 +329,7 @@ def print_sessions(path: Path, setting: Setting) -> None:
     scene = write_scene(path / "three", near, {"a": 0.33, "b": 0.33, "c": 0.34}, sessions=8, tokens=256)
     with running_site(
         Site(Loopback(), scene, path / "three-site", path / "store", 7400), "--solver", "pipeline"
-    ) as site:  # type: ignore[arg-type]
+    ) as site:
         prompt = prompts_of(setting.texts, "code")[0]
         rates: dict[int, list[float]] = defaultdict(list)
         for _ in range(4):
