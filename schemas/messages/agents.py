@@ -1,0 +1,200 @@
+"""What an agent tells the coordinator: who it is, how far it is, what it did. Levels, not edges."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from schemas.activation import NodeCounts
+from schemas.base import FrozenModel
+from schemas.messages.common import Count, Digest, Endpoints, Record, TierBytes, TierCounts
+from schemas.model import HeldDtype, ModelSpec
+from schemas.outcome import ExitCode
+from schemas.store import RecordLayout, TrunkPart
+from schemas.topology import NodeId
+
+PROTOCOL: Final = 2
+
+
+class PrepareFault(FrozenModel):
+    """Why an agent cannot prepare an epoch of a plan."""
+
+    epoch: Count
+    plan: Digest
+    code: ExitCode
+    message: str
+
+
+class Standing(FrozenModel):
+    """How far one agent is.
+
+    Attributes
+    ----------
+    active
+        The epoch that new steps use; 0 before the first plan.
+    prepared, prepared_plan
+        The epoch whose replicas all are here and verified, and the digest of its plan.
+    oldest
+        The oldest epoch that a step in flight here still uses; `active` if there is none.
+    retired
+        Replicas that this epoch does not give are dropped, and calls of older epochs are refused.
+    """
+
+    active: Count = 0
+    prepared: Count = 0
+    prepared_plan: Digest = ""
+    oldest: Count = 0
+    retired: Count = 0
+    fault: PrepareFault | None = None
+
+
+class QualityUse(FrozenModel):
+    """What an agent spent of its quality budget.
+
+    Attributes
+    ----------
+    budget, rise
+        Relative rise of perplexity that is allowed, and what calibration makes of what was given up.
+    standing
+        ``open``, or why steps are exact: ``off``, ``warming``, ``spent``, or text ``unlike`` the calibration's.
+    lost_mass
+        Mean share of the routers' top-K mass given up by a (token, layer) pair.
+    events, spared_events
+        (token, layer) pairs, and those that waited for nobody because of what was given up.
+    divergence
+        Mean sampled KL divergence from exact to substituted predictions, nats; None before the first sample.
+    """
+
+    budget: Annotated[float, Field(ge=0)]
+    standing: Literal["off", "warming", "open", "spent", "unlike"]
+    rise: float
+    lost_mass: Annotated[float, Field(ge=0)]
+    events: Count
+    spared_events: Count
+    divergence: float | None
+
+
+class CacheUse(FrozenModel):
+    """What a node's cache of experts did since it started, for tokens that entered anywhere.
+
+    Attributes
+    ----------
+    found, loads, load_bytes
+        Experts of a layer that were in memory when they were asked for, and those that were read, with their bytes.
+    waited_s
+        What steps waited for that.
+    prefetched, prefetch_hits
+        Experts that were read ahead, and those of them that were asked for.
+    """
+
+    found: Count = 0
+    loads: Count = 0
+    load_bytes: Count = 0
+    waited_s: Annotated[float, Field(ge=0)] = 0.0
+    prefetched: Count = 0
+    prefetch_hits: Count = 0
+
+
+class Served(FrozenModel):
+    """What an agent counted since it started. Rows are (token, expert) pairs of its own requests.
+
+    Attributes
+    ----------
+    device_rows, host_rows, disk_rows, remote_rows
+        Rows computed here from each tier, and by other nodes.
+    calls, call_wait_s
+        Expert calls made and the seconds their layers waited for them beyond local work.
+    tokens
+        That entered here, prompts included.
+    steps, step_tokens
+        Runs of a segment here, and the tokens in them; a run may serve several sessions.
+    hops
+        Hidden states and tokens sent to the next node of a path.
+    """
+
+    tokens: Count = 0
+    device_rows: Count = 0
+    host_rows: Count = 0
+    disk_rows: Count = 0
+    remote_rows: Count = 0
+    substituted_rows: Count = 0
+    calls: Count = 0
+    call_wait_s: Annotated[float, Field(ge=0)] = 0.0
+    calls_served: Count = 0
+    steps: Count = 0
+    step_tokens: Count = 0
+    hops: Count = 0
+    tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
+    quality: QualityUse | None = None
+    cache: CacheUse | None = None
+
+
+class Hello(FrozenModel):
+    """An agent introduces itself, after every (re)connection."""
+
+    type: Literal["hello"] = "hello"
+    protocol: int = PROTOCOL
+    node: NodeId
+    incarnation: str
+    cluster: str = ""
+    model: ModelSpec
+    dtype: HeldDtype
+    endpoints: Endpoints
+    memory: TierBytes
+    has_store: bool
+    standing: Standing
+
+
+class Heartbeat(FrozenModel):
+    """An agent lives, how far it is, and that its compute threads make progress.
+
+    Attributes
+    ----------
+    progress, in_flight
+        Steps and calls finished since the start, and those under way: a stalled node has some and finishes none.
+    moved, to_move
+        Bytes obtained and verified for the epoch under preparation, and all it needs.
+    is_loading
+        The trunk is being loaded for that epoch: bytes stand still meanwhile.
+    peers
+        The revision of `Peers` that the agent has.
+    """
+
+    type: Literal["heartbeat"] = "heartbeat"
+    node: NodeId
+    incarnation: str
+    progress: Count
+    in_flight: Count = 0
+    standing: Standing
+    held: TierCounts
+    used: TierBytes
+    served: Served
+    moved: Count = 0
+    to_move: Count = 0
+    is_loading: bool = False
+    peers: Count = 0
+
+
+class Goodbye(FrozenModel):
+    """An agent stops in good order: it is not missed, and its node may be started again at once."""
+
+    type: Literal["goodbye"] = "goodbye"
+    node: NodeId
+    incarnation: str
+
+
+class Catalogue(FrozenModel):
+    """Which records an agent's store has, and how a record is laid out."""
+
+    type: Literal["catalogue"] = "catalogue"
+    node: NodeId
+    model: ModelSpec
+    layout: RecordLayout
+    records: tuple[Record, ...]
+    trunk: tuple[TrunkPart, ...] = ()
+
+
+class Counts(FrozenModel):
+    """Routing that an agent counted since it started."""
+
+    type: Literal["counts"] = "counts"
+    counts: NodeCounts

@@ -1,0 +1,141 @@
+"""What the coordinator tells an agent: its peers, and an epoch of a plan from preparation to the end."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.base import FrozenModel
+from schemas.messages.common import Count, Digest, Peer, Record
+from schemas.outcome import ExitCode
+from schemas.plan import TrunkPath
+from schemas.store import RecordLayout, Sha256, TrunkPart
+from schemas.topology import NodeId, Tier
+
+
+class Welcome(FrozenModel):
+    """The coordinator knows the agent; `generation` changes whenever the coordinator starts."""
+
+    type: Literal["welcome"] = "welcome"
+    cluster: str
+    generation: str
+
+
+class Unknown(FrozenModel):
+    """The coordinator has not heard this agent's hello (it restarted): say it again."""
+
+    type: Literal["unknown"] = "unknown"
+
+
+class Refusal(FrozenModel):
+    """A request or a hello is refused, or failed; an agent whose place is `taken` by another one ends.
+
+    `incarnation` is the start of the agent that is meant, where it is known: two that claim one place share a line.
+    """
+
+    type: Literal["refusal"] = "refusal"
+    code: ExitCode
+    message: str
+    taken: bool = False
+    incarnation: str = ""
+
+
+class Peers(FrozenModel):
+    """Where every node listens now; `revision` grows with every change while a coordinator runs."""
+
+    type: Literal["peers"] = "peers"
+    revision: Annotated[int, Field(ge=1)]
+    peers: tuple[Peer, ...]
+
+
+class AssignedReplica(FrozenModel):
+    """A replica that a node must have, and the nodes to pull it from, best first."""
+
+    record: Record
+    tier: Tier
+    sources: tuple[NodeId, ...] = ()
+
+
+class Hop(FrozenModel):
+    """Who computes an expert for a node, best first, itself included; `shares` of the rows where they are split."""
+
+    layer: Count
+    expert: Count
+    holders: Annotated[tuple[NodeId, ...], Field(min_length=1)]
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+
+
+class AssignedTrunkPart(FrozenModel):
+    """A part of the trunk that a node must load, and the nodes to pull it from where its own checkpoint lacks it."""
+
+    record: TrunkPart
+    sources: tuple[NodeId, ...] = ()
+
+
+class Assignment(FrozenModel):
+    """All that an epoch of a plan means for one node.
+
+    Attributes
+    ----------
+    ingress
+        Tokens enter here.
+    replicas
+        Everything the node holds in this epoch, sorted.
+    routing
+        Who computes what is not simply computed here; for a node that runs layers of a path.
+    paths
+        The paths that lead through this node or begin at it. An ingress without one runs every layer itself.
+    trunk
+        The parts of the trunk that its segments of `paths` need, as far as a store has them.
+    """
+
+    cluster: str
+    plan: Sha256
+    epoch: Annotated[int, Field(ge=1)]
+    ingress: bool
+    layout: RecordLayout | None = None
+    replicas: tuple[AssignedReplica, ...] = ()
+    routing: tuple[Hop, ...] = ()
+    paths: tuple[TrunkPath, ...] = ()
+    trunk: tuple[AssignedTrunkPart, ...] = ()
+
+
+class Prepare(FrozenModel):
+    """Get and verify everything of an epoch, beside what is active; nothing is used before `Commit`."""
+
+    type: Literal["prepare"] = "prepare"
+    assignment: Assignment
+
+
+class Commit(FrozenModel):
+    """New steps use this epoch from now on."""
+
+    type: Literal["commit"] = "commit"
+    epoch: Count
+    plan: Digest
+
+
+class Retire(FrozenModel):
+    """No step of an older epoch is in flight anywhere: drop what this epoch does not give, refuse older calls."""
+
+    type: Literal["retire"] = "retire"
+    epoch: Count
+
+
+class Abort(FrozenModel):
+    """Forget a prepared epoch."""
+
+    type: Literal["abort"] = "abort"
+    epoch: Count
+    plan: Digest
+
+
+class CatalogueRequest(FrozenModel):
+    """Send the catalogue of your store."""
+
+    type: Literal["catalogue_request"] = "catalogue_request"
+
+
+class CountsRequest(FrozenModel):
+    """Send the routing you counted."""
+
+    type: Literal["counts_request"] = "counts_request"
