@@ -136,9 +136,17 @@ class Shelf:
         return not copy.is_assigned or (self.is_yielding(copy.tier) and copy.key in self.sources)
 
     def use(self, copy: Copy) -> None:
-        """Begin to use a copy; `users` is lowered by whoever ends it."""
+        """Begin to use a copy."""
         copy.users += 1
         self.evictable.pop(copy, None)
+
+    def end_use(self, copies: Iterable[Copy]) -> None:
+        """End the use of copies."""
+        for copy in copies:
+            copy.users -= 1
+            if not copy.users:
+                self.settle(copy)
+                self._notify()
 
     def settle(self, copy: Copy) -> None:
         """Draw the consequences of a change to a copy."""

@@ -4,55 +4,36 @@ A replica that was put stays where it was put. What budget is left is a cache in
 elsewhere: an expert that is asked for is loaded into a slot that is free, or that the eviction policy gives up; nothing
 is written back, since every record stays where it was read from. Decides nothing about which expert belongs here: it
 holds what it is told to, or raises `OverBudget`. Flow: record → slot (device, host) or file (disk) → `lend` → weights
-for the expert maths. Bookkeeping under one lock; reads outside of it, by whoever waits or by threads of their own.
+for the expert maths. Bookkeeping is `shelf`'s, under one lock; `loads` reads outside of it, `lending` gives out.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from runtime.counters import TierCounts
-from runtime.errors import (
-    BudgetTooSmall,
-    ExpertLost,
-    ExpertUnavailable,
-    InvalidInput,
-    OverBudget,
-    RuntimeFault,
-)
+from runtime.errors import BudgetTooSmall, ExpertUnavailable, InvalidInput, OverBudget
+from runtime.lending import Lender
+from runtime.loads import Borrowed, Loader
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.prefetch import Slack
-from runtime.pool import ExpertWeights, SlotPool, as_weights
-from runtime.promotion import Promoter
-from runtime.records import RecordFile, Source, read_first, write_record
+from runtime.pool import ExpertWeights, SlotPool
+from runtime.records import RecordFile, Source, write_record
 from runtime.shelf import MEMORY, Copy, Key, Shelf
-from runtime.tensors import torch_dtype
 from runtime.timeline import Timeline
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
 
 __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
 
-log = logging.getLogger(__name__)
-
 Record = bytes | bytearray | memoryview
-
-
-class Borrowed(NamedTuple):
-    """An expert in use, the tier it was found in, and what was waited for it."""
-
-    weights: ExpertWeights
-    tier: Tier
-    waited_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +82,6 @@ class Residency:
         In force now, see `set_budget`.
     counts
         What was found where, and loaded, by layer; only with a cache.
-    timeline
-        Takes a span for every load, where it is set.
     """
 
     def __init__(
@@ -123,7 +102,6 @@ class Residency:
         self._most = dict(self.budgets)
         self._record_dir = record_dir
         self._changed = threading.Condition(threading.Lock())
-        self._checked: set[Source] = set()
         slots = {tier: self._slots(tier, max_slots) for tier in MEMORY}
         self._pools = {tier: SlotPool(layout, count, tier, self.device) for tier, count in slots.items()}
         self._shelf = Shelf(
@@ -137,9 +115,16 @@ class Residency:
             notify=self._changed.notify_all,
             give_back=lambda tier, slot: self._pools[tier].give_back(slot),
         )
-        self.timeline: Timeline | None = None
-        self._lent_at = 0.0
-        self._promoter = Promoter(self._load, caching.workers if caching else 0)
+        counts = self.counts if caching else None
+        self._loader = Loader(layout, self._shelf, self._pools, self._changed, counts=counts, device=self.device)
+        self._lender = Lender(
+            self._shelf,
+            self._loader,
+            self._changed,
+            counts=counts,
+            is_ahead=caching is not None and caching.prefetch,
+            workers=caching.workers if caching else 0,
+        )
 
     def _slots(self, tier: Tier, most: int | None) -> int:
         slots = self.budgets[tier] // self.layout.bytes
@@ -153,6 +138,15 @@ class Residency:
     @slack.setter
     def slack(self, slack: Slack) -> None:
         self._shelf.slack = slack
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Takes a span for every load, where it is set."""
+        return self._loader.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self._loader.timeline = timeline
 
     def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
         """Hold a replica of `key` in `tier`; holding it there already changes nothing. Modifies.
@@ -263,9 +257,12 @@ class Residency:
                     if copy is not None:
                         self._shelf.use(copy)
             pairs = zip(copies, experts, strict=True)
-            yield [Borrowed(self._weights(c), c.tier) if c else self._read((layer, expert)) for c, expert in pairs]
+            yield [
+                Borrowed(self._loader.weights(c), c.tier) if c else self._loader.read((layer, expert))
+                for c, expert in pairs
+            ]
         finally:
-            self._return(copy for copy in copies if copy is not None)
+            self._lender.give_back(copy for copy in copies if copy is not None)
 
     def lend(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights), those at hand first, others as they come. May modify the cache.
@@ -279,121 +276,7 @@ class Residency:
         ExpertLost
             The record of one is damaged wherever it lies.
         """
-        with self._changed:
-            ready = self._shelf.ready
-            copies = [ready[layer, expert] for expert in experts if (layer, expert) in ready]
-            is_whole = len(copies) == len(experts)
-            if is_whole:
-                for copy in copies:
-                    self._shelf.use(copy)
-        if not is_whole:
-            yield from self._stream(layer, experts)
-            return
-        try:
-            for position, copy in enumerate(copies):
-                yield position, Borrowed(self._weights(copy), copy.tier)
-        finally:
-            self._return(copies)
-            if self._shelf.lacking:
-                self._count(layer, copies, 0.0)
-
-    def _stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
-        """Lend experts some of which must be loaded.
-
-        Whoever waits for a slot has none itself but those that are being filled for it, so that nobody waits for ever.
-        """
-        waited_s = 0.0
-        at_hand: list[tuple[int, Copy]] = []
-        coming: list[tuple[int, Copy]] = []
-        absent: list[int] = []
-        held: list[Copy] = []
-        try:
-            with self._changed:
-                for position, expert in enumerate(experts):
-                    copy = self._shelf.ready.get((layer, expert))
-                    if copy is None:
-                        if (layer, expert) not in self._shelf.sources and not self._shelf.is_coming((layer, expert)):
-                            raise ExpertUnavailable(layer, expert, "this node")
-                        absent.append(position)
-                    else:
-                        self._shelf.use(copy)
-                        held.append(copy)
-                        at_hand.append((position, copy))
-                if self.caching is not None:
-                    self._shelf.count_found(layer, [copy for _, copy in at_hand])
-            while at_hand or coming or absent:
-                if absent and len(coming) <= self._promoter.workers:
-                    absent = self._begin(layer, experts, absent, coming, held)
-                if at_hand:
-                    position, copy = at_hand.pop(0)
-                    yield position, Borrowed(self._weights(copy), copy.tier)
-                    held.remove(copy)
-                    self._return((copy,))
-                    continue
-                asked = perf_counter()
-                if absent and not coming and not self._shelf.can_cache:
-                    position = absent.pop(0)
-                    borrowed = self._read((layer, experts[position]))
-                    waited_s += perf_counter() - asked
-                    yield position, borrowed
-                    continue
-                ready = self._await(coming)
-                took = perf_counter() - asked
-                waited_s += took
-                if ready is not None:
-                    position, copy = ready
-                    yield position, Borrowed(self._weights(copy), copy.found, took)
-                    held.remove(copy)
-                    self._return((copy,))
-        finally:
-            for _, copy in coming:
-                self._promoter.run(copy)  # given up half-way: others may wait for it
-            self._return(held)
-            self._count(layer, (), waited_s)
-
-    def _begin(
-        self, layer: int, experts: Sequence[int], absent: list[int], coming: list[tuple[int, Copy]], held: list[Copy]
-    ) -> list[int]:
-        """Begin to load what there are slots for; return the positions that are left."""
-        left, jobs = [], []
-        with self._changed:
-            rooms = self._shelf.rooms(layer, min(len(absent), self._promoter.workers + 2 - len(coming)))
-            for position in absent:
-                key = (layer, experts[position])
-                copy = self._shelf.ready.get(key) or self._shelf.is_coming(key)
-                if copy is None:
-                    if not rooms:
-                        left.append(position)
-                        continue
-                    copy = self._shelf.occupy(key, *rooms.pop())
-                    jobs.append(copy)
-                self._shelf.use(copy)
-                self._shelf.redeem(copy)
-                held.append(copy)
-                coming.append((position, copy))
-            for tier, slot in rooms:
-                self._shelf.vacate(tier, slot)
-        self._promoter.add(jobs, wake=self.slack.is_slow)
-        return left
-
-    def _await(self, coming: list[tuple[int, Copy]]) -> tuple[int, Copy] | None:
-        """Return one that is ready, loading it here if nobody does; None if there is none and a slot may be free."""
-        while True:
-            with self._changed:
-                for index, (position, copy) in enumerate(coming):
-                    if copy.error is not None:
-                        raise copy.error
-                    if copy.is_ready:
-                        del coming[index]
-                        return position, copy
-            if any(self._promoter.run(copy) for _, copy in coming):
-                continue
-            with self._changed:
-                if not coming:
-                    self._changed.wait(0.05)
-                    return None
-                if not any(copy.is_ready or copy.error for _, copy in coming):
-                    self._changed.wait(1.0)
+        return self._lender.lend(layer, experts)
 
     def prefetch(self, layer: int, guess: Callable[[], Iterable[int]]) -> None:
         """Load experts that `layer` will probably ask for, in the background, as far as there is time. Modifies.
@@ -403,25 +286,7 @@ class Residency:
         guess
             Says which; not called where there is no time.
         """
-        room = self.slack.room
-        if self.caching is None or not self.caching.prefetch or not room or self._promoter.waiting:
-            return
-        jobs, experts = [], guess()
-        with self._changed:
-            wanted = [
-                (layer, expert)
-                for expert in experts
-                if (layer, expert) in self._shelf.lacking
-                and (layer, expert) not in self._shelf.ready
-                and not self._shelf.is_coming((layer, expert))
-            ][:room]
-            for key, (tier, slot) in zip(wanted, self._shelf.rooms(layer, len(wanted)), strict=False):
-                copy = self._shelf.occupy(key, tier, slot)
-                copy.is_guess = True
-                self._shelf.guesses[layer].append(copy)
-                jobs.append(copy)
-                self.counts.prefetched[layer] += 1
-        self._promoter.add(jobs, wake=True)
+        self._lender.prefetch(layer, guess)
 
     def observe(self, layer: int, token: NDArray[Any], expert: NDArray[Any], weight: torch.Tensor) -> None:
         """Let the eviction policy learn which experts the tokens of a layer were routed to. Modifies.
@@ -523,95 +388,6 @@ class Residency:
             raise ExpertUnavailable(*key, "this node")
         return copy
 
-    def _count(self, layer: int, copies: Sequence[Copy], waited_s: float) -> None:
-        if self.caching is None:
-            return
-        with self._changed:
-            self._shelf.count_found(layer, copies)
-            self._shelf.forget_guesses(layer)
-            self.counts.waited_s[layer] += waited_s
-            now = perf_counter()
-            if self._lent_at:
-                self.slack.observe_layer(now - self._lent_at, waited_s)
-            self._lent_at = now
-
-    def _return(self, copies: Iterable[Copy]) -> None:
-        with self._changed:
-            for copy in copies:
-                copy.users -= 1
-                if not copy.users:
-                    self._shelf.settle(copy)
-                    self._changed.notify_all()
-
-    def _load(self, copy: Copy) -> None:
-        """Fill a copy from the first source that is intact."""
-        began = perf_counter()
-        try:
-            self._fill(copy)
-        except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
-            with self._changed:
-                self._shelf.fail(copy, error)
-            return
-        ended = perf_counter()
-        if self.timeline is not None:
-            about = f"layer {copy.key[0]} expert {copy.key[1]}"
-            self.timeline.add("loads", about, began, ended, bytes=self.layout.bytes, ahead=copy.is_guess)
-        with self._changed:
-            self.slack.observe_load(ended - began)
-            self.counts.load(copy.key[0], self.layout.bytes)
-            self._shelf.finish(copy)
-
-    def _fill(self, copy: Copy) -> None:
-        pool = self._pools[copy.tier]
-        if self.device.type == "cpu" or copy.tier == "host":
-            self._read_into(copy.key, pool.buffers(copy.slot))
-            return
-        with self._changed:
-            host = self._shelf.copies.get((copy.key, "host"))
-            host = host if host is not None and host.is_ready else None
-            if host is not None:
-                self._shelf.use(host)
-        if host is None:
-            pool.fill_from(copy.slot, self._staged(copy.key))
-            return
-        try:
-            copy.found = "host"
-            pool.fill_from(copy.slot, [part for part in self._weights(host) if part is not None])
-        finally:
-            self._return((host,))
-
-    def _staged(self, key: Key) -> list[torch.Tensor]:
-        """Read a record into memory of torch's own; returns its parts."""
-        dtype = torch_dtype(self.layout.dtype)
-        parts = [torch.empty(part.shape, dtype=dtype) for part in self.layout.parts]
-        self._read_into(key, [_bytes_of(part) for part in parts])
-        return parts
-
-    def _read(self, key: Key) -> Borrowed:
-        """Read an expert for one use."""
-        began = perf_counter()
-        weights = as_weights(self.layout, [part.to(self.device) for part in self._staged(key)])
-        if self.caching is not None:
-            with self._changed:
-                self.counts.load(key[0], self.layout.bytes)
-        return Borrowed(weights, "disk", perf_counter() - began)
-
-    def _read_into(self, key: Key, parts: Sequence[memoryview]) -> None:
-        """Read a record from its first intact source, which is checked when it is first used."""
-        source, damaged = read_first(list(self._shelf.sources.get(key, ())), parts, self._checked)
-        if damaged:
-            with self._changed:
-                self._discredit(key, list(damaged))
-        if source is None and not damaged and not self.holds(key):
-            raise ExpertUnavailable(*key, "this node")
-        if source is None:
-            raise ExpertLost(*key, list(damaged.values()))
-
-    def _discredit(self, key: Key, damaged: Sequence[Source]) -> None:
-        """Ask damaged sources last from now on: it may have been a disk's passing fault."""
-        if (known := self._shelf.sources.get(key)) is not None:
-            known.sort(key=damaged.__contains__)
-
     def _put_file(self, key: Key, record: Record) -> None:
         size = self.layout.bytes
         with self._changed:
@@ -639,9 +415,6 @@ class Residency:
         if isinstance(source, RecordFile):
             source.file.unlink(missing_ok=True)
 
-    def _weights(self, copy: Copy) -> ExpertWeights:
-        return self._pools[copy.tier].weights(copy.slot)
-
 
 def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:
     named = {
@@ -651,8 +424,3 @@ def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:
         "down_proj_bias": weights.down_bias,
     }
     return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
