@@ -1,15 +1,20 @@
-"""KV caches: one session's, written in place, and those of several sessions as the one cache of a batched forward.
+"""KV caches: one session's, written in place, what a step sees of it, and those of several sessions as one.
 
 Decides how rows of different lengths lie in one tensor (each from the start, zeros behind) and what each row may attend
-to: all that its own cache returns, which for one new token of a sliding window is the window itself. Axes: B sessions,
-H heads, S longest cache. Must not know layers' arithmetic.
+to: all that its own cache returns, which for one new token of a sliding window is the window itself. A step of several
+tokens may run while the step before it still does: in each layer it waits until that one's keys and values are there.
+Axes: B sessions, H heads, S longest cache. Must not know layers' arithmetic.
 """
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+
+from runtime.passage import Passage, Rest
 
 
 def session_cache(config: Any, max_tokens: int) -> Any:
@@ -55,6 +60,82 @@ def _reserved_layer() -> tuple[Any, type]:
             return self.keys, self.values
 
     return ReservedLayer, DynamicLayer
+
+
+@dataclass(frozen=True)
+class Between:
+    """Where a step stands among those of its session.
+
+    Attributes
+    ----------
+    start
+        Tokens before it.
+    before, mine
+        The step before it, and itself.
+    """
+
+    start: int
+    before: Passage
+    mine: Passage
+    rest: Rest
+
+
+def step_cache(session: Any, between: Between) -> Any:
+    """Return what a step sees of its session's cache (of `session_cache`): exactly the tokens before it.
+
+    Writes into the session's cache, layer by layer behind the step before. Masks are made as if that were over.
+    """
+    from transformers.cache_utils import Cache
+
+    kind = _following_layer()
+    return Cache(layers=[kind(layer, index, between) for index, layer in enumerate(session.layers)])
+
+
+@cache
+def _following_layer() -> Any:
+    """Return the cache layer of a step; transformers is imported when needed."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    class FollowingLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not followed
+        """One layer of a session's cache as a step sees it."""
+
+        def __init__(self, layer: Any, index: int, between: Between) -> None:
+            super().__init__()
+            self.is_sliding = layer.is_sliding
+            self._layer, self._index, self._between = layer, index, between
+
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+            """Do nothing: the session's own layer does it."""
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Append new states [1, H, T, d] when the step before has; return all up to them."""
+            between = self._between
+            between.before.await_layer(self._index, between.rest)
+            states: tuple[torch.Tensor, torch.Tensor] = self._layer.update(key_states, value_states)
+            between.mine.wrote(self._index)
+            return states
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            """Return length and offset of what `update` will return."""
+            if not self.is_sliding:
+                return self._between.start + query_length, 0
+            then = copy.copy(self._layer)  # the formula of a window is the library's
+            then.cumulative_length = self._between.start
+            sizes: tuple[int, int] = then.get_mask_sizes(query_length)
+            return sizes
+
+        def get_seq_length(self) -> int:
+            """Return the tokens before this step."""
+            return self._between.start
+
+        def get_max_length(self) -> int:
+            """Return what the session's layer says."""
+            most: int = self._layer.get_max_length()
+            return most
+
+    return FollowingLayer
 
 
 class BatchCache:

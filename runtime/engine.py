@@ -3,7 +3,8 @@
 Decides what a step is: forward one session by some tokens under the routing of the epoch that is current when it
 begins. A request's life: 1 `open` reserves its KV cache · 2 `step` with the prompt · 3 the dispatcher asks holders
 layer by layer · 4 logits of the last token · 5 `sample` · 6 `step` with that token, and so on · 7 `close` frees the
-cache. Several sessions may step at the same time from different threads; one session steps in one thread at a time.
+cache. Several sessions may step at the same time from different threads, and so may the pieces of one prompt, each a
+layer or more behind the one before it (`passage`): the sums are those of one piece after another.
 Several sessions' next tokens may also run in one forward (`step_batch`). Must not know sockets; where answers come from
 is the caller's business.
 """
@@ -11,8 +12,8 @@ is the caller's business.
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
 from uuid import uuid4
@@ -20,12 +21,13 @@ from uuid import uuid4
 import torch
 
 from runtime.ahead import NextRouters
-from runtime.caches import BatchCache, decode_mask, session_cache
+from runtime.caches import BatchCache, Between, decode_mask, session_cache, step_cache
 from runtime.counters import Counters
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import Trunk
+from runtime.passage import Passage, Rest, passed
 from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
 from runtime.sampling import Sampling, prefill_chunks, sample
@@ -40,21 +42,29 @@ Keep = Literal["last", "all", "none"]
 
 @dataclass
 class _Session:
-    """One sequence: its KV cache and how many tokens it has seen."""
+    """One sequence: its KV cache, how many tokens it has seen, and how many steps have begun with."""
 
     name: str
     cache: Any
     positions: torch.Tensor  # [1, max_tokens] int64
     max_tokens: int
     kv_bytes: int
-    lock: threading.Lock
     seen: int = 0
+    begun: int = 0
+    newest: Passage = field(default_factory=passed)
 
     def require(self, count: int) -> None:
         """Raise `ContextFull` if `count` more tokens exceed the reservation."""
-        wanted = self.seen + count
+        wanted = self.begun + count
         if wanted > self.max_tokens:
             raise ContextFull(wanted=wanted, limit=self.max_tokens, what="the session's reservation")
+
+    def begin(self, count: int, mine: Passage, rest: Rest) -> Between:
+        """Let a step of `count` tokens in behind the newest; whoever asks holds the segment's lock. Modifies."""
+        between = Between(self.begun, self.newest, mine, rest)
+        self.begun += count
+        self.newest = mine
+        return between
 
 
 class Segment:
@@ -139,7 +149,6 @@ class Segment:
             positions=torch.arange(max_tokens, device=self.trunk.device)[None],
             max_tokens=max_tokens,
             kv_bytes=needed,
-            lock=threading.Lock(),
         )
         with self._lock:
             if session_id in self._sessions:
@@ -166,8 +175,12 @@ class Segment:
         caller: ExpertCaller | None = None,
         combine: Combine = "partial",
         keep: Keep = "last",
+        rest: Rest = nullcontext,
     ) -> torch.Tensor:
         """Run the next tokens of a session through the layers. Modifies the session, even if it raises half-way.
+
+        Steps of one session follow in the order in which they ask. One of several tokens may ask while the one before
+        it still runs, from another thread: it follows layer by layer, and returns after it.
 
         Parameters
         ----------
@@ -177,6 +190,8 @@ class Segment:
             The port for experts held elsewhere; used by this thread only, during this call.
         keep
             Whether logits of the last token only, of all tokens, or (before the end of a prompt) none are computed.
+        rest
+            Entered while this step waits for the one before it.
 
         Returns
         -------
@@ -190,23 +205,45 @@ class Segment:
         CallFailed, ExpertUnavailable
             An expert could not be computed. The session cannot go on: close it.
         """
-        session = self._session(session_id)
-        with session.lock:
+        session, mine = self._session(session_id), Passage()
+        with self._lock:
             session.require(len(inputs))
-            positions = session.positions[:, session.seen : session.seen + len(inputs)]
-            is_decode = len(inputs) == 1
-            run = self._decode if is_decode and self._needs_no_mask else self._prefill
-            is_exact = self.importance is None or not is_decode or combine == "ordered"
-            dispatcher = self._begin(caller, combine)
-            try:
-                if is_exact:
-                    hidden = self._forward(dispatcher, lambda: run(inputs[None], positions, session.cache), keep)
-                else:
-                    hidden = self._within(dispatcher, lambda caches: run(inputs[None], positions, *caches), [session])
-            finally:
-                self.board.end(dispatcher.routing)
+            between = session.begin(len(inputs), mine, rest)
+        has_failed = True
+        try:
+            hidden = self._run(session, inputs, between, caller=caller, combine=combine, keep=keep)
+            between.before.await_end(rest)
             session.seen += len(inputs)
+            has_failed = False
             return hidden[0]
+        finally:
+            mine.end(failed=has_failed)
+
+    def _run(
+        self,
+        session: _Session,
+        inputs: torch.Tensor,
+        between: Between,
+        *,
+        caller: ExpertCaller | None,
+        combine: Combine,
+        keep: Keep,
+    ) -> torch.Tensor:
+        """Run a step that was let in: [1, T, D] or logits."""
+        positions = session.positions[:, between.start : between.start + len(inputs)]
+        is_decode = len(inputs) == 1
+        if is_decode:
+            between.before.await_end(between.rest)
+        run = self._decode if is_decode and self._needs_no_mask else self._prefill
+        is_exact = self.importance is None or not is_decode or combine == "ordered"
+        dispatcher = self._begin(caller, combine)
+        try:
+            if not is_exact:
+                return self._within(dispatcher, lambda caches: run(inputs[None], positions, *caches), [session])
+            cache = session.cache if is_decode else step_cache(session.cache, between)
+            return self._forward(dispatcher, lambda: run(inputs[None], positions, cache), keep)
+        finally:
+            self.board.end(dispatcher.routing)
 
     def step_batch(
         self, session_ids: Sequence[str], inputs: torch.Tensor, *, caller: ExpertCaller | None = None
@@ -238,19 +275,30 @@ class Segment:
         if len(set(session_ids)) != len(session_ids) or len(session_ids) != len(inputs) or not session_ids:
             raise InvalidInput("a batch needs one input for each of its sessions, and each session once")
         sessions = [self._session(name) for name in session_ids]
-        with ExitStack() as locked:
-            for session in sorted(sessions, key=lambda each: each.name):
-                locked.enter_context(session.lock)
+        mine, has_failed = Passage(), True
+        with self._lock:
             for session in sessions:
                 session.require(1)
-            dispatcher = self._begin(caller, "partial")
-            try:
-                hidden = self._within(dispatcher, lambda caches: self._decode_batch(inputs, sessions, caches), sessions)
-            finally:
-                self.board.end(dispatcher.routing)
+            before = [session.begin(1, mine, nullcontext).before for session in sessions]
+        try:
+            for passage in before:
+                passage.await_end(nullcontext)
+            hidden = self._run_batch(sessions, inputs, caller)
             for session in sessions:
                 session.seen += 1
+            has_failed = False
             return hidden[:, 0]
+        finally:
+            mine.end(failed=has_failed)
+
+    def _run_batch(
+        self, sessions: Sequence[_Session], inputs: torch.Tensor, caller: ExpertCaller | None
+    ) -> torch.Tensor:
+        dispatcher = self._begin(caller, "partial")
+        try:
+            return self._within(dispatcher, lambda caches: self._decode_batch(inputs, sessions, caches), sessions)
+        finally:
+            self.board.end(dispatcher.routing)
 
     def _session(self, session_id: str) -> _Session:
         session = self._sessions.get(session_id)

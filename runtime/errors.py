@@ -138,3 +138,10 @@ class UnknownSession(RuntimeFault):
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
         super().__init__(f"there is no open session {session_id!r}; open it first")
+
+
+class StepAbandoned(RuntimeFault):
+    """A step that was to follow one that failed."""
+
+    def __init__(self) -> None:
+        super().__init__("an earlier step of this session failed; close it and open it again")
