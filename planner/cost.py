@@ -1,7 +1,9 @@
 """Seconds that calling an expert elsewhere adds to a token, and the links such a call crosses.
 
 Decides the path between any two nodes and the cost ``c[n, p]`` of FORMULATION's table, from declared links and
-measured compute. Must not know demand nor placements.
+measured compute and software. A token that waits for another node leaves its own idle, so both ends of a call begin
+after idling, and so does the node where a hop ends; where many sessions keep nodes busy this is too much. Must not know
+demand nor placements.
 """
 
 from dataclasses import dataclass
@@ -112,14 +114,45 @@ def call_seconds(topology: Topology, model: ModelSpec, paths: Paths) -> Floats:
     """Seconds that a call of an expert adds to a token, float64 ``[N, N, 3]`` by caller, holder and holder's tier.
 
     Own device 0; own slower tier what it takes longer than the device; elsewhere the round trip, the bytes over the
-    narrowest link, and the evaluation there.
+    narrowest link, software and waking, and the evaluation there.
     """
     service = service_seconds(topology, model)
-    network = 2 * paths.latency_s + call_bytes(model) / paths.bandwidth
+    network = call_fixed_seconds(topology, paths) + call_bytes(model) / paths.bandwidth
     cost = network[:, :, None] + service[None, :, :]
     own = np.arange(len(topology.nodes))
     cost[own, own] = np.maximum(service - service[:, :1], 0.0)
     return cost
+
+
+def call_fixed_seconds(topology: Topology, paths: Paths) -> Floats:
+    """Seconds of a call whatever its bytes: round trip, software, both ends waking; 0 to oneself. float64 ``[N, N]``."""
+    wake = wake_seconds(topology)
+    software = call_software_seconds(topology)[None, :] + wake[None, :] + wake[:, None]
+    return _elsewhere(2 * paths.latency_s + software)
+
+
+def hop_fixed_seconds(topology: Topology, paths: Paths) -> Floats:
+    """Seconds of a hop whatever its bytes: one way, software, waking there; 0 to oneself. float64 ``[N, N]``."""
+    return _elsewhere(paths.latency_s + (hop_software_seconds(topology) + wake_seconds(topology))[None, :])
+
+
+def _elsewhere(seconds: Floats) -> Floats:
+    return np.where(np.eye(len(seconds), dtype=bool), 0.0, seconds)
+
+
+def call_software_seconds(topology: Topology) -> Floats:
+    """Seconds of software of a call, by the node that is called, float64 ``[N]``."""
+    return np.array([node.compute.call_overhead_us for node in topology.nodes]) * 1e-6
+
+
+def hop_software_seconds(topology: Topology) -> Floats:
+    """Seconds of software of a hop, by the node where it ends, float64 ``[N]``."""
+    return np.array([node.compute.hop_us for node in topology.nodes]) * 1e-6
+
+
+def wake_seconds(topology: Topology) -> Floats:
+    """Seconds that a step takes longer where the node idled before, float64 ``[N]``."""
+    return np.array([node.compute.wake_us for node in topology.nodes]) * 1e-6
 
 
 def hop_bytes(model: ModelSpec) -> int:
@@ -127,9 +160,9 @@ def hop_bytes(model: ModelSpec) -> int:
     return model.hidden_size * model.itemsize
 
 
-def hop_seconds(model: ModelSpec, paths: Paths) -> Floats:
-    """Seconds that a token's hidden state takes from node to node, one way; 0 to oneself. float64 ``[N, N]``."""
-    return np.asarray(paths.latency_s + hop_bytes(model) / paths.bandwidth)
+def hop_seconds(topology: Topology, model: ModelSpec, paths: Paths) -> Floats:
+    """Seconds until a token goes on at another node, float64 ``[N, N]``; 0 to oneself."""
+    return np.asarray(hop_fixed_seconds(topology, paths) + hop_bytes(model) / paths.bandwidth)
 
 
 def trunk_seconds(topology: Topology) -> Floats:

@@ -12,7 +12,8 @@ remote-calls
     ``sum d`` over calls served elsewhere, DanceMoE's proxy.
 
 Solvers minimise these for a given trunk. What a plan costs is more: the seconds of compute and hops of every token's
-path, which the trunk alone decides, are added by `plan_cost` and counted in what a `Judgement` predicts.
+path, which the trunk alone decides, and of its part of a prompt (`prompts`), are added by `plan_cost` and counted in
+what a `Judgement` predicts.
 
 Must not know any solver. A placement is bool ``[P, L, E]``.
 """
@@ -22,6 +23,7 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
+from planner.prefill import prompt_path_seconds, prompt_rest_seconds
 from planner.problem import Bools, Events, Floats, Ints, Problem
 
 ObjectiveName = Literal["latency", "additive-latency", "remote-calls"]
@@ -91,10 +93,28 @@ def placement_cost(problem: Problem, routing: Routing, objective: ObjectiveName)
 
 
 def path_seconds(problem: Problem) -> Floats:
-    """Seconds that a token of each ingress computes and hops on its path, float64 ``[I]``, by trunk and links alone."""
+    """Seconds that a token of each ingress computes and hops on its path, float64 ``[I]``, by trunk and links alone.
+
+    Its part of what a prompt's path takes is counted, too.
+    """
     layers, trunk = np.arange(problem.layers), problem.trunk_node
     hops = problem.hop_s[trunk, np.roll(trunk, -1, axis=1)]
-    return np.asarray((problem.compute_s[trunk, layers] + hops).sum(axis=1))
+    seconds = (problem.compute_s[trunk, layers] + hops).sum(axis=1)
+    return np.asarray(seconds + _per_token(problem, prompt_path_seconds(problem)))
+
+
+def prompt_part_seconds(problem: Problem, routing: Routing) -> Floats:
+    """Seconds of a prompt beside those of its path that count for a token of each ingress, float64 ``[I]``."""
+    return _per_token(problem, prompt_rest_seconds(problem, routing.holder, routing.share))
+
+
+def _per_token(problem: Problem, prompt_s: Floats) -> Floats:
+    return prompt_s if problem.prompts is None else np.asarray(prompt_s / problem.prompts.answer_tokens)
+
+
+def prompt_seconds(problem: Problem, routing: Routing) -> Floats:
+    """Seconds until the first token of an answer, float64 ``[I]``; 0 where an ingress has no prompts."""
+    return prompt_path_seconds(problem) + prompt_rest_seconds(problem, routing.holder, routing.share)
 
 
 def path_cost(problem: Problem, objective: ObjectiveName) -> float:
@@ -103,8 +123,11 @@ def path_cost(problem: Problem, objective: ObjectiveName) -> float:
 
 
 def plan_cost(problem: Problem, routing: Routing, objective: ObjectiveName) -> float:
-    """Objective value of a plan: that of its placement, and compute and hops of its paths."""
-    return placement_cost(problem, routing, objective) + path_cost(problem, objective)
+    """Objective value of a plan: that of its placement, compute and hops of its paths, and its prompts."""
+    cost = placement_cost(problem, routing, objective) + path_cost(problem, objective)
+    if problem.prompts is None or objective == "remote-calls":
+        return cost
+    return cost + float(problem.tokens_per_s @ prompt_part_seconds(problem, routing))
 
 
 def _mean_waits(problem: Problem, routing: Routing) -> Floats:
@@ -183,12 +206,13 @@ class Judgement:
 
     Attributes
     ----------
-    remote_calls, any_remote, wait_s, latency_s, bytes_per_token
+    remote_calls, any_remote, wait_s, prompt_s, latency_s, bytes_per_token
         By ingress, float64 ``[I]``: share of calls served elsewhere; share of (token, layer) events with at least one
-        call elsewhere; seconds a token waits, each layer for the slowest of its calls; these and the compute and hops
-        of its path; bytes over the network, those of hops too.
+        call elsewhere; seconds a token waits, each layer for the slowest of its calls; seconds until the first token, 0
+        without prompts; waits, the compute and hops of a token's path, and its part of the prompt; bytes over the
+        network, those of hops too.
     remote_call_share, predicted_latency_s, mean_bytes_per_token
-        Means over all tokens that enter; the latency is waits, compute and hops.
+        Means over all tokens that enter; the latency is waits, compute, hops and prompts.
     any_remote_share
         Mean over ingresses.
     """
@@ -196,6 +220,7 @@ class Judgement:
     remote_calls: Floats
     any_remote: Floats
     wait_s: Floats
+    prompt_s: Floats
     latency_s: Floats
     bytes_per_token: Floats
     remote_call_share: float
@@ -218,11 +243,13 @@ def judge(problem: Problem, routing: Routing) -> Judgement:
     calls_, any_remote, waits, messages = np.array(rows).T
     weights = problem.tokens_per_s / problem.tokens_per_s.sum()
     num_hops = (problem.trunk_node != np.roll(problem.trunk_node, -1, axis=1)).sum(axis=1)
-    sent, latency = messages * problem.call_bytes + num_hops * problem.hop_bytes, waits + path_seconds(problem)
+    sent = messages * problem.call_bytes + num_hops * problem.hop_bytes
+    latency = waits + path_seconds(problem) + prompt_part_seconds(problem, routing)
     return Judgement(
         remote_calls=calls_,
         any_remote=any_remote,
         wait_s=waits,
+        prompt_s=prompt_seconds(problem, routing),
         latency_s=latency,
         bytes_per_token=sent,
         remote_call_share=float(weights @ calls_),

@@ -25,6 +25,7 @@ from planner.cost import (
     trunk_seconds,
 )
 from planner.demand import activation_share
+from planner.prompts import Prompts, find_prompts
 from schemas.model import ModelSpec
 from schemas.topology import TIERS, Tier, Topology
 
@@ -86,6 +87,8 @@ class Problem:
         Bytes of one such hop.
     moves
         Whether the trunk may run elsewhere than `trunk_node` says; else solvers leave it there.
+    prompts
+        Prompts that count, and what they cost; None where none do.
     balance
         Seconds that `additive-latency` is charged per second of load of the heaviest node of each layer.
     """
@@ -127,6 +130,7 @@ class Problem:
     hop_bytes: int
     moves: bool = False
     balance: float = 0.0
+    prompts: Prompts | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -304,11 +308,12 @@ def build_problem(
         trunk_bytes=budget.trunk_bytes,
         kv_bytes=budget.kv_bytes,
         room=room,
-        hop_s=hop_seconds(model, paths),
+        hop_s=hop_seconds(topology, model, paths),
         trunk_s=trunk_seconds(topology),
         chosen_s=chosen_seconds(topology, model),
         hop_bytes=hop_bytes(model),
         moves=moves,
+        prompts=find_prompts(topology, model, paths),
     )
     return problem.with_trunk(trunk) if moves else problem
 

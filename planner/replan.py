@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from planner.objective import Routing, path_seconds
+from planner.objective import Routing, path_seconds, prompt_part_seconds
 from planner.problem import Bools, Events, Floats, Ints, Problem
 from planner.statistics import Detector, Sensitivity, count_events, detector_of
 
@@ -106,10 +106,10 @@ def token_waits(problem: Problem, routing: Routing, events: Sequence[Events]) ->
 
 
 def _token_seconds(problem: Problem, arranged: Arrangement, batches: Sequence[Sequence[Events]]) -> Floats:
-    """Seconds of a token, waits and the compute and hops of its path, by batch and ingress, float64 ``[B, I]``."""
+    """Seconds of a token, waits, its path and its part of a prompt, by batch and ingress, float64 ``[B, I]``."""
     there = arranged.problem(problem)
     waits = [[part.mean() for part in token_waits(there, arranged.routing, batch)] for batch in batches]
-    return np.asarray(np.array(waits) + path_seconds(there))
+    return np.asarray(np.array(waits) + path_seconds(there) + prompt_part_seconds(there, arranged.routing))
 
 
 def saving(

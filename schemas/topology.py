@@ -33,8 +33,18 @@ class Memory(FrozenModel):
 class Compute(FrozenModel):
     """How long one expert takes for one token from the device and from host memory, in µs, and the disk's rate.
 
-    `trunk_layer_us` is one layer without its experts for one token; `call_overhead_us` what a call to an expert of
-    this node takes in software, beside link and evaluation. Both matter to simulation only.
+    Attributes
+    ----------
+    trunk_layer_us
+        One layer without its experts for one token.
+    call_overhead_us, hop_overhead_us
+        What a call to an expert of this node takes in software, and what a token takes that goes on here, beside link
+        and compute. A hop is one message, a call is two: where only the call was measured, a hop takes half of it.
+    wake_us
+        What a step takes longer that begins after this node idled: clocks and caches are cold.
+    prompt_layer_us, prompt_expert_us
+        As `trunk_layer_us` and `expert_us`, for one token of a prompt, which is computed in chunks of many; like a
+        token of an answer where they were not measured.
     """
 
     expert_us: Annotated[float, Field(gt=0, le=1e9)] = 50.0
@@ -42,18 +52,33 @@ class Compute(FrozenModel):
     disk_bandwidth: Bandwidth = 500e6
     trunk_layer_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     call_overhead_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    hop_overhead_us: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    wake_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    prompt_layer_us: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    prompt_expert_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
 
     @property
     def host_us(self) -> float:
         """µs per expert and token from host memory; twice the device's where it was not measured."""
         return 2 * self.expert_us if self.host_expert_us is None else self.host_expert_us
 
+    @property
+    def hop_us(self) -> float:
+        """µs of software of a hop that ends here."""
+        return self.call_overhead_us / 2 if self.hop_overhead_us is None else self.hop_overhead_us
+
 
 class Ingress(FrozenModel):
-    """Tokens of `workload` that enter the cluster at a node."""
+    """Tokens of `workload` that enter the cluster at a node.
+
+    `tokens_per_s` counts tokens of answers. A prompt of `prompt_tokens` comes before each `answer_tokens` of them, and
+    its time is shared out over these; 0: prompts do not count.
+    """
 
     workload: str
     tokens_per_s: Annotated[float, Field(ge=0, le=1e9)]
+    prompt_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    answer_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 32
 
 
 class Node(FrozenModel):
