@@ -35,10 +35,10 @@ from agent.layers import Layers
 from agent.peers import Patience, PeerCaller
 from agent.plane import SessionPlane
 from agent.preparing import Preparation
-from agent.quality import load_importance
+from agent.quality import QualityBudget
 from agent.reporting import Identity, Reporter
 from agent.ring import Way
-from agent.routes import EpochRoutes, epoch_routes
+from agent.routes import EpochRoutes, at_hand, epoch_routes
 from agent.serving import ExpertServer, Fence, Work
 from agent.sessions import Sender
 from agent.settings import Settings
@@ -47,6 +47,7 @@ from agent.transport import Context, bind, make_socket
 from runtime.counters import Counters
 from runtime.engine import Segment
 from runtime.errors import InvalidStore, RuntimeFault
+from runtime.importance import Importance
 from runtime.loading import Trunk
 from runtime.models import open_model
 from runtime.routing import EpochBoard, Routing
@@ -55,6 +56,7 @@ from runtime.store import Store
 from schemas import messages as msg
 from schemas.address import Address
 from schemas.model import ModelSpec
+from schemas.paths import layers_run
 from schemas.topology import TIERS
 from schemas.wire import Limits
 
@@ -66,7 +68,7 @@ SWITCH_INTERVAL_S: Final = 0.0005  # how long a computing thread may keep anothe
 HELLO_S: Final = 1.0
 CLOSE_S: Final = 1.0  # what a preparation may take to notice that it is stopped
 _POLL_MS: Final = 50
-_MOST_WORKERS: Final = 8  # so many sessions' steps may wait for experts elsewhere while another one runs
+_MOST_WORKERS: Final = 12  # so many steps may wait for experts elsewhere, or for the piece of the prompt before them
 
 
 class Node:
@@ -110,7 +112,8 @@ class Node:
         self._allowance = Allowance(self._residency, budget, settings.device_budget)
         self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
         self._counters = Counters(self._spec.layers, self._spec.experts)
-        self._importance = load_importance(settings, self._spec)
+        self._quality = QualityBudget(settings, self._spec)
+        self._quality.require()
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
         self._board = EpochBoard(nothing)
         self._routes = EpochRoutes(nothing, {}, frozenset())
@@ -134,7 +137,7 @@ class Node:
             work=self._work,
             board=self._board,
             traffic=self._plane.traffic,
-            importance=self._importance,
+            quality=self._quality,
         )
 
     def _bind(self, opened: ExitStack) -> msg.Endpoints:
@@ -181,7 +184,7 @@ class Node:
                 stopped=self._stopped,
             ),
         ]
-        self._workers = self._plane.workers(min(_MOST_WORKERS, settings.context.sessions + 1))
+        self._workers = self._plane.workers(min(_MOST_WORKERS, 2 * settings.context.sessions + 1))
         return endpoints
 
     def _make_generator(self) -> Generator:
@@ -216,9 +219,7 @@ class Node:
         return msg.BudgetChanged(device=device, experts=experts, used=used)
 
     def _make_segment(self, trunk: Trunk) -> Segment:
-        return Segment(
-            trunk, self._residency, self._board, counters=self._counters, kv_budget=0, importance=self._importance
-        )
+        return Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=0)
 
     def run(self) -> None:
         """Serve until stopped; then say goodbye."""
@@ -385,9 +386,15 @@ class Node:
         shape = {"layers": self._spec.layers, "experts": self._spec.experts}
         self._routes = epoch_routes(assignment, self._settings.node, **shape)
         self._board.install(self._routes.routing)
-        if self._importance is not None:
-            self._importance.restart()
+        self._layers.spend(self._spending(assignment))
         self._layers.activate(assignment)
+
+    def _spending(self, assignment: msg.Assignment) -> Importance | None:
+        """Return what decode steps may give up under an assignment."""
+        runs = layers_run(self._settings.node, self._machine.budget.paths(assignment))
+        layers = [layer for layer, decoder in enumerate(self._spec.moe_layer_indices) if decoder in runs]
+        here = at_hand(assignment, self._routes.routing, layers)
+        return self._quality.activate(assignment.quality_budget, here).importance
 
     def _release(self) -> None:
         self._layers.release(self._machine.assignments, self._machine.state.active)

@@ -2,6 +2,7 @@
 
 Whoever has the turn receives all that is there, runs a step or a batch of them, and sends the result on, with no
 hand-over in between; while it waits for experts of other nodes it gives the turn up, if there is something else to do.
+One thread only listens: it has the turn while all others wait, so that the node answers even then.
 Decides nothing that `sessions` (what is taken, what runs next) or `turns` (who does it) do not. Must not know plans,
 prompts or layers.
 
@@ -96,8 +97,9 @@ class SessionPlane:
         self._segments = Segments(me, layers=layers, outside=_Outside(self._links))
 
     def workers(self, count: int) -> list[threading.Thread]:
-        """Return the threads that do the work, not yet started."""
-        return [threading.Thread(target=self._work, name=f"segments-{n}", daemon=True) for n in range(count)]
+        """Return `count` threads that do the work and one that listens, not yet started."""
+        workers = [threading.Thread(target=self._work, name=f"segments-{n}", daemon=True) for n in range(count)]
+        return [*workers, threading.Thread(target=self._listen, name="segments-listener", daemon=True)]
 
     def close(self) -> None:
         """Say what is left to say and close every socket; all workers must have ended."""
@@ -165,6 +167,16 @@ class SessionPlane:
         finally:
             port.close()
 
+    def _listen(self) -> None:
+        """Receive while all workers wait, until stopped."""
+        while not self._stopped():
+            if self._turn.listen_when_free(_IDLE_MS / 1000):
+                try:
+                    while not (self._stopped() or self._turn.is_better_placed):
+                        self._receive(may_run=False)
+                finally:
+                    self._turn.give()
+
     def _lead(self, port: Port) -> None:
         while not self._stopped() and not self._turn.is_wanted:
             self._receive()
@@ -174,10 +186,10 @@ class SessionPlane:
     def _has_other_work(self) -> bool:
         return self._segments.registry.has_others or bool(self._orders)
 
-    def _receive(self) -> None:
+    def _receive(self, *, may_run: bool = True) -> None:
         """Take in all that is there; wait for something if there is nothing to do."""
         self._is_asleep = True  # from here on, whoever wants something rings
-        waits = not (self._segments.registry.has_work or self._orders or self._turn.is_wanted)
+        waits = not (may_run and self._segments.registry.has_work) and not (self._orders or self._turn.is_wanted)
         timeout = (_RETRY_MS if self._links.has_waiting else _IDLE_MS) if waits else 0
         ready = dict(self._poller.poll(timeout))
         self._is_asleep = False

@@ -227,7 +227,11 @@ class Segments:
         self.registry.take(sender, header, payload, time.monotonic())
 
     def run(self, batch: Batch, port: Port) -> None:
-        """Run a batch and send on what comes out; the turn may be given up and taken back meanwhile."""
+        """Run a batch and send on what comes out; the turn may be given up and taken back meanwhile.
+
+        Pieces of one prompt go on in their order: a step returns after the one before it, and whoever ran that one has
+        kept the turn until its outcome was sent.
+        """
         entries = batch.entries
         segment = self._open[entries[0].name]
         port.begin_step(lambda: all(entry.is_closed for entry in entries))
@@ -341,4 +345,5 @@ def _compute(segment: Segment, batch: Batch, port: Port) -> torch.Tensor:
     entry, step = entries[0], steps[0]
     is_sampled = step.position + step.count >= entry.opened.prompt_tokens
     keep: Keep = "last" if is_sampled else "none"
-    return segment.step(entry.name, step.payload.to(device), caller=port, combine=entry.opened.combine, keep=keep)
+    inputs, combine = step.payload.to(device), entry.opened.combine
+    return segment.step(entry.name, inputs, caller=port, combine=combine, keep=keep, rest=port.rest)

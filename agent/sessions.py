@@ -20,6 +20,7 @@ from schemas.sessions import OpenSession, SessionCode, StepHeader
 LEASE_S: Final = 5.0
 MAX_BATCH: Final = 16
 MAX_ENTRIES: Final = 4096
+MAX_PIECES: Final = 3  # of one prompt that run at the same time, each behind the one before
 
 Range = tuple[int, int]
 """First and last decoder layer, both included."""
@@ -63,6 +64,8 @@ class Entry:
         Tokens whose steps have come, and that were run.
     in_line
         Steps that have come and were not begun.
+    running
+        Steps that were begun and have not ended: one, or pieces of a prompt.
     """
 
     opened: OpenSession
@@ -72,7 +75,7 @@ class Entry:
     arrived: int = 0
     done: int = 0
     in_line: deque[Step] = field(default_factory=deque)
-    is_running: bool = False
+    running: int = 0
     is_closed: bool = False
 
     @property
@@ -113,7 +116,20 @@ class Entry:
     @property
     def is_busy(self) -> bool:
         """Whether a step is under way or in line."""
-        return self.is_running or bool(self.in_line)
+        return bool(self.running or self.in_line)
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether its next step can begin: alone, or as a piece of a prompt behind others."""
+        if not self.in_line or self.is_closed:
+            return False
+        step = self.in_line[0]
+        return not self.running or (self.running < MAX_PIECES and step.count > 1 and self.is_prefill(step))
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing can happen in it before the one step that is running has ended."""
+        return self.running == 1 and not self.in_line and self.arrived >= self.opened.prompt_tokens
 
     def sender_of(self, header: StepHeader) -> str | None:
         """Return which node may send such a step; None where nobody may."""
@@ -170,8 +186,8 @@ class Registry:
 
     @property
     def has_others(self) -> bool:
-        """Whether sessions are open beside those whose steps are running."""
-        return any(not entry.is_running for entry in self._entries.values())
+        """Whether anything may come or be done before the steps that are running have ended."""
+        return any(not entry.is_alone for entry in self._entries.values())
 
     def snapshot(self) -> list[Entry]:
         """Return all entries; any thread may ask."""
@@ -250,7 +266,10 @@ class Registry:
             raise Objection("refused", f"{header.count} tokens at {header.position}, where one is generated at a time")
         entry.arrived += header.count
         entry.in_line.extend(self._steps(entry, header, payload))
-        if not entry.is_running and entry not in self._line:
+        self._line_up(entry)
+
+    def _line_up(self, entry: Entry) -> None:
+        if entry.may_begin and entry not in self._line:
             self._line.append(entry)
 
     def _steps(self, entry: Entry, header: StepHeader, payload: Any) -> Iterator[Step]:
@@ -306,10 +325,12 @@ class Registry:
             first = next(entry for entry in self._line if not entry.is_prefill(entry.in_line[0]))
             chosen = self._together(first)
         self._was_prefill = bool(prefills) and chosen[0] is prefills[0]
+        batch = Batch(tuple(chosen), tuple(entry.in_line.popleft() for entry in chosen))
         for entry in chosen:
             self._line.remove(entry)
-            entry.is_running = True
-        return Batch(tuple(chosen), tuple(entry.in_line.popleft() for entry in chosen))
+            entry.running += 1
+            self._line_up(entry)
+        return batch
 
     def _together(self, first: Entry) -> list[Entry]:
         """Return the entries whose next tokens run with that of `first`; ordered sums are never batched."""
@@ -327,9 +348,8 @@ class Registry:
     def ran(self, entry: Entry, step: Step) -> None:
         """Note that a step has ended. Modifies."""
         entry.done = step.position + step.count
-        entry.is_running = False
-        if entry.in_line and not entry.is_closed:
-            self._line.append(entry)
+        entry.running -= 1
+        self._line_up(entry)
 
     def _owned(self, sender: Sender, session: str) -> list[Entry]:
         entries = self.at(session)

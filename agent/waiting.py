@@ -1,10 +1,12 @@
-"""Waiting for experts of other nodes without keeping other sessions waiting: the port of a worker's steps.
+"""Waiting for experts of other nodes without keeping others waiting: the port of a worker's steps.
 
-Decides when the turn is given up while an answer is awaited: at once where other sessions could use it, and otherwise
-only when the answer is late, since a lone session should not pay for a change of threads. Must not know calls.
+Decides when the turn is given up while an answer is awaited: at once where other sessions could use it, or another
+piece of the same prompt, and otherwise only when the answer is late, since a lone session should not pay for a change
+of threads. Must not know calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -52,9 +54,21 @@ class Port:
         try:
             return pending.result()
         finally:
-            if not self._has_turn:
-                self._turn.take()
-                self._has_turn = True
+            self._retake()
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Let others have the turn while a step waits for the one before it."""
+        self._give()
+        try:
+            yield
+        finally:
+            self._retake()
+
+    def _retake(self) -> None:
+        if not self._has_turn:
+            self._turn.take()
+            self._has_turn = True
 
     def _give(self) -> None:
         if self._has_turn:

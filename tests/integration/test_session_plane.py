@@ -29,6 +29,7 @@ from runtime.slots import Residency
 from runtime.store import Store
 from schemas import messages as msg
 from schemas.address import Address
+from schemas.placement import Route
 from schemas.plan import TrunkPath
 from schemas.sessions import CloseSession, OpenSession, SessionAlive, StepHeader, encode_session, pack_step
 from schemas.wire import Limits
@@ -346,6 +347,28 @@ def test_a_session_whose_ingress_is_gone_is_freed(world: World, monkeypatch: pyt
     assert world.kv_used()
     peer.stop()
     world.require_clean()
+
+
+def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path) -> None:
+    """As many prompts as there are threads that compute; the node can do nothing else, but it listens."""
+    path = ring("a", "b:0-3")
+    with made(store) as world:
+        routes = [Route(ingress="b", layer=n // 16, expert=n % 16, holder="dead") for n in range(64)]
+        world.board.install(Routing.build(2, layers=4, experts=16, local=[], routes=routes))
+        peer = Stranger(world, "a")
+        names = [f"{number:032x}" for number in range(1, 4)]
+        for name in names:
+            assert peer.ask(opening(name, path=path))["type"] == "opened"
+            peer.tell(pack_step(StepHeader(name, 0, 0, 3, "ids")), bytes(12))
+        time.sleep(0.5)  # all wait by now
+        began = time.monotonic()
+        for name in names:
+            assert peer.ask(SessionAlive(session=name))["is_busy"]
+        assert time.monotonic() - began < 1.0
+        for name in names:
+            peer.tell(CloseSession(session=name))
+        peer.stop(wait_s=0.2)
+        world.require_clean()
 
 
 class Stranger:

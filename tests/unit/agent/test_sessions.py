@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from agent.sessions import LEASE_S, MAX_BATCH, Objection, Registry, Sender
+from agent.sessions import LEASE_S, MAX_BATCH, MAX_PIECES, Objection, Registry, Sender
 from schemas.plan import Segment, TrunkPath
 from schemas.sessions import OpenSession, StepHeader
 
@@ -173,6 +173,35 @@ def test_ordered_sums_and_other_layers_are_not_batched():
     for header in (token(1, 1), token(1, 2), hidden(1, 1, number=3)):
         take(there, C, header)
     assert [run(there) for _ in range(4)] == [[(1, 1, 1)], [(2, 1, 1)], [(3, 1, 1)], []]
+
+
+def test_pieces_of_a_prompt_run_behind_each_other_and_tokens_after_the_one_before():
+    there = opened("c", prompt=20)
+    take(there, B, hidden(0, 6))
+    first = there.next_batch()
+    assert there.has_others  # more of the prompt is to come
+    take(there, B, hidden(6, 13))
+    second = there.next_batch()
+    assert [batch.steps[0].position for batch in (first, second)] == [0, 6]
+    take(there, B, hidden(19, 1))
+    assert there.next_batch() is None  # one token: it would wait for all of the others anyway
+    for batch in (first, second):
+        there.ran(batch.entries[0], batch.steps[0])
+    assert run(there) == [(1, 19, 1)]
+    take(there, B, hidden(20, 1))
+    last = there.next_batch()
+    assert (last.steps[0].position, there.has_others, there.has_work) == (20, False, False)
+
+
+def test_only_so_many_pieces_run_at_the_same_time():
+    there = opened("b", prompt=64 * (MAX_PIECES + 2), most=900)
+    take(there, A, ids(64 * (MAX_PIECES + 2)))
+    batches = [there.next_batch() for _ in range(MAX_PIECES)]
+    assert [batch.steps[0].position for batch in batches] == [64 * n for n in range(MAX_PIECES)]
+    assert (there.next_batch(), there.has_work) == (None, False)
+    there.ran(batches[0].entries[0], batches[0].steps[0])
+    assert there.next_batch().steps[0].position == 64 * MAX_PIECES
+    assert there.alive(A, opening().session, 1.0) == (64, True)
 
 
 def test_a_session_that_nobody_asks_for_is_freed_and_one_that_is_alive_is_not():

@@ -37,6 +37,21 @@ def test_those_who_ask_come_before_the_idle_and_wake_whoever_has_it():
     assert turn.take_when_free(0)
 
 
+def test_a_listener_has_the_turn_while_nobody_else_would():
+    turn = Turn(lambda: None)
+    assert turn.listen_when_free(0)
+    assert not turn.is_better_placed
+    idle = threading.Thread(target=turn.take_when_free, args=(10,))
+    idle.start()
+    while not turn.is_better_placed:
+        pass
+    turn.give()
+    idle.join(10)  # it has the turn now
+    assert not turn.listen_when_free(0.01)
+    turn.give()
+    assert turn.listen_when_free(0)
+
+
 def test_waiting_for_a_turn_that_is_not_given_ends():
     turn = Turn(lambda: None)
     turn.take()
