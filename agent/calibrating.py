@@ -11,14 +11,16 @@ import click
 
 from agent.offline import progress_bar
 from agent.replaying import Capacity
-from schemas.calibration import Calibration, Situation
+from schemas.calibration import Calibration, Situation, layer_mask
 from schemas.files import write_atomic
 from schemas.model import ModelSpec
-from schemas.plan import load_plan
+from schemas.paths import layers_run, path_nodes
+from schemas.plan import Plan, load_plan
 from schemas.units import format_share, parse_share
 
 if TYPE_CHECKING:
     from runtime.forcing import Supply
+    from runtime.policy.eviction import Bools
 
 _DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
 
@@ -47,8 +49,8 @@ class Budget(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
     "--budget", "budgets", multiple=True, type=Budget(), help="Rise of perplexity.  [default: 0.25, 0.5, 1 and 2 %]"
 )
 @click.option("--capacity", type=Capacity(), help="Experts of each layer at hand: 8, 25 %, or bytes for all layers.")
-@click.option("--plan", type=click.Path(path_type=Path), help="Instead: what this plan places at --node is at hand.")
-@click.option("--node", help="A node of --plan.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Instead: what this plan has at hand for --node.")
+@click.option("--node", help="A node of --plan that takes tokens in, or runs layers.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -116,25 +118,55 @@ def _cached(spec: ModelSpec, kind: str, number: float) -> "tuple[Supply, Situati
 
 def _placed(spec: ModelSpec, file: Path, node: str) -> "tuple[Supply, Situation]":
     """Return the situation of a node under a plan: what it must call others for is not at hand."""
-    import numpy as np
-
     from runtime.errors import InvalidInput
     from runtime.forcing import Supply
 
     plan = load_plan(file)
     if (plan.model.layers, plan.model.experts) != (spec.layers, spec.experts):
         raise InvalidInput(f"{file}: is for {plan.model.id}, of another shape than {spec.id}")
-    masks = np.zeros((spec.layers, spec.experts), dtype=bool)
+    if not layer_runners(plan, node):
+        known = ", ".join(sorted(path_nodes(plan.trunk)))
+        raise InvalidInput(f"{file}: no layer runs at node {node!r}, and no tokens enter there; name one of {known}")
+    masks = planned_at_hand(plan, node)
+    placement = tuple(layer_mask(mask.nonzero()[0].tolist()) for mask in masks)
+    situation = Situation(node=node, plan=plan.digest, placement=placement, is_whole=True)
+    return Supply(spec.layers, spec.experts, masks=masks), situation
+
+
+def planned_at_hand(plan: Plan, node: str) -> "Bools":
+    """Return what is at hand in each layer where it runs for tokens of `node`, bool [L, E].
+
+    What must be called, even though it is there too, is not at hand, nor is what is on disk alone.
+    """
+    import numpy as np
+
+    runners = layer_runners(plan, node)
+    masks = np.zeros((plan.model.layers, plan.model.experts), dtype=bool)
     for replica in plan.placement:
-        if replica.node == node and replica.tier != "disk":
+        if replica.node == runners[replica.layer] and replica.tier != "disk":
             masks[replica.layer, replica.expert] = True
     for route in plan.routes:
-        if route.ingress == node and route.holder != node:
+        if route.ingress == runners[route.layer] and route.holder != route.ingress:
             masks[route.layer, route.expert] = False
-    if not masks.any():
-        held = ", ".join(sorted({replica.node for replica in plan.placement}))
-        raise InvalidInput(f"{file}: places nothing at node {node!r}; it places experts at {held}")
-    return Supply(spec.layers, spec.experts, masks=masks), Situation(node=node, plan=plan.digest, is_whole=True)
+    return masks
+
+
+def layer_runners(plan: Plan, node: str) -> list[str]:
+    """Return where each layer with experts runs for tokens of `node`, which runs those itself that it runs for any.
+
+    Tokens are those that enter there, or else the first that pass; empty where none do.
+    """
+    paths = [path for path in plan.trunk if path.ingress == node]
+    paths += [path for path in plan.trunk if any(segment.node == node for segment in path.segments)]
+    if not paths:
+        return []
+    runners = {
+        layer: segment.node
+        for segment in paths[0].segments
+        for layer in range(segment.first_layer, segment.last_layer + 1)
+    }
+    runners |= dict.fromkeys(layers_run(node, plan.trunk), node)
+    return [runners[layer] for layer in plan.model.moe_layer_indices]
 
 
 def _pieces(model: Path, texts: tuple[Path, ...], *, tokens: int, window: int) -> Any:

@@ -19,6 +19,7 @@ from agent.segments import Offer
 from agent.sessions import Range
 from agent.settings import Settings
 from runtime.engine import Segment
+from runtime.importance import Importance
 from runtime.loading import TensorPool, Trunk, load_tokenizer, load_trunk
 from runtime.models import Model
 from runtime.trunk import PartKey, RecordSource, part_keys
@@ -63,6 +64,7 @@ class Layers:
         self._plane = plane
         self._segments: Mapping[Range, Segment] = {}  # replaced whole
         self._pool = TensorPool()
+        self._importance: Importance | None = None
         self._lock = threading.Lock()
 
     def missing_parts(self, assignments: Iterable[Assignment]) -> Collection[PartKey]:
@@ -87,8 +89,10 @@ class Layers:
                 source=RecordSource(records) if records else None,
                 pool=self._pool,
             )
+            segment = self._make_segment(trunk)
             with self._lock:
-                self._segments = {**self._segments, (first, last): self._make_segment(trunk)}
+                segment.importance = self._importance
+                self._segments = {**self._segments, (first, last): segment}
         for key, kv_bytes in wanted.items():
             self._segments[key].kv_budget = kv_bytes
         if self.ingress is None and any(assignment.ingress for assignment in assignments):
@@ -101,6 +105,13 @@ class Layers:
         why_not = f"{node} takes no tokens in under this plan; ask an ingress of the topology"
         self.way = Way(assignment.epoch, path, "" if path else why_not)
         self._offer(assignment)
+
+    def spend(self, importance: Importance | None) -> None:
+        """Let decode steps of all layers here give up what `importance` allows; nothing if None. Modifies."""
+        with self._lock:
+            self._importance = importance
+            for segment in self._segments.values():
+                segment.importance = importance
 
     def release(self, assignments: Iterable[Assignment], active: Assignment | None) -> None:
         """Give back what none of these assignments gives, but for layers of answers that only this node makes."""

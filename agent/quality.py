@@ -1,40 +1,130 @@
-"""The quality budget of one agent: the calibration file its config names, as a policy and an account.
+"""The quality budget of one agent: the plan's or its own, spent as a calibration says that fits what is at hand.
 
-Decides which of the calibration's settings is spent and refuses one of another model. Must not know sessions.
+Decides which calibration is taken (the one that the config names, or one that lies in the store or the model), whether
+it fits (same model; made for what is at hand at this node now, layer by layer), which of its settings is spent, and why
+nothing is spent otherwise. What does not fit keeps the node exact and is said. Must not know sessions.
 """
 
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+from agent.routes import AtHand
 from agent.settings import Settings
 from runtime.calibrate import policy_of
 from runtime.counters import Counts
 from runtime.importance import Importance
 from runtime.policy.quality import Allowance, Controller
-from schemas.calibration import Calibration, load_calibration
+from schemas.calibration import Calibration, layer_mask, load_calibration
 from schemas.files import Fault, InvalidFile
 from schemas.messages import QualityUse
 from schemas.model import ModelSpec
 
+log = logging.getLogger(__name__)
+
 SAMPLE_EVERY: Final = 256  # tokens between two steps that are run both ways
+_OTHER_PLACEMENT: Final = (
+    "the calibration is of another placement ({file}, plan {plan}): layers {layers} differ, so this node is exact; "
+    "run agent calibrate --plan PLAN --node NODE and apply the plan again"
+)
 
 
-def load_importance(settings: Settings, spec: ModelSpec) -> Importance | None:
-    """Return what may be given up; None for exact execution.
+@dataclass(frozen=True)
+class Spending:
+    """What a node may give up now.
 
-    Raises
-    ------
-    InvalidFile
-        The calibration is of another model, or has no setting within the budget.
+    Attributes
+    ----------
+    importance, calibration
+        Policy and account, and where they come from; None for exact execution.
+    budget
+        That was asked for.
+    standing, note
+        Why nothing is given up where there is a budget.
     """
-    quality = settings.quality
-    if not quality.budget or quality.calibration is None:
-        return None
-    path = Path(quality.calibration)
-    calibration = load_calibration(path)
-    if faults := _faults(calibration, spec, quality.budget):
-        raise InvalidFile(path, faults)
-    return importance_of(calibration, quality.budget)
+
+    importance: Importance | None = None
+    calibration: Calibration | None = None
+    budget: float = 0.0
+    standing: Literal["off", "uncalibrated", "misplaced"] = "off"
+    note: str = ""
+
+
+class QualityBudget:
+    """Finds out what an agent may spend, when it starts and whenever what is at hand changes."""
+
+    def __init__(self, settings: Settings, spec: ModelSpec) -> None:
+        self._settings = settings
+        self._spec = spec
+        self.spending = Spending()
+
+    def require(self) -> None:
+        """Raise `InvalidFile` where the config's own budget cannot be spent, whatever the plan."""
+        quality = self._settings.quality
+        file = self._file()
+        if quality.budget and file is None:
+            fault = Fault("quality.budget", "needs a calibration: name a file of agent calibrate beside it")
+            raise InvalidFile(Path(self._settings.model), [fault])
+        if file is not None and (quality.budget or quality.calibration):
+            _load(file, self._spec, quality.budget or 1.0)
+
+    def activate(self, planned: float, at_hand: AtHand) -> Spending:
+        """Begin with a plan that allows a rise of perplexity of `planned`; returns what may be spent. Modifies."""
+        own, before = self._settings.quality.budget, self.spending
+        now = self._spend(planned if own is None else own, at_hand)
+        if now.note:
+            log.warning("%s", now.note)
+        if before.importance is not None and (now.calibration, now.budget) == (before.calibration, before.budget):
+            before.importance.restart()  # the account goes on
+            now = before
+        self.spending = now
+        return now
+
+    def _spend(self, budget: float, at_hand: AtHand) -> Spending:
+        if not budget or not at_hand:
+            return Spending()
+        file = self._file()
+        if file is None:
+            note = f"no calibration for the budget of {budget:.2%}: this node is exact; run agent calibrate"
+            return Spending(budget=budget, standing="uncalibrated", note=note)
+        try:
+            calibration = _load(file, self._spec, budget)
+        except (InvalidFile, OSError) as error:
+            return Spending(budget=budget, standing="uncalibrated", note=str(error))
+        if other := sorted(_misplaced(calibration, at_hand)):
+            layers, plan = ", ".join(map(str, other)), calibration.situation.plan[:12]
+            note = _OTHER_PLACEMENT.format(file=file.name, plan=plan, layers=layers)
+            return Spending(budget=budget, standing="misplaced", note=note)
+        return Spending(importance_of(calibration, budget), calibration, budget)
+
+    def _file(self) -> Path | None:
+        """Return the calibration that is named, or else the first that is there."""
+        settings = self._settings
+        if settings.quality.calibration is not None:
+            return Path(settings.quality.calibration)
+        places = [Path(place) for place in (settings.store, settings.model) if place]
+        names = (f"calibration-{settings.node}.json", "calibration.json")
+        return next((place / name for name in names for place in places if (place / name).is_file()), None)
+
+    def use(self, counts: Counts) -> QualityUse | None:
+        """Return what has been spent, for the coordinator; None where nothing was asked for."""
+        spending = self.spending
+        if spending.importance is not None:
+            return quality_use(spending.importance, counts)
+        if not spending.budget:
+            return None
+        return QualityUse(
+            budget=spending.budget,
+            standing=spending.standing,
+            rise=0.0,
+            lost_mass=counts.lost_mass_share or 0.0,
+            spared_events=counts.spared_events,
+            events=counts.events,
+            divergence=None,
+            note=spending.note,
+        )
 
 
 def importance_of(calibration: Calibration, budget: float) -> Importance:
@@ -54,22 +144,37 @@ def importance_of(calibration: Calibration, budget: float) -> Importance:
     return Importance(policy_of(setting.shares, is_whole=is_whole), Controller(allowance), is_whole=is_whole)
 
 
-def _faults(calibration: Calibration, spec: ModelSpec, budget: float) -> list[Fault]:
+def _load(file: Path, spec: ModelSpec, budget: float) -> Calibration:
+    """Read a calibration; raises `InvalidFile` where it is of another model, or has no setting within the budget."""
+    calibration = load_calibration(file)
+    if faults := list(_faults(calibration, spec, budget)):
+        raise InvalidFile(file, faults)
+    return calibration
+
+
+def _faults(calibration: Calibration, spec: ModelSpec, budget: float) -> Iterator[Fault]:
     shape = (calibration.layers, calibration.experts, calibration.top_k)
-    faults = []
     if calibration.model != spec.id or shape != (spec.layers, spec.experts, spec.top_k):
         shown = f"{calibration.model}, {shape[0]} layers × {shape[1]} experts, top-{shape[2]}"
-        faults.append(Fault("model", f"is of {shown}; this agent runs {spec.id}: calibrate that"))
+        yield Fault("model", f"is of {shown}; this agent runs {spec.id}: calibrate that")
     if calibration.setting(budget) is None:
         least = min(each.budget for each in calibration.settings)
-        faults.append(Fault("settings", f"none is within {budget:.2%}; the least is {least:.2%}"))
-    return faults
+        yield Fault("settings", f"none is within {budget:.2%}; the least is {least:.2%}")
 
 
-def quality_use(importance: Importance | None, counts: Counts) -> QualityUse | None:
+def _misplaced(calibration: Calibration, at_hand: AtHand) -> Iterator[int]:
+    """Yield the layers of this node for which the calibration was made with other experts at hand.
+
+    One that was made with a cache, or says nothing of what was at hand, fits wherever its model does.
+    """
+    placement = calibration.situation.placement
+    for layer, experts in at_hand.items():
+        if layer < len(placement) and placement[layer] != layer_mask(experts):
+            yield layer
+
+
+def quality_use(importance: Importance, counts: Counts) -> QualityUse:
     """Return what has been spent, for the coordinator."""
-    if importance is None:
-        return None
     account = importance.controller
     return QualityUse(
         budget=account.allowance.budget,

@@ -9,12 +9,11 @@ from typing import Final
 
 from agent.holdings import Holdings
 from agent.preparing import Preparation
-from agent.quality import quality_use
+from agent.quality import QualityBudget
 from agent.segments import Traffic
 from agent.serving import Work
 from agent.settings import Settings
 from runtime.counters import Counters
-from runtime.importance import Importance
 from runtime.routing import EpochBoard
 from runtime.slots import Residency
 from schemas import messages as msg
@@ -48,7 +47,7 @@ class Reporter:
         work: Work,
         board: EpochBoard,
         traffic: Traffic,
-        importance: Importance | None = None,
+        quality: QualityBudget,
     ) -> None:
         self._identity = identity
         self._node = identity.settings.node
@@ -57,7 +56,7 @@ class Reporter:
         self._work = work
         self._board = board
         self._traffic = traffic
-        self._importance = importance
+        self._quality = quality
         self._rate = _Rate()
 
     def hello(self, cluster: str, standing: msg.Standing) -> msg.Hello:
@@ -101,7 +100,7 @@ class Reporter:
                 disk_rows=counts.tier_rows.get("disk", 0),
                 remote_rows=counts.remote_rows,
                 substituted_rows=counts.replaced_rows,
-                quality=quality_use(self._importance, counts),
+                quality=self._quality.use(counts),
                 calls=counts.remote_calls,
                 call_wait_s=counts.wait_s,
                 calls_served=ended,

@@ -3,10 +3,10 @@
 Decides nothing that the assignment does not say. Pure; must not know sockets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from runtime.routing import Routing
+from runtime.routing import LOCAL, Routing
 from schemas.messages import Assignment
 from schemas.placement import Route
 
@@ -33,6 +33,21 @@ class EpochRoutes:
     def epoch(self) -> int:
         """The epoch."""
         return self.routing.epoch
+
+
+AtHand = Mapping[int, Collection[int]]
+"""Of each layer that a node runs, the experts that it need not ask others for."""
+
+
+def at_hand(assignment: Assignment, routing: Routing, layers: Iterable[int]) -> AtHand:
+    """Return what is at hand without a wait in some layers of a node under its assignment.
+
+    What is called although it is here too, because a plan says so, is not at hand, nor is what is on disk alone.
+    """
+    held = {(r.record.layer, r.record.expert) for r in assignment.replicas if r.tier != "disk"}
+    called = (routing.tables != LOCAL).any(axis=0)
+    experts = range(called.shape[1])
+    return {layer: [each for each in experts if (layer, each) in held and not called[layer, each]] for layer in layers}
 
 
 def epoch_routes(assignment: Assignment, node: str, *, layers: int, experts: int) -> EpochRoutes:

@@ -13,8 +13,8 @@ from schemas.address import InvalidAddress, parse_address, require_loopback
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_yaml
 from schemas.model import HeldDtype
-from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId, Quality
-from schemas.units import Bytes
+from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId
+from schemas.units import Bytes, Share
 
 PortOrAny = Annotated[int, Field(ge=0, le=65535)]
 
@@ -26,6 +26,21 @@ class Ports(FrozenModel):
     weights: PortOrAny = 0
     client: PortOrAny = 0
     session: PortOrAny = 0
+
+
+class OwnQuality(FrozenModel):
+    """What substitution of experts may cost at this agent.
+
+    Attributes
+    ----------
+    budget
+        Rise of perplexity; the plan's where nothing is said, and this one's own word where something is.
+    calibration
+        A file of `agent calibrate`; by default ``calibration-NODE.json`` or ``calibration.json`` in the store or model.
+    """
+
+    budget: Share | None = None
+    calibration: str | None = None
 
 
 class Settings(FrozenModel):
@@ -46,7 +61,7 @@ class Settings(FrozenModel):
     eviction, prefetch
         Of experts that are cached in memory which the plan leaves free.
     quality
-        What substitution of experts may cost; exact by default.
+        What substitution of experts may cost; exact where neither this nor the plan gives a budget.
     threads
         Threads that torch may use in one operation.
     call_timeout_s, absence_timeout_s
@@ -67,7 +82,7 @@ class Settings(FrozenModel):
     device_budget: Bytes | None = None
     eviction: Literal["rates", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True
-    quality: Quality = Quality()
+    quality: OwnQuality = OwnQuality()
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     absence_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -102,8 +117,6 @@ def settings_faults(settings: Settings) -> Iterator[Fault]:
     memory = settings.memory
     if memory.device + memory.host + memory.disk == 0:
         yield Fault("memory", "allows nothing: device, host and disk are all 0 bytes; give at least one")
-    if settings.quality.budget > 0 and settings.quality.calibration is None:
-        yield Fault("quality.budget", "needs a calibration: name a file of agent calibrate beside it, or write 0 %")
     given = settings.ports
     ports = [port for port in (given.expert, given.weights, given.client, given.session) if port]
     if len(set(ports)) != len(ports):

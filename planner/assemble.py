@@ -70,8 +70,8 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     if current is not None and current.trunk != trunk:
         rooms = Rooms.between(problem.room, inputs.model, current.trunk, trunk)
     steps, stages, trunk_stage = migration_steps(problem, current.placement if current else (), placement, rooms)
-    quality = topology.quality if topology.quality.budget else None
-    if not stages and current is not None and (current.routes, current.quality) != (routes, quality):
+    quality = topology.quality.budget or None
+    if not stages and current is not None and (current.routes, current.quality_budget) != (routes, quality):
         steps, stages = (Step(stage=1, action="switch"),), 1
     base = 0 if current is None else current.epoch
     plan = Plan(
@@ -85,7 +85,7 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         routes=routes,
         trunk=trunk,
         trunk_stage=trunk_stage,
-        quality=quality,
+        quality_budget=quality,
         steps=steps,
         summary=summarise(solved),
     )

@@ -67,7 +67,7 @@ def load_inputs(path: Path, counters: Path | None = None) -> Inputs:
     """
     topology = load_topology(path)
     model = load_model(path, topology)
-    if faults := [*_unsupported(topology), *_pin_faults(topology, model), *_rate_faults(topology)]:
+    if faults := [*_pin_faults(topology, model), *_rate_faults(topology)]:
         raise InvalidFile(path, faults)
     workloads = dict.fromkeys(node.ingress.workload for node in topology.nodes if node.ingress)
     traces = {name: read_trace(path.parent / topology.workloads[name], model) for name in workloads}
@@ -94,11 +94,6 @@ def _load_counters(path: Path, topology: Topology, model: ModelSpec) -> Activati
         ActivationCounts,
         lambda counters: counter_faults(counters, model, cluster=topology.cluster, nodes=nodes),
     )
-
-
-def _unsupported(topology: Topology) -> Iterator[Fault]:
-    if topology.quality.budget > 0 and topology.quality.calibration is None:
-        yield Fault("quality.budget", "needs a calibration: name a file of agent calibrate beside it, or write 0 %")
 
 
 def _pin_faults(topology: Topology, model: ModelSpec) -> Iterator[Fault]:

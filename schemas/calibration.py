@@ -3,7 +3,7 @@
 Decides the file's format. Must not know how it was measured, nor who spends it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +26,10 @@ class Situation(FrozenModel):
     eviction
         Of the cache; empty where a plan said what is at hand.
     node, plan
-        The plan's digest and the node whose experts were at hand.
+        The plan's digest and the node whose tokens were run.
+    placement
+        What was at hand under that plan by layer (`layer_mask`), at the nodes that run these layers; empty where no
+        plan said.
     is_whole
         Whether experts were replaced only where the layer then waits for nobody.
     """
@@ -35,6 +38,7 @@ class Situation(FrozenModel):
     eviction: str = ""
     node: str = ""
     plan: str = ""
+    placement: tuple[str, ...] = ()
     is_whole: bool = False
 
 
@@ -88,6 +92,15 @@ class Calibration(FrozenModel):
         """Return the setting of the largest budget that is not above `budget`; None if all are."""
         within = [each for each in self.settings if each.budget <= budget * (1 + 1e-9)]
         return max(within, key=lambda each: each.budget, default=None)
+
+
+def layer_mask(experts: Iterable[int]) -> str:
+    """Write which experts of a layer are at hand, as a hexadecimal number with a bit for each.
+
+    >>> layer_mask([0, 3, 4])
+    '19'
+    """
+    return f"{sum(1 << expert for expert in set(experts)):x}"
 
 
 def load_calibration(path: Path) -> Calibration:

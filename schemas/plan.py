@@ -19,7 +19,7 @@ from schemas.topology import NodeId, Tier
 
 _ADDED = frozenset(
     {"links", "movement", "survival", "utilisation", "queued_latency_s", "paths", "input_bytes", "head_bytes",
-     "trunk_stage"}
+     "trunk_stage", "quality_budget"}
 )  # fmt: skip  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
 
@@ -55,11 +55,16 @@ class LayerCost(FrozenModel):
 
 
 class PathSummary(FrozenModel):
-    """A token's way: what it costs by layer, and why it was chosen over running the trunk at the ingress."""
+    """A token's way: what it costs by layer, and why it was chosen over running the trunk at the ingress.
+
+    A prompt of `prompt_tokens` is expected to take `prompt_s` until the first token; 0: none was planned for.
+    """
 
     ingress: NodeId
     layers: tuple[LayerCost, ...]
     why: str = ""
+    prompt_tokens: int = 0
+    prompt_s: float = 0.0
 
 
 class Step(FrozenModel):
@@ -165,6 +170,8 @@ class Plan(FrozenModel):
     trunk_stage
         The stage whose epoch is the first with this `trunk`; until then tokens keep the path of the plan before. None
         means the first, or that the trunk stays as it was.
+    quality_budget
+        Relative rise of perplexity that agents with a calibration may spend; nothing where None.
     """
 
     format: Literal["expertmesh-plan-1"] = FORMAT
@@ -178,6 +185,7 @@ class Plan(FrozenModel):
     routes: tuple[Route, ...] = ()
     trunk: tuple[TrunkPath, ...]
     trunk_stage: Annotated[int, Field(ge=1)] | None = None
+    quality_budget: Annotated[float, Field(gt=0, le=1)] | None = None
     steps: tuple[Step, ...]
     summary: Summary
     digest: str = ""

@@ -126,10 +126,9 @@ class Trunk(FrozenModel):
 
 
 class Quality(FrozenModel):
-    """Perplexity increase that substitution of experts may spend, and the file of `agent calibrate` that says how."""
+    """Perplexity increase that substitution of experts may spend, at agents that have a calibration."""
 
     budget: Share = 0.0
-    calibration: str | None = None
 
 
 class Limits(FrozenModel):

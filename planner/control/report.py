@@ -28,8 +28,10 @@ def status_view(report: StatusReport) -> RenderableType:
         held = (_held(node, tier) for tier in tiers)
         table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), str(node.epoch), *held, *_figures(node))
     head = Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}")
+    notes = [Text(f"{node.id}: {node.quality.note}") for node in report.nodes if node.quality and node.quality.note]
     running = [node for node in report.nodes if node.hops_per_token is not None]
-    return Group(head, table, Text(), path_table(running)) if running else Group(head, table)
+    paths = (Text(), path_table(running)) if running else ()
+    return Group(head, table, *notes, *paths)
 
 
 def path_table(nodes: Sequence[NodeStatus]) -> Table:

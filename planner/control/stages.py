@@ -179,7 +179,7 @@ def assign(
             else (),
             paths=tuple(path for path in paths if node in path_nodes((path,))),
             trunk=tuple(_trunk_parts(node, paths, catalogue, stored)),
-            quality_budget=plan.quality.budget if plan.quality else 0.0,
+            quality_budget=plan.quality_budget or 0.0,
         )
         for node in sorted(nodes)
     }

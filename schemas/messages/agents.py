@@ -55,7 +55,8 @@ class QualityUse(FrozenModel):
     budget, rise
         Relative rise of perplexity that is allowed, and what calibration makes of what was given up.
     standing
-        ``open``, or why steps are exact: ``off``, ``warming``, ``spent``, or text ``unlike`` the calibration's.
+        ``open``, or why steps are exact: ``off``, ``warming``, ``spent``, or text ``unlike`` the calibration's; without
+        a calibration (``uncalibrated``), or with one of another placement (``misplaced``), as `note` says.
     lost_mass
         Mean share of the routers' top-K mass given up by a (token, layer) pair.
     events, spared_events
@@ -65,12 +66,13 @@ class QualityUse(FrozenModel):
     """
 
     budget: Annotated[float, Field(ge=0)]
-    standing: Literal["off", "warming", "open", "spent", "unlike"]
+    standing: Literal["off", "warming", "open", "spent", "unlike", "uncalibrated", "misplaced"]
     rise: float
     lost_mass: Annotated[float, Field(ge=0)]
     events: Count
     spared_events: Count
     divergence: float | None
+    note: str = ""
 
 
 class CacheUse(FrozenModel):

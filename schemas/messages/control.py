@@ -86,6 +86,8 @@ class Assignment(FrozenModel):
         The paths that lead through this node or begin at it. An ingress without one runs every layer itself.
     trunk
         The parts of the trunk that its segments of `paths` need, as far as a store has them.
+    quality_budget
+        Relative rise of perplexity that substitution may cost, where a calibration says how.
     """
 
     cluster: str
@@ -97,6 +99,7 @@ class Assignment(FrozenModel):
     routing: tuple[Hop, ...] = ()
     paths: tuple[TrunkPath, ...] = ()
     trunk: tuple[AssignedTrunkPart, ...] = ()
+    quality_budget: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Prepare(FrozenModel):

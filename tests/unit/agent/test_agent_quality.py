@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from agent.quality import importance_of, load_importance, quality_use
+from agent.quality import QualityBudget, importance_of, quality_use
 from agent.settings import load_settings
 from runtime.counters import Counts
 from schemas.calibration import Calibration, Setting, Situation
@@ -38,10 +38,24 @@ def calibration(**changes):
     return found.model_copy(update=changes)
 
 
+HERE = {0: [0, 1], 1: [3]}
+
+
+def agent(tmp_path, quality):
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "agent.yaml").write_text(CONFIG.replace("quality: {budget: BUDGET, calibration: c.json}", quality))
+    return QualityBudget(load_settings(tmp_path / "agent.yaml"), SPEC)
+
+
 def load(tmp_path, budget, found):
-    (tmp_path / "agent.yaml").write_text(CONFIG.replace("BUDGET", budget))
     (tmp_path / "c.json").write_text(found.model_dump_json())
-    return load_importance(load_settings(tmp_path / "agent.yaml"), SPEC)
+    quality = agent(tmp_path, f"quality: {{budget: {budget}, calibration: c.json}}")
+    quality.require()
+    return quality.activate(0.0, HERE).importance
+
+
+def placed(*masks):
+    return calibration(situation=Situation(node="n1", plan="ab" * 32, placement=masks, is_whole=True))
 
 
 def test_the_largest_setting_within_the_budget_is_spent(tmp_path):
@@ -53,7 +67,64 @@ def test_the_largest_setting_within_the_budget_is_spent(tmp_path):
 
 def test_nothing_is_given_up_by_default(tmp_path):
     assert load(tmp_path, "0 %", calibration()) is None
-    assert quality_use(None, Counts(np.zeros((2, 4), dtype=np.int64))) is None
+    quality = agent(tmp_path, "")
+    assert quality.activate(0.0, HERE).importance is None
+    assert quality.use(counts()) is None
+    assert quality.activate(0.01, {}).importance is None, "a node that runs no layers chooses no experts"
+
+
+def counts():
+    return Counts(np.zeros((2, 4), dtype=np.int64))
+
+
+@pytest.mark.parametrize("name", ["calibration-n1.json", "calibration.json"])
+def test_the_plans_budget_is_spent_by_what_lies_beside_the_model(tmp_path, name):
+    quality = agent(tmp_path, "")
+    quality.require()
+    assert quality.activate(0.005, HERE).standing == "uncalibrated"
+    use = quality.use(counts())
+    assert (use.budget, use.standing) == (0.005, "uncalibrated")
+    assert "run agent calibrate" in use.note
+    (tmp_path / "model" / name).write_text(calibration().model_dump_json())
+    assert quality.activate(0.005, HERE).importance.controller.allowance.budget == 0.005
+    assert quality.use(counts()).note == ""
+
+
+def test_the_configs_word_is_stronger_than_the_plans(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "calibration.json").write_text(calibration().model_dump_json())
+    assert agent(tmp_path, "quality: {budget: 0 %}").activate(0.01, HERE).importance is None
+    assert (
+        agent(tmp_path, "quality: {budget: 1 %}").activate(0.005, HERE).importance.controller.allowance.budget == 0.01
+    )
+
+
+def test_a_budget_of_ones_own_without_a_calibration_is_refused(tmp_path):
+    with pytest.raises(InvalidFile, match=r"quality.budget: needs a calibration"):
+        agent(tmp_path, "quality: {budget: 1 %}").require()
+
+
+def test_a_calibration_belongs_to_what_was_at_hand(tmp_path):
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "calibration.json"
+    quality = agent(tmp_path, "")
+    file.write_text(placed("3", "8").model_dump_json())
+    kept = quality.activate(0.01, HERE).importance
+    assert kept is not None
+    kept.controller.advance(5, range(2), {})
+    assert quality.activate(0.01, HERE).importance is kept, "the account goes on where nothing has changed"
+    assert quality.activate(0.01, {0: [1], 1: [3]}).standing == "misplaced"
+    assert "layers 0 differ" in quality.use(counts()).note
+    file.write_text(placed("2", "ffff").model_dump_json())
+    assert quality.activate(0.01, {0: [1]}).importance is not None, "layers that others run are others' business"
+
+
+def test_a_damaged_calibration_keeps_a_node_exact(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "calibration.json").write_text("{}")
+    quality = agent(tmp_path, "")
+    assert quality.activate(0.01, HERE).importance is None
+    assert "calibration.json" in quality.use(counts()).note
 
 
 @pytest.mark.parametrize(

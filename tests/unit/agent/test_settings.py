@@ -37,7 +37,6 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("device: 2 MiB", "device: 0 B", "memory: allows nothing"),
         ("device: 2 MiB", "device: -1 MiB", "memory.device"),
         ("sessions: 1", "sessions: 0", "context.sessions"),
-        ("node: n1", "node: n1\nquality: {budget: 1 %}", "quality.budget: needs a calibration"),
         ("node: n1", "node: n1\nports: {expert: 5000, client: 5000}", "ports: names one port twice"),
         ("node: n1", "node: n1\naddress: 0.0.0.0", "address: 0.0.0.0 is not a loopback address"),
         ("node: n1", "node: n1\ncolour: red", "colour: unknown key"),

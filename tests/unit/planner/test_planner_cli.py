@@ -171,7 +171,6 @@ SPOILED = {
     "no trace": ({"workloads": {"a": "a.safetensors"}}, "has no trace"),
     "trace not there": ({"workloads": {"a": "x", "b": "b", "c": "c"}}, "x"),
     "no model": ({"model": "nowhere"}, "neither a checkpoint directory nor a model spec file"),
-    "quality": ({"quality": {"budget": "1 %"}}, "needs a calibration"),
     "pin outside": ({"pins": [{"layer": 9, "expert": 0, "node": "a"}]}, "layer 9 expert 0 is not in tiny"),
     "pin and ban": (
         {"pins": [{"layer": 0, "expert": 0, "node": "a"}, {"layer": 0, "expert": 0, "node": "a", "ban": True}]},

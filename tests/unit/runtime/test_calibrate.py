@@ -146,11 +146,11 @@ def test_the_command_takes_what_a_plan_places(tmp_path):
     assert result.exit_code == 0, result.output
     assert "of the waits of exact routing" in result.stdout
     found = load_calibration(tmp_path / "c.json")
-    assert found.situation == Situation(node="a", plan=plan.digest, is_whole=True)
+    assert found.situation == Situation(node="a", plan=plan.digest, placement=("5555",) * 4, is_whole=True)
     assert found.warmup == 0
     assert found.settings[0].waits_share < 0.9
     elsewhere = CliRunner().invoke(command, [*base, "--node", "c"])
-    assert "places nothing at node 'c'; it places experts at a, b" in str(elsewhere.exception)
+    assert "no layer runs at node 'c', and no tokens enter there; name one of a" in str(elsewhere.exception)
 
 
 def test_the_command_refuses_what_it_cannot_measure(tmp_path):
