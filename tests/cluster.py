@@ -32,6 +32,7 @@ from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, load_plan, write_plan
 from schemas.topology import TIERS
 from schemas.units import parse_bytes
+from tests.forked import ENVIRONMENT, Forked, run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "examples" / "models" / "tinymoe-demo"
@@ -84,7 +85,7 @@ class Cluster:
         self._given = load_given(topology) if topology else None
         self.nodes = [n["id"] for n in self._given["nodes"]] if self._given else [f"n{i}" for i in range(nodes)]
         self._flags = ("-v",) if verbose else ()
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, Forked] = {}
         self.active: Plan | None = None  # the plan that was reached last
         self.memory = memory or {"device": "64 MiB", "host": "0 MiB", "disk": "64 MiB"}
         self._settings = settings or {}
@@ -152,10 +153,8 @@ class Cluster:
         self._start(node, *AGENT, "run", "--config", str(self.path / f"{node}.yaml"), *self._flags)
 
     def _start(self, name: str, *command: str) -> None:
-        with (self.path / f"{name}.log").open("a") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, *command], stdout=log, stderr=log, env=environment(), text=True
-            )
+        log = self.path / f"{name}.log"
+        self.processes[name] = Forked(command, output=log, errors=log, ends_with_us=True)
 
     def wait_up(self, nodes: Iterable[str]) -> None:
         wanted = set(nodes)
@@ -218,18 +217,17 @@ class Cluster:
         return [sys.executable, *AGENT, *arguments]
 
     def try_generate(self, node: str, prompt: str, *options: str) -> subprocess.CompletedProcess[str]:
-        command = self.generate_command(node, prompt, "--max-tokens", "8", *options)
-        return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+        return call(*self._generate(node, prompt, "--max-tokens", "8", *options), timeout_s=60)
 
     def generate_command(self, node: str, prompt: str, *options: str) -> list[str]:
-        return [
-            sys.executable, *AGENT, "generate", "--prompt", prompt, "--node", node, "--coordinator", self.coordinator,
-            "--json", *options,
-        ]  # fmt: skip
+        return [sys.executable, *self._generate(node, prompt, *options)]
+
+    def _generate(self, node: str, prompt: str, *options: str) -> list[str]:
+        where = ("--node", node, "--coordinator", self.coordinator)
+        return [*AGENT, "generate", "--prompt", prompt, *where, "--json", *options]
 
     def generate(self, node: str, prompt: str, *options: str) -> dict[str, Any]:
-        command = self.generate_command(node, prompt, *options)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+        done = call(*self._generate(node, prompt, *options), timeout_s=120)
         assert done.returncode == 0, (done.stderr, self.logs())
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -352,13 +350,11 @@ def load_given(topology: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return {**os.environ, **ENVIRONMENT}
 
 
 def call(*command: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False
-    )
+    return run(command, timeout_s=timeout_s)
 
 
 def make_plan(
