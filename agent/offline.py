@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.units import format_bytes
 
 _DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
@@ -40,13 +41,17 @@ def _report(as_json: bool, document: dict[str, Any], text: str) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "store", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="Of the records.")
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice(LOW_PRECISIONS),
+    help="Write every expert once more in fewer bits; may be given twice.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def prepare(*, model: Path, store: Path, dtype: Any, as_json: bool) -> None:
+def prepare(*, model: Path, store: Path, dtype: Any, precisions: tuple[LowPrecision, ...], as_json: bool) -> None:
     """Write MODEL, a Hugging Face directory, as content-addressed records into a store: experts and trunk."""
     from runtime.store import prepare_store
 
     with progress_bar("Preparing", "records") as progress:
-        manifest = prepare_store(model, store, dtype=dtype, progress=progress)
+        manifest = prepare_store(model, store, dtype=dtype, precisions=precisions, progress=progress)
     spec, count = manifest.model, len(manifest.records)
     trunk_bytes = sum(part.bytes for part in manifest.trunk)
     document = {
@@ -59,13 +64,17 @@ def prepare(*, model: Path, store: Path, dtype: Any, as_json: bool) -> None:
         "trunk_parts": len(manifest.trunk),
         "trunk_bytes": trunk_bytes,
         "bytes": count * spec.expert_bytes,
+        "packed_bytes": {each.layout.precision: count * each.layout.bytes for each in manifest.packed},
     }
     size = format_bytes(count * spec.expert_bytes)
+    low = "".join(
+        f"once more as {each.layout.precision}, {format_bytes(count * each.layout.bytes)}, " for each in manifest.packed
+    )
     _report(
         as_json,
         document,
         f"{store}: {count} experts ({spec.layers} layers × {spec.experts}) of {spec.id} as {manifest.dtype}, {size}, "
-        f"and the trunk in {len(manifest.trunk)} parts, {format_bytes(trunk_bytes)}",
+        f"{low}and the trunk in {len(manifest.trunk)} parts, {format_bytes(trunk_bytes)}",
     )
 
 

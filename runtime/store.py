@@ -1,4 +1,4 @@
-"""Records at rest: one content-addressed run of bytes per (layer, expert) and per part of the trunk, made once.
+"""Records at rest: one content-addressed run of bytes per (layer, expert, precision) and part of the trunk, made once.
 
 Decides how a record is laid out in its file. Flow: checkpoint tensors → one record after the other → records.bin and
 manifest.json in a temporary directory, beside the checkpoint's config and tokenizer → renamed. A copy of a store
@@ -18,17 +18,20 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from runtime.errors import DiskFull, InvalidInput, InvalidStore, writing
+from runtime.precision import pack_record, packed_layout
 from runtime.skeleton import Held, build_skeleton, conform, held_tensors
 from runtime.tensors import pack, torch_dtype
 from runtime.trunk import CheckpointSource, PartKey, part_keys, part_of
 from schemas.checkpoint import DTYPE_NAMES, Checkpoint, InvalidCheckpoint, TensorEntry, read_checkpoint
 from schemas.files import InvalidFile, load_json
 from schemas.model import DTYPE_ITEMSIZE, HeldDtype, ModelSpec
+from schemas.precision import LowPrecision, PackedLayout
 from schemas.store import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
     RECORDS_NAME,
     ExpertForm,
+    PackedRecords,
     Part,
     RecordLayout,
     StoredTrunkPart,
@@ -95,7 +98,8 @@ class Store:
 
 
 def _stored(manifest: StoreManifest) -> list[StoreRecord | StoredTrunkPart]:
-    return [*manifest.records, *manifest.trunk]
+    packed = (record for each in manifest.packed for record in each.records)
+    return [*manifest.records, *manifest.trunk, *packed]
 
 
 class StoredParts(Mapping[PartKey, bytes]):
@@ -189,7 +193,12 @@ def _converted(entry: TensorEntry, dtype: str) -> bytes:
 
 
 def prepare_store(
-    model_dir: Path, store_dir: Path, *, dtype: HeldDtype = "checkpoint", progress: Progress | None = None
+    model_dir: Path,
+    store_dir: Path,
+    *,
+    dtype: HeldDtype = "checkpoint",
+    precisions: Sequence[LowPrecision] = (),
+    progress: Progress | None = None,
 ) -> StoreManifest:
     """Write every expert and every part of the trunk of a checkpoint as a record, whole or not at all.
 
@@ -197,6 +206,8 @@ def prepare_store(
 
     Parameters
     ----------
+    precisions
+        In which every expert is written once more.
     progress
         Called with (records done, records in all).
 
@@ -206,15 +217,19 @@ def prepare_store(
         No checkpoint of a supported mixture of experts, or its trunk is not whole.
     InvalidInput
         `store_dir` exists and is not an empty directory, or cannot be written.
+    UnfitPrecision
+        The model's shape has no place for the groups of a precision.
     DiskFull
         With what is missing.
     """
     checkpoint = read_checkpoint(model_dir)
     layout = layout_of(checkpoint, dtype)
+    packed = [packed_layout(layout, precision) for precision in dict.fromkeys(precisions)]
     if store_dir.exists() and (not store_dir.is_dir() or any(store_dir.iterdir())):
         raise InvalidInput(f"{store_dir}: exists already; remove it or choose another place")
     spec = checkpoint.model_spec.held_as(layout.dtype)
-    needed = spec.layers * spec.experts * _aligned(layout.bytes) + _trunk_room(spec)
+    each = _aligned(layout.bytes) + sum(_aligned(low.bytes) for low in packed)
+    needed = spec.layers * spec.experts * each + _trunk_room(spec)
     with writing(store_dir, needed=needed):
         store_dir.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(store_dir.parent).free
@@ -222,7 +237,7 @@ def prepare_store(
             raise DiskFull(store_dir, needed=needed, free=free)
         temporary = Path(tempfile.mkdtemp(dir=store_dir.parent, prefix=f".{store_dir.name}."))
         try:
-            manifest = _write_store(checkpoint, layout, temporary, progress)
+            manifest = _write_store(checkpoint, layout, packed, temporary, progress)
             temporary.chmod(0o755)
             temporary.replace(store_dir)
         except BaseException:
@@ -236,23 +251,42 @@ def _trunk_room(spec: ModelSpec) -> int:
     return spec.trunk_bytes + (spec.input_bytes or 0) + (spec.num_decoder_layers + 2) * (16 << 10)
 
 
-def _write_store(checkpoint: Checkpoint, layout: RecordLayout, path: Path, progress: Progress | None) -> StoreManifest:
+def _write_store(
+    checkpoint: Checkpoint,
+    layout: RecordLayout,
+    packed: Sequence[PackedLayout],
+    path: Path,
+    progress: Progress | None,
+) -> StoreManifest:
     spec = checkpoint.model_spec.held_as(layout.dtype)
     keys = [(layer, expert) for layer in range(spec.layers) for expert in range(spec.experts)]
     parts = part_keys(0, spec.num_decoder_layers - 1, spec.num_decoder_layers)
     records: list[StoreRecord] = []
+    low: list[list[StoreRecord]] = [[] for _ in packed]
     trunk: list[StoredTrunkPart] = []
-    done = iter(range(1, len(keys) + len(parts) + 1))
+    total = len(parts) + len(keys) * (1 + len(packed))
+    done = iter(range(1, total + 1))
     with (path / RECORDS_NAME).open("wb") as stream:
         for part, record in _trunk_records(checkpoint, torch_dtype(layout.dtype), parts):
             trunk.append(StoredTrunkPart(part=part[0], layer=part[1], **_append(stream, record)))
-            _advance(progress, next(done), len(keys) + len(parts))
+            _advance(progress, next(done), total)
         for key in keys:
-            placed = _append(stream, read_record(checkpoint, layout, key))
-            records.append(StoreRecord(layer=key[0], expert=key[1], **placed))
-            _advance(progress, next(done), len(keys) + len(parts))
+            record = read_record(checkpoint, layout, key)
+            records.append(StoreRecord(layer=key[0], expert=key[1], **_append(stream, record)))
+            _advance(progress, next(done), total)
+            for each, kept in zip(packed, low, strict=True):
+                placed = _append(stream, pack_record(record, each))
+                kept.append(StoreRecord(layer=key[0], expert=key[1], **placed))
+                _advance(progress, next(done), total)
         _flush(stream)
-    manifest = StoreManifest(model=spec, dtype=layout.dtype, layout=layout, records=tuple(records), trunk=tuple(trunk))
+    manifest = StoreManifest(
+        model=spec,
+        dtype=layout.dtype,
+        layout=layout,
+        records=tuple(records),
+        trunk=tuple(trunk),
+        packed=tuple(PackedRecords(layout=one, records=tuple(kept)) for one, kept in zip(packed, low, strict=True)),
+    )
     _copy_companions(checkpoint.path, path)
     with (path / MANIFEST_NAME).open("wb") as stream:
         stream.write(json.dumps(manifest.model_dump(mode="json"), indent=1).encode())

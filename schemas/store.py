@@ -4,7 +4,7 @@ Decides what must be known about a record to verify, send and execute it without
 Must not know how records are made or read (`runtime.store`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from schemas.base import FrozenModel
 from schemas.files import Fault
 from schemas.model import DTYPE_ITEMSIZE, ModelSpec
+from schemas.precision import LowPrecision, PackedLayout, PartName
 
 STORE_FORMAT: Final = "expertmesh-store-1"
 MANIFEST_NAME: Final = "manifest.json"
@@ -24,7 +25,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Part(FrozenModel):
     """One tensor of a record: row-major, at `offset` bytes from the record's start."""
 
-    name: Literal["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
+    name: PartName
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     offset: Annotated[int, Field(ge=0)]
 
@@ -116,10 +117,22 @@ class StoredTrunkPart(TrunkPart):
         return self.part, self.layer
 
 
+class PackedRecords(FrozenModel):
+    """The records of every expert at one low precision, sorted by layer and expert."""
+
+    layout: PackedLayout
+    records: Annotated[tuple[StoreRecord, ...], Field(min_length=1)]
+
+
 class StoreManifest(FrozenModel):
     """What a store holds: every expert of `model` at `dtype`, sorted by layer and expert, and the trunk.
 
-    `trunk` is empty in stores that were made before it travelled: nodes then need the checkpoint itself.
+    Attributes
+    ----------
+    trunk
+        Empty in stores that were made before it travelled: nodes then need the checkpoint itself.
+    packed
+        Experts once more in low precisions, each at most once; in old stores none.
     """
 
     format: Literal["expertmesh-store-1"] = STORE_FORMAT
@@ -128,6 +141,11 @@ class StoreManifest(FrozenModel):
     layout: RecordLayout
     records: Annotated[tuple[StoreRecord, ...], Field(min_length=1)]
     trunk: tuple[StoredTrunkPart, ...] = ()
+    packed: tuple[PackedRecords, ...] = ()
+
+    def packed_as(self, precision: LowPrecision) -> PackedRecords | None:
+        """Return the records of a low precision; None where there are none."""
+        return next((each for each in self.packed if each.layout.precision == precision), None)
 
 
 def manifest_faults(manifest: StoreManifest) -> Iterator[Fault]:
@@ -137,13 +155,24 @@ def manifest_faults(manifest: StoreManifest) -> Iterator[Fault]:
         yield Fault("layout.dtype", f"is {layout.dtype}, the store says {manifest.dtype}")
     if layout.bytes != model.expert_bytes:
         yield Fault("layout.bytes", f"is {layout.bytes}, the model's experts have {model.expert_bytes}")
-    wanted = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
-    if [record.key for record in manifest.records] != wanted:
-        yield Fault("records", f"do not list every one of {model.layers} × {model.experts} experts once, in order")
+    yield from _record_faults("records", manifest.records, layout.bytes, model)
     last = model.num_decoder_layers - 1
     parts = [("embedding", 0), *(("layer", layer) for layer in range(last + 1)), ("head", last)]
     if manifest.trunk and [part.key for part in manifest.trunk] != parts:
         yield Fault("trunk", f"does not list embedding, layers 0 … {last} and head once, in order")
-    for index, record in enumerate(manifest.records):
-        if record.bytes != layout.bytes:
-            yield Fault(f"records[{index}].bytes", f"is {record.bytes}, the layout says {layout.bytes}")
+    for index, packed in enumerate(manifest.packed):
+        if packed.layout.precision in {each.layout.precision for each in manifest.packed[:index]}:
+            yield Fault(f"packed[{index}].layout.precision", f"is {packed.layout.precision} once more")
+        shapes = [(part.name, part.shape) for part in packed.layout.parts]
+        if packed.layout.dtype != layout.dtype or shapes != [(part.name, part.shape) for part in layout.parts]:
+            yield Fault(f"packed[{index}].layout", "is of other weights than the store's own layout")
+        yield from _record_faults(f"packed[{index}].records", packed.records, packed.layout.bytes, model)
+
+
+def _record_faults(where: str, records: Sequence[StoreRecord], size: int, model: ModelSpec) -> Iterator[Fault]:
+    wanted = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
+    if [record.key for record in records] != wanted:
+        yield Fault(where, f"do not list every one of {model.layers} × {model.experts} experts once, in order")
+    for index, record in enumerate(records):
+        if record.bytes != size:
+            yield Fault(f"{where}[{index}].bytes", f"is {record.bytes}, the layout says {size}")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load, load_file, save_file
 from runtime import store as store_module
 from runtime.errors import DiskFull, InvalidInput, InvalidStore
 from runtime.loading import torch_dtype
+from runtime.precision import UnfitPrecision, pack_record, packed_layout
 from runtime.store import Store, layout_of, prepare_store
 from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
 from schemas.store import RECORDS_NAME
@@ -188,3 +190,62 @@ def test_damaged_stores_are_refused(store, tmp_path):
     (copy / "manifest.json").write_text(text.replace('"expert": 1,', '"expert": 2,', 1))
     with pytest.raises(InvalidStore, match="every one of 4 × 8 experts"):
         Store.open(copy)
+
+
+@pytest.fixture(scope="module")
+def low(checkpoint, tmp_path_factory):
+    """A store with every precision, gpt-oss with its biases."""
+    path = tmp_path_factory.mktemp("low") / "store"
+    prepare_store(checkpoint("gpt_oss"), path, precisions=("int8", "int4", "int8"))
+    return Store.open(path)
+
+
+def test_precisions_lie_side_by_side(low, store):
+    plain = store("gpt_oss")
+    assert [packed.layout.precision for packed in low.manifest.packed] == ["int8", "int4"]
+    assert [record.sha256 for record in low.manifest.records] == [record.sha256 for record in plain.manifest.records]
+    for packed in low.manifest.packed:
+        assert packed.layout == packed_layout(low.manifest.layout, packed.layout.precision)
+        assert [record.key for record in packed.records] == [record.key for record in plain.manifest.records]
+        for record in packed.records[::11]:
+            assert record.offset % 4096 == 0
+            data = low.read(record.sha256)
+            assert data == pack_record(plain.read(plain.by_key[record.key].sha256), packed.layout)
+            assert hashlib.sha256(data).hexdigest() == record.sha256
+    places = sorted((r.offset, r.bytes) for r in low.by_sha256.values())
+    assert all(start + size <= after for (start, size), (after, _) in pairwise(places))
+
+
+def test_a_store_without_precisions_opens_as_before(store, tmp_path):
+    path = shutil.copytree(store("gpt_oss").path, tmp_path / "old")
+    document = json.loads((path / "manifest.json").read_text())
+    assert document.pop("packed") == []
+    (path / "manifest.json").write_text(json.dumps(document))
+    assert Store.open(path).manifest == store("gpt_oss").manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda packed: packed.append(packed[0]), r"packed\[2\].layout.precision: is int8 once more"),
+        (lambda packed: packed[1]["records"].pop(), r"packed\[1\].records: do not list every one"),
+        (lambda packed: packed[0]["records"][3].update(bytes=17), r"packed\[0\].records\[3\].bytes: is 17"),
+        (
+            lambda packed: packed[0]["layout"]["parts"][0].update(name="down_proj"),
+            r"packed\[0\].layout: is of other weights",
+        ),
+    ],
+)
+def test_precisions_that_contradict_the_store_are_refused(low, tmp_path, change, message):
+    document = json.loads((low.path / "manifest.json").read_text())
+    change(document["packed"])
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(InvalidStore, match=message):
+        Store.open(tmp_path)
+
+
+def test_a_model_that_int4_does_not_fit_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.precision.GROUP", 48)
+    with pytest.raises(UnfitPrecision, match=r"int4 does not fit this model: .* groups of 48 do not divide; use int8"):
+        prepare_store(checkpoint("mixtral"), tmp_path / "store", precisions=("int4",))
+    assert not any(tmp_path.iterdir())
