@@ -125,14 +125,14 @@ def call_seconds(topology: Topology, model: ModelSpec, paths: Paths) -> Floats:
 
 
 def call_fixed_seconds(topology: Topology, paths: Paths) -> Floats:
-    """Seconds of a call whatever its bytes: round trip, software, both ends waking; 0 to oneself. float64 ``[N, N]``."""
+    """Seconds of a call of no bytes: round trip, software, both ends waking, float64 ``[N, N]``; 0 to oneself."""
     wake = wake_seconds(topology)
     software = call_software_seconds(topology)[None, :] + wake[None, :] + wake[:, None]
     return _elsewhere(2 * paths.latency_s + software)
 
 
 def hop_fixed_seconds(topology: Topology, paths: Paths) -> Floats:
-    """Seconds of a hop whatever its bytes: one way, software, waking there; 0 to oneself. float64 ``[N, N]``."""
+    """Seconds of a hop of no bytes: one way, software, waking there, float64 ``[N, N]``; 0 to oneself."""
     return _elsewhere(paths.latency_s + (hop_software_seconds(topology) + wake_seconds(topology))[None, :])
 
 

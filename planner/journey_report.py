@@ -21,9 +21,23 @@ def path_lines(paths: Sequence[PathSummary], *, why: bool = False) -> Iterator[s
     for way, together in alike.items():
         totals = sorted(sum(leg.total_s for leg in legs_of(path)) for path in together)
         ends = dict.fromkeys(format_seconds(total) for total in (totals[0], totals[-1]))
-        yield f"tokens of {', '.join(path.ingress for path in together)}: {way}, {' … '.join(ends)} each"
+        names, takes = ", ".join(path.ingress for path in together), " … ".join(ends)
+        yield f"tokens of {names}: {way}, {takes} each{_prompts(together)}"
         for path in together if why else ():
             yield f"  {path.ingress}: {path.why or cost_text(legs_of(path))}"
+
+
+def _prompts(paths: Sequence[PathSummary]) -> str:
+    """Write how long the first token takes behind prompts that were planned for."""
+    planned = [path for path in paths if path.prompt_tokens]
+    tokens, seconds = (
+        sorted(found) for found in ([path.prompt_tokens for path in planned], [path.prompt_s for path in planned])
+    )
+    if not planned:
+        return ""
+    sizes = dict.fromkeys((str(tokens[0]), str(tokens[-1])))
+    times = dict.fromkeys(format_seconds(value) for value in (seconds[0], seconds[-1]))
+    return f", the first one behind a prompt of {' … '.join(sizes)} tokens {' … '.join(times)}"
 
 
 def _way(path: PathSummary) -> str:

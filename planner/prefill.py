@@ -35,7 +35,7 @@ class Asked:
 
 
 def prompt_path_seconds(problem: Problem) -> Floats:
-    """Seconds of a prompt that the path alone decides, float64 ``[I]``: the first chunk's trunk and hops; 0 for none."""
+    """Seconds of a prompt that its path decides, float64 ``[I]``: the first chunk's trunk and hops; 0 without."""
     found = np.zeros(len(problem.ingress_node))
     for ingress, size in _mean_chunks(problem.prompts):
         trunk, prompts = problem.trunk_node[ingress], _of(problem)

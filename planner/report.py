@@ -59,7 +59,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     )
     takes, whole = "waits", " for experts elsewhere"
     if summary.paths is not None:
-        takes, whole = "takes", ", compute and hops of its path included"
+        prompts = any(path.prompt_tokens for path in summary.paths)
+        takes, whole = "takes", f", compute and hops of its path{' and its part of the prompt' * prompts} included"
     yield (
         f"a token {takes} {_seconds(summary.predicted_latency_s)}{whole}; "
         f"{share_text(summary.remote_call_share)} of calls are remote, "

@@ -10,11 +10,15 @@ from tests.planning import EXPERT_BYTES, model_spec, node, random_events, topolo
 
 LATENCIES_MS = (0.1, 1, 5, 20)
 SLOWNESS_US = (20, 200, 2000)
+SOFTWARE = ("call_overhead_us", "hop_overhead_us", "wake_us")
 
 
-def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12):
-    """A problem of up to that size with uneven memory, links and speeds; None where not even a trunk fits."""
-    rng = np.random.default_rng(seed)
+def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12, prompt_tokens=0):
+    """A problem of up to that size with uneven memory, links and speeds; None where not even a trunk fits.
+
+    Software of calls and hops takes time in every other one.
+    """
+    rng, software = np.random.default_rng(seed), np.random.default_rng((seed, 1)) if seed % 2 else None
     count, layers, experts = (int(rng.integers(2, most + 1)) for most in (nodes, layers, experts))
     model = model_spec(
         layers=layers,
@@ -27,7 +31,7 @@ def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12
     share = rng.uniform(0.3, 2, count)
     total = layers * experts * EXPERT_BYTES * rng.uniform(1.1, 2.5) + model.trunk_bytes * rng.uniform(1, count)
     topology = topology_of(
-        list(_nodes(rng, (total * share / share.sum()).astype(int).tolist(), ingresses)),
+        list(_nodes(rng, (total * share / share.sum()).astype(int).tolist(), ingresses, software, prompt_tokens)),
         list(_links(rng, count)),
         trunk={"mode": "move"},
         context={"tokens": 8, "sessions": 1},
@@ -39,7 +43,7 @@ def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12
         return None
 
 
-def _nodes(rng, rooms, ingresses):
+def _nodes(rng, rooms, ingresses, software, prompt_tokens):
     for number, room in enumerate(rooms):
         slow = int(rng.choice(SLOWNESS_US))
         enters = number == 0 or (number < ingresses and rng.random() < 0.5)
@@ -49,7 +53,10 @@ def _nodes(rng, rooms, ingresses):
             expert_us=slow,
             host_expert_us=2 * slow,
             trunk_layer_us=slow,
+            **({name: float(software.choice([0, 300, 3000])) for name in SOFTWARE} if software else {}),
         )
+        if enters:
+            document["ingress"] |= {"prompt_tokens": prompt_tokens, "answer_tokens": 8}
         host = int(room * 0.4) if rng.random() < 0.3 else 0
         yield {**document, "memory": {"device": room - host, "host": host, "disk": 0}}
 

@@ -3,13 +3,13 @@
 Decides how a token rate becomes requests. A token of a request starts when the one before it has ended, as decoding
 does; requests arrive on their own. So `requests` (the default) is what a serving cluster sees; `tokens` makes every
 token a request of its own, which is the open queue of textbooks and what expected utilisation assumes; `closed` keeps
-a number of sessions per ingress busy all the time, which is how a benchmark of real agents drives them. Prompts are
-not simulated: a prefill moves many tokens in one call. Must not know placements.
+a number of sessions per ingress busy all the time, which is how a benchmark of real agents drives them. Requests have
+the prompts that the topology tells of, but for `tokens`, which stand for answers under way. Must not know placements.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 
@@ -54,6 +54,8 @@ class Requests:
         Which trace, and which of its tokens (counted on past its end: it is replayed in a ring), int64 ``[R]``.
     following
         Request that starts when this one ends, int64 ``[R]``; -1 for none.
+    prompts
+        Whether requests begin with a prompt, where their ingress has one.
     """
 
     arrival_s: Floats
@@ -61,6 +63,10 @@ class Requests:
     first_token: Ints
     num_tokens: Ints
     following: Ints
+    prompts: bool = True
+
+
+_COLUMNS: Final = ("arrival_s", "ingress", "first_token", "num_tokens", "following")
 
 
 def tokens_by_ingress(tokens_per_s: Floats, tokens: int) -> Ints:
@@ -90,13 +96,14 @@ def draw_requests(tokens_per_s: Floats, trace_tokens: Sequence[int], arrivals: A
         before += len(part.arrival_s)
         parts.append(part)
     arrival_s, number, first, length, following = (
-        np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Requests)
+        np.concatenate([getattr(part, field) for part in parts]) for field in _COLUMNS
     )
     order = np.argsort(arrival_s, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     following = np.where(following >= 0, rank[following], -1)[order]
-    return Requests(arrival_s[order], number[order], first[order], length[order], following)
+    prompts = arrivals.pattern != "tokens"
+    return Requests(arrival_s[order], number[order], first[order], length[order], following, prompts)
 
 
 def _at_ingress(

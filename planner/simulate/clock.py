@@ -2,19 +2,22 @@
 
 Decides what waits for what. At each layer the trunk runs at its node; then one call goes to each holder at once while
 local experts compute; the layer ends with the slowest. A node computes one thing at a time, in order of arrival; a
-directed link sends one message at a time, in order of arrival of its head. Must not know placements or topologies,
-only `Script` and `Requests`.
+directed link sends one message at a time, in order of arrival of its head. A step that begins at a node that idled
+takes longer, by no more than it idled. Where a request has a prompt, its chunks walk the layers first, each setting out
+when the one before has computed all that it could without waiting; the answer begins when the last has ended. Must not
+know placements or topologies, only `Script` and `Requests`.
 """
 
 from dataclasses import dataclass
 from heapq import heappop, heappush, heappushpop
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from planner.problem import Floats, Ints
 from planner.simulate.arrivals import Requests
-from planner.simulate.script import Call, Script
+from planner.simulate.script import Script
+from planner.simulate.work import Call, Work
 
 # Kinds of event, in the order in which one layer goes through them.
 _ARRIVE, _START, _SEND, _OUT, _SERVE, _BACK, _END, _HOP, _NEXT = range(9)
@@ -33,8 +36,10 @@ class TokenTimes:
     start_s, end_s
         A token starts when its request arrives or the token before it ended. float64 ``[T]``.
     network_s, compute_s, overhead_s
-        Of each layer's slowest part, summed over layers: links when free, evaluation, software. float64 ``[T]``. The
-        rest of a token's time was spent in queues.
+        Of each layer's slowest part, summed over layers: links when free, evaluation, software and waking. float64
+        ``[T]``. The rest of a token's time was spent in queues.
+    prompt_request, prompt_s
+        Requests that had a prompt, int64 ``[R]``, and the seconds until its first token, float64 ``[R]``.
     """
 
     request: Ints
@@ -43,6 +48,8 @@ class TokenTimes:
     network_s: Floats
     compute_s: Floats
     overhead_s: Floats
+    prompt_request: Ints
+    prompt_s: Floats
 
     @property
     def latency_s(self) -> Floats:
@@ -56,6 +63,53 @@ class TokenTimes:
         return rest
 
 
+@dataclass(frozen=True, eq=False)
+class _Walkers:
+    """All that walks the layers: requests, then the chunks of their prompts, in lists by number.
+
+    Attributes
+    ----------
+    works, hops
+        What is replayed in a ring, and the `Hop` after each layer, or None.
+    entry
+        Who sets out where a request starts: itself, or its first chunk.
+    onward
+        The chunk that sets out once this one has computed; -1 for none.
+    owner
+        The request that starts where this chunk ends; -1 where it is not the last.
+    """
+
+    works: list[list[Work]]
+    hops: list[tuple[Any, ...]]
+    entry: list[int]
+    onward: list[int]
+    owner: list[int]
+
+
+def _walkers(script: Script, requests: Requests) -> _Walkers:
+    rings = [[script.works[kind] for kind in kinds.ravel().tolist()] for kinds in script.work_of]
+    ingresses = requests.ingress.tolist()
+    count = len(ingresses)
+    found = _Walkers(
+        works=[rings[ingress] for ingress in ingresses],
+        hops=[script.hops[ingress] for ingress in ingresses],
+        entry=list(range(count)),
+        onward=[-1] * count,
+        owner=[-1] * count,
+    )
+    for request, ingress in enumerate(ingresses if requests.prompts else ()):
+        chunks = script.chunks[ingress]
+        for number, chunk in enumerate(chunks):
+            me, last = len(found.works), number == len(chunks) - 1
+            if not number:
+                found.entry[request] = me
+            found.works.append(list(chunk.works))
+            found.hops.append(chunk.hops)
+            found.onward.append(-1 if last else me + 1)
+            found.owner.append(request if last else -1)
+    return found
+
+
 def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR0912, PLR0915 - see Notes
     """Simulate all requests to their end.
 
@@ -64,18 +118,18 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
     This loop body runs several times for each of a million layers: it is one function over local lists, and an event
     that comes next anyway never enters the heap.
     """
-    rings = [[script.works[kind] for kind in kinds.ravel().tolist()] for kinds in script.work_of]
-    num_layers = len(script.hops[0])
-    ring_of = [rings[ingress] for ingress in requests.ingress.tolist()]
-    hops_of = [script.hops[ingress] for ingress in requests.ingress.tolist()]
+    walkers, num_layers = _walkers(script, requests), len(script.hops[0])
+    ring_of, hops_of, entry, onward = walkers.works, walkers.hops, walkers.entry, walkers.onward
     arrival, following = requests.arrival_s.tolist(), requests.following.tolist()
-    count = len(arrival)
-    cursor = [token * num_layers for token in requests.first_token.tolist()]
-    tokens_left, layer = requests.num_tokens.tolist(), [0] * count
-    node_free, link_free = [0.0] * script.num_nodes, [0.0] * script.num_links
-    waiting, latest, slowest = [0] * count, [0.0] * count, [_LOCAL] * count
-    began, network, compute, overhead = ([0.0] * count for _ in range(4))
+    count, total = len(arrival), len(ring_of)
+    cursor = [token * num_layers for token in requests.first_token.tolist()] + [0] * (total - count)
+    tokens_left, layer = requests.num_tokens.tolist(), [0] * total
+    node_free, link_free, wake = [0.0] * script.num_nodes, [0.0] * script.num_links, script.wake_s.tolist()
+    waiting, latest, slowest = [0] * total, [0.0] * total, [_LOCAL] * total
+    began, network, compute, overhead = ([0.0] * total for _ in range(4))
+    arrived, woke = [0.0] * count, [0.0] * total
     ended: list[tuple[int, float, float, float, float, float]] = []
+    prompted: list[tuple[int, float]] = []
 
     heap: list[Event] = []
     event: Event | None = (arrival[0], _ARRIVE, 0, _LOCAL, 0, 0.0)
@@ -84,7 +138,13 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
         event = None
         if what == _SERVE:
             free = node_free[call[0]]
-            node_free[call[0]] = end = (free if free > now else now) + call[1]
+            if free < now:
+                idle, rise = now - free, wake[call[0]]
+                woke[request] = idle = rise if rise < idle else idle
+                free = now + idle
+            else:
+                woke[request] = 0.0
+            node_free[call[0]] = end = free + call[1]
             event = (end, _BACK, request, call, 0, end)
         elif what == _BACK:
             link, occupied, latency = call[3][position]
@@ -129,7 +189,8 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
                 work, last = ring[at], slowest[request]
                 compute[request] += work[1] + (work[2] if last is _LOCAL else last[1])
                 network[request] += last[4]
-                overhead[request] += last[5]
+                if last is not _LOCAL:
+                    overhead[request] += last[5] + woke[request]
                 at += 1
                 cursor[request] = at if at < len(ring) else 0
                 number = layer[request]
@@ -141,24 +202,46 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
             if what == _NEXT:
                 what = _START
                 if not layer[request]:
-                    ended.append((request, began[request], now, network[request], compute[request], overhead[request]))
-                    tokens_left[request] -= 1
-                    if not tokens_left[request]:
-                        request = following[request]
+                    if request < count:
+                        ended.append(
+                            (request, began[request], now, network[request], compute[request], overhead[request])
+                        )
+                        tokens_left[request] -= 1
+                        if not tokens_left[request]:
+                            request = following[request]
+                            if request >= 0:
+                                arrived[request], request = now, entry[request]
+                    else:
+                        request = walkers.owner[request]
+                        if request >= 0:
+                            prompted.append((request, now - arrived[request]))
                     if request >= 0:
                         began[request], network[request], compute[request], overhead[request] = now, 0.0, 0.0, 0.0
                     else:
                         what = _NEXT
             elif what == _ARRIVE:
+                if request < count:
+                    if request + 1 < count and arrival[request + 1] < np.inf:
+                        heappush(heap, (arrival[request + 1], _ARRIVE, request + 1, _LOCAL, 0, 0.0))
+                    arrived[request], request = now, entry[request]
                 began[request] = now
-                if request + 1 < count and arrival[request + 1] < np.inf:
-                    heappush(heap, (arrival[request + 1], _ARRIVE, request + 1, _LOCAL, 0, 0.0))
                 what = _START
             if what == _START:
                 node, trunk_s, local_s, calls = ring_of[request][cursor[request]]
                 free = node_free[node]
-                ready = (free if free > now else now) + trunk_s
-                node_free[node] = latest[request] = end = ready + local_s
+                if request >= count and not trunk_s and not local_s:
+                    ready = latest[request] = end = now  # a chunk that has computed this layer with an earlier one
+                else:
+                    if free < now:
+                        idle, rise = now - free, wake[node]
+                        idle = rise if rise < idle else idle
+                        overhead[request] += idle
+                        free = now + idle
+                    ready = free + trunk_s
+                    node_free[node] = latest[request] = end = ready + local_s
+                if onward[request] >= 0:
+                    heappush(heap, (end, _ARRIVE, onward[request], _LOCAL, 0, 0.0))
+                    onward[request] = -1
                 slowest[request] = _LOCAL
                 if not calls:
                     event = (end, _END, request, _LOCAL, 0, 0.0)
@@ -181,5 +264,14 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
             event = heappushpop(heap, event)
         elif heap:
             event = heappop(heap)
-    columns = np.array(ended, dtype=np.float64).T
-    return TokenTimes(columns[0].astype(np.int64), *columns[1:])
+    columns, first = np.array(ended, dtype=np.float64).T, np.array(prompted, dtype=np.float64).reshape(-1, 2).T
+    return TokenTimes(
+        request=columns[0].astype(np.int64),
+        start_s=columns[1],
+        end_s=columns[2],
+        network_s=columns[3],
+        compute_s=columns[4],
+        overhead_s=columns[5],
+        prompt_request=first[0].astype(np.int64),
+        prompt_s=first[1],
+    )

@@ -1,4 +1,4 @@
-"""What a simulation knows of the cluster beyond the problem: true link rates, trunk time, software time of a call.
+"""What a simulation knows of the cluster beyond the problem: true link rates, trunk time, software of messages.
 
 Decides which directed links a message crosses and how long it takes when nothing is in its way. A path is cut
 through: its head moves on while its tail still leaves, so that an empty path of several links takes its latencies
@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from planner.cost import call_software_seconds, hop_software_seconds, trunk_seconds, wake_seconds
 from planner.problem import Floats, Ints, Problem
 from schemas.topology import Topology
 
@@ -19,7 +20,7 @@ Path = tuple[Leg, ...]
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Links, and the times of a node that only simulation needs.
+    """Links, and the times of a node that no placement changes.
 
     Attributes
     ----------
@@ -27,14 +28,19 @@ class Network:
         One way, seconds; bytes/s in each direction. float64 ``[U]``.
     trunk_s
         One layer without its experts for one token, float64 ``[N]``.
-    overhead_s
-        Software time of a call, by the node that is called, float64 ``[N]``. It delays the call and occupies nothing.
+    call_s, hop_s
+        Software time of a call and of a hop, by the node that is called or where the hop ends, float64 ``[N]``. It
+        delays and occupies nothing.
+    wake_s
+        What a step takes longer at a node that idled before, float64 ``[N]``.
     """
 
     link_latency_s: Floats
     link_bandwidth: Floats
     trunk_s: Floats
-    overhead_s: Floats
+    call_s: Floats
+    hop_s: Floats
+    wake_s: Floats
 
 
 def build_network(topology: Topology) -> Network:
@@ -42,8 +48,10 @@ def build_network(topology: Topology) -> Network:
     return Network(
         link_latency_s=np.array([link.latency for link in topology.links], dtype=np.float64),
         link_bandwidth=np.array([link.bandwidth for link in topology.links], dtype=np.float64),
-        trunk_s=np.array([node.compute.trunk_layer_us for node in topology.nodes]) * 1e-6,
-        overhead_s=np.array([node.compute.call_overhead_us for node in topology.nodes]) * 1e-6,
+        trunk_s=trunk_seconds(topology),
+        call_s=call_software_seconds(topology),
+        hop_s=hop_software_seconds(topology),
+        wake_s=wake_seconds(topology),
     )
 
 

@@ -15,6 +15,7 @@ from planner.problem import Events, Floats, Ints, Problem
 from planner.simulate.arrivals import Arrivals, Requests, draw_requests
 from planner.simulate.clock import TokenTimes, run
 from planner.simulate.network import Network, directed_ends
+from planner.simulate.prefill import prompt_use
 from planner.simulate.script import Script, build_script
 
 WARM_UP: Final = 0.05  # share of tokens, by start
@@ -47,6 +48,17 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstToken:
+    """Seconds until the first token of an answer, behind its prompt."""
+
+    prompts: int
+    mean_s: float
+    p50_s: float
+    p95_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeUse:
     """A node's compute: seconds busy, share of the simulated time, and the share its arrivals ask for."""
 
@@ -76,6 +88,8 @@ class Simulation:
     ----------
     total, ingresses
         Latency over all tokens and by node where they enter.
+    first_tokens
+        Time of prompts by node where they enter; empty without prompts.
     elapsed_s
         From 0 until the last token ended.
     overloaded
@@ -88,6 +102,7 @@ class Simulation:
     elapsed_s: float
     total: Latency
     ingresses: dict[str, Latency]
+    first_tokens: dict[str, FirstToken]
     nodes: tuple[NodeUse, ...]
     links: tuple[LinkUse, ...]
     overloaded: tuple[str, ...]
@@ -120,8 +135,9 @@ def summarise(problem: Problem, script: Script, requests: Requests, times: Token
     finite = requests.arrival_s[np.isfinite(requests.arrival_s)]
     horizon = float(finite.max()) if len(finite) == len(requests.arrival_s) and len(finite) > 1 else elapsed
     runs = _times_run(script, requests)
-    busy, messages = runs @ script.compute_s, runs @ script.messages
-    sent: Floats = messages * script.message_bytes + _hop_bytes(script, requests)
+    prompt_busy, prompt_sent = _prompt_use(script, requests, times, network)
+    busy, messages = runs @ script.compute_s + prompt_busy, runs @ script.messages
+    sent: Floats = messages * script.message_bytes + _hop_bytes(script, requests) + prompt_sent
     nodes = tuple(
         NodeUse(id=name, busy_s=float(seconds), utilisation=float(seconds) / elapsed, offered=float(seconds) / horizon)
         for name, seconds in zip(problem.node_ids, busy, strict=True)
@@ -140,6 +156,7 @@ def summarise(problem: Problem, script: Script, requests: Requests, times: Token
             for ingress, node in enumerate(problem.ingress_node.tolist())
             if (measured & (entered == ingress)).any()
         },
+        first_tokens=dict(_first_tokens(problem, requests, times)),
         nodes=nodes,
         links=links,
         overloaded=(
@@ -147,6 +164,29 @@ def summarise(problem: Problem, script: Script, requests: Requests, times: Token
             *(f"{link.source} → {link.target}" for link in links if link.offered > 1),
         ),
     )
+
+
+def _prompt_use(script: Script, requests: Requests, times: TokenTimes, network: Network) -> tuple[Floats, Floats]:
+    """Seconds of compute at each node and bytes over each directed link of all prompts."""
+    count = np.bincount(requests.ingress[times.prompt_request], minlength=len(script.chunks))
+    busy, sent = np.zeros(script.num_nodes), np.zeros(script.num_links)
+    for prompts, chunks in zip(count.tolist(), script.chunks, strict=True):
+        if prompts:
+            each_busy, each_sent = prompt_use(chunks, network)
+            busy, sent = busy + prompts * each_busy, sent + prompts * each_sent
+    return busy, sent
+
+
+def _first_tokens(problem: Problem, requests: Requests, times: TokenTimes) -> Iterator[tuple[str, FirstToken]]:
+    entered = requests.ingress[times.prompt_request]
+    for ingress, node in enumerate(problem.ingress_node.tolist()):
+        seconds = times.prompt_s[entered == ingress]
+        if len(seconds):
+            p50, p95, p99 = np.percentile(seconds, (50, 95, 99)).tolist()
+            yield (
+                problem.node_ids[node],
+                FirstToken(prompts=len(seconds), mean_s=float(seconds.mean()), p50_s=p50, p95_s=p95, p99_s=p99),
+            )
 
 
 def _times_run(script: Script, requests: Requests) -> Ints:

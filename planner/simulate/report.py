@@ -23,6 +23,7 @@ def document(found: Simulation) -> dict[str, Any]:
         "elapsed_s": found.elapsed_s,
         "latency": asdict(found.total),
         "ingresses": [{"id": name, **asdict(latency)} for name, latency in found.ingresses.items()],
+        "first_tokens": [{"id": name, **asdict(first)} for name, first in found.first_tokens.items()],
         "nodes": [asdict(node) for node in found.nodes],
         "links": [asdict(link) for link in found.links],
         "overloaded": list(found.overloaded),
@@ -36,6 +37,8 @@ def show(found: Simulation) -> None:
         f"{found.tokens} tokens, {found.events} token-layers in {format_seconds(found.elapsed_s)} of simulated time"
     )
     out.print(_latency_table(found))
+    if found.first_tokens:
+        out.print(_first_table(found))
     out.print(_use_table(found))
     if found.overloaded:
         out.print(
@@ -53,6 +56,17 @@ def _latency_table(found: Simulation) -> Table:
         table.add_row(name, *_latency_cells(latency))
     table.add_section()
     table.add_row("all", *_latency_cells(found.total))
+    return table
+
+
+def _first_table(found: Simulation) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("first token behind prompts at", no_wrap=True)
+    for heading in ("prompts", "mean", "p50", "p95", "p99"):
+        table.add_column(heading, justify="right")
+    for name, first in found.first_tokens.items():
+        times = (first.mean_s, first.p50_s, first.p95_s, first.p99_s)
+        table.add_row(name, str(first.prompts), *map(format_seconds, times))
     return table
 
 

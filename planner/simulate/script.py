@@ -7,56 +7,14 @@ than computes. Must not know time.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, NamedTuple
 
 import numpy as np
 
 from planner.objective import Routing
 from planner.problem import Events, Floats, Ints, Problem
-from planner.simulate.network import Network, Path, Paths, empty_seconds
-
-_TOKEN_BYTES: Final = 8  # what the ring's last hop carries: the sampled token's number
-_HOP_OVERHEAD: Final = 0.5  # of a call's software: one message of the two
-
-
-class Call(NamedTuple):
-    """One call of a layer: to whom, how long it computes there, which links it takes.
-
-    Attributes
-    ----------
-    network_s
-        Both ways, with free links.
-    overhead_s
-        Software; part of the time until the holder may compute.
-    """
-
-    holder: int
-    service_s: float
-    out: Path
-    back: Path
-    network_s: float
-    overhead_s: float
-
-
-class Work(NamedTuple):
-    """What one event asks: trunk and local experts at `node`, then calls to others."""
-
-    node: int
-    trunk_s: float
-    local_s: float
-    calls: tuple[Call, ...]
-
-
-class Hop(NamedTuple):
-    """The hidden state goes on to the node that runs the next layer's trunk, the sampled token to that of the first.
-
-    `overhead_s` is software at the node where it arrives.
-    """
-
-    path: Path
-    network_s: float
-    overhead_s: float
-    bytes: float
+from planner.simulate.network import Network, Paths
+from planner.simulate.prefill import Chunk, prompt_chunks
+from planner.simulate.work import TOKEN_BYTES, Hop, Work, call_of, hop_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +29,10 @@ class Script:
         Kind of each event, int64 ``[T, L]`` by ingress.
     hops
         By ingress and layer: the hop after it (after the last layer: back to the first); None where the trunk stays.
+    chunks
+        By ingress: those of the prompt that comes before an answer.
+    wake_s
+        What a step takes longer at a node that idled before, float64 ``[N]``.
     num_nodes, num_links
         N and directed links 2U.
     """
@@ -78,6 +40,8 @@ class Script:
     works: list[Work]
     work_of: tuple[Ints, ...]
     hops: tuple[tuple[Hop | None, ...], ...]
+    chunks: tuple[tuple[Chunk, ...], ...]
+    wake_s: Floats
     num_nodes: int
     num_links: int
     message_bytes: float
@@ -126,6 +90,8 @@ def build_script(
         works=_works(problem, network, kinds),
         work_of=work_of,
         hops=tuple(_hops(problem, network, trunk) for trunk in problem.trunk_node),
+        chunks=prompt_chunks(problem, routing, network),
+        wake_s=network.wake_s,
         num_nodes=problem.num_nodes,
         num_links=2 * len(problem.link_ends),
         message_bytes=problem.call_bytes / 2,
@@ -165,14 +131,9 @@ def _works(problem: Problem, network: Network, kinds: Events) -> list[Work]:
                 holder = int(problem.place_node[place])
                 service[holder] = service.get(holder, 0.0) + count * float(problem.service_s[place])
         local = service.pop(node, 0.0)
-        calls = tuple(_call(holder, seconds, *ways[node, holder], network) for holder, seconds in service.items())
+        calls = tuple(call_of(holder, seconds, *ways[node, holder], network) for holder, seconds in service.items())
         works.append(Work(node, decoders * float(network.trunk_s[node]), local, calls))
     return works
-
-
-def _call(holder: int, service_s: float, out: Path, back: Path, network: Network) -> Call:
-    seconds = empty_seconds(out) + empty_seconds(back)
-    return Call(holder, service_s, out, back, seconds, float(network.overhead_s[holder]))
 
 
 def _hops(problem: Problem, network: Network, trunk: Ints) -> tuple[Hop | None, ...]:
@@ -182,7 +143,5 @@ def _hops(problem: Problem, network: Network, trunk: Ints) -> tuple[Hop | None, 
         if here == there:
             hops.append(None)
             continue
-        size = _TOKEN_BYTES if layer == last else problem.call_bytes / 2
-        path = paths.one_way(here, there, size)
-        hops.append(Hop(path, empty_seconds(path), _HOP_OVERHEAD * float(network.overhead_s[there]), size))
+        hops.append(hop_of(paths, network, here, there, TOKEN_BYTES if layer == last else problem.call_bytes / 2))
     return tuple(hops)

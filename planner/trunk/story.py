@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.objective import Routing, layer_calls, layer_waits
+from planner.objective import Routing, layer_calls, layer_waits, prompt_seconds
 from planner.problem import Floats, Ints, Problem
 from planner.trunk.trials import STAY, Trial
 from schemas.plan import LayerCost, PathSummary
@@ -17,12 +17,15 @@ from schemas.units import format_bytes, format_seconds
 
 def path_summaries(problem: Problem, routing: Routing, trials: Sequence[Trial] = ()) -> tuple[PathSummary, ...]:
     """Return what every decoder layer of each ingress's path costs, and why the path is as it is."""
-    waits, calls = layer_waits(problem, routing), layer_calls(problem, routing)
+    waits, calls, prompts = layer_waits(problem, routing), layer_calls(problem, routing), problem.prompts
+    prompt_s = prompt_seconds(problem, routing)
     return tuple(
         PathSummary(
             ingress=problem.node_ids[node],
             layers=_layer_costs(problem, problem.trunk_node[row], waits[row], calls[row]),
-            why=_why(problem, row, waits[row], trials),
+            why=_why(problem, row, waits[row], float(prompt_s[row]), trials),
+            prompt_tokens=0 if prompts is None else int(prompts.tokens[row]),
+            prompt_s=float(prompt_s[row]),
         )
         for row, node in enumerate(problem.ingress_node.tolist())
     )
@@ -53,15 +56,18 @@ def _layer_costs(problem: Problem, trunk: Ints, waits: Floats, calls: Floats) ->
     return tuple(costs)
 
 
-def _why(problem: Problem, row: int, waits: Floats, trials: Sequence[Trial]) -> str:
+def _why(problem: Problem, row: int, waits: Floats, prompt_s: float, trials: Sequence[Trial]) -> str:
     """One sentence: what the path costs, what staying would, and which memory made it split."""
+    part_s = prompt_s / int(problem.prompts.answer_tokens[row]) if problem.prompts else 0.0
     trunk = problem.trunk_node[row]
     home, hops = int(problem.ingress_node[row]), hop_seconds_of(problem, trunk)
     compute, count = float(problem.compute_s[trunk, np.arange(problem.layers)].sum()), int((hops > 0).sum())
     told = (
-        f"{format_seconds(compute + float(hops.sum() + waits.sum()))} a token: {format_seconds(compute)} of compute, "
+        f"{format_seconds(compute + float(hops.sum() + waits.sum()) + part_s)} a token: {format_seconds(compute)} of "
+        "compute, "
         f"{_hops(count)}{f' of {format_seconds(float(hops.sum()))}' if count else ''}, "
         f"{format_seconds(float(waits.sum()))} of waits"
+        f"{f', {format_seconds(part_s)} of its prompt' if part_s else ''}"
     )
     if (trunk == home).all():
         return f"stays at {problem.node_ids[home]}: {told}" + _rivals(row, trials, "moving")

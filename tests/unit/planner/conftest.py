@@ -1,9 +1,11 @@
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from planner.cli import main
+from tests.forked import context
 from tests.planning import Workspace
 
 
@@ -21,6 +23,7 @@ def planner(capsys, monkeypatch, tmp_path):
     def run(*arguments):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["planner", *map(str, arguments)])
+        monkeypatch.setattr("planner.child.multiprocessing", SimpleNamespace(get_context=lambda _: context()))
         with pytest.raises(SystemExit) as exit_:
             main()
         captured = capsys.readouterr()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from planner.cost import call_bytes, call_seconds, find_paths, service_seconds
+from planner.cost import call_bytes, call_seconds, find_paths, hop_seconds, service_seconds
 from tests.planning import line, model_spec, node, topology_of
 
 MODEL = model_spec()
@@ -54,6 +54,23 @@ def test_call_seconds_follow_the_formula(topology):
     assert cost[1, 0] == pytest.approx([2e-3 + BYTES / 1e6 + compute for compute in (40e-6, 90e-6, 90e-6 + load)])
     assert cost[0, 1, 0] == pytest.approx(2e-3 + BYTES / 1e6 + 50e-6)
     assert call_bytes(MODEL) == BYTES
+
+
+def test_software_and_waking_are_paid_by_who_leaves_its_node_only():
+    software = [
+        node("a", device=1, rate=1, wake_us=10),
+        node("b", device=1, call_overhead_us=500, wake_us=20),
+        node("c", device=1, call_overhead_us=500, hop_overhead_us=400),
+    ]
+    links = [*line("a", "b"), *line("b", "c"), *line("a", "c")]
+    plain = topology_of([node("a", device=1, rate=1), node("b", device=1), node("c", device=1)], links)
+    asked = topology_of(software, links)
+    paths = find_paths(asked)
+    calls = call_seconds(asked, MODEL, paths) - call_seconds(plain, MODEL, paths)
+    hops = hop_seconds(asked, MODEL, paths) - hop_seconds(plain, MODEL, paths)
+    assert calls[0, :, 0] == pytest.approx([0, 530e-6, 510e-6])
+    assert calls[1, :, 0] == pytest.approx([30e-6, 0, 520e-6])
+    assert hops[0] == pytest.approx([0, 270e-6, 400e-6])  # half a call where a hop was not measured
 
 
 def test_host_memory_twice_as_slow_where_not_measured():

@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.parametrize("solver", ["auto", "decomposition"])
 def test_the_mean_keeps_its_limit_and_the_bound_is_that_of_the_mean(planner, workspace, solver):
     path = workspace.write()
-    options = ("--json", "--solver", solver, "--time-limit", "10")
+    options = ("--json", "--solver", solver, "--time-limit", "3")
     plain = json.loads(planner("solve", path, *options).out)
     tailed = json.loads(planner("solve", path, *options, "--tail", "0.1").out)
     assert tailed["bound"] <= plain["objective"] * (1 + 1e-9)

@@ -7,7 +7,9 @@ import pytest
 
 from planner.assemble import trunk_paths
 from planner.errors import InfeasibleProblem
+from planner.journey_report import path_lines
 from planner.objective import judge, layer_waits, path_seconds
+from planner.problem import build_problem
 from planner.solve import solve
 from planner.solvers.base import SolveLimits
 from planner.solvers.events import UnsuitedSolver
@@ -215,3 +217,29 @@ def test_the_joint_model_refuses_what_it_cannot_hold():
         solve(problem, "milp", limits=LIMITS, in_process=True)
     with pytest.raises(UnsuitedSolver, match="minimise latency"):
         solve(cluster(10, 10), "milp", objective="remote-calls", limits=LIMITS, in_process=True)
+
+
+def test_prompts_decide_between_expert_calls_and_whole_layers():
+    """Few calls cost a token less than a further hop, and a prompt more: all of its chunks call in every such layer."""
+    cheap = {"expert_us": 10, "prompt_layer_us": 1, "prompt_expert_us": 0.5}
+
+    def place(**prompts):
+        nodes = [node("a", device=12, rate=10, **cheap), node("b", device=4, **cheap)]
+        nodes[0]["ingress"] |= prompts
+        topology = topology_of(nodes, line("a", "b", latency="5 ms"), **MOVE)
+        problem = build_problem(topology, model_spec(layers=4, experts=4, top_k=1), [events])
+        return solve(problem, "auto", limits=LIMITS, in_process=True)
+
+    events = np.random.default_rng(1).choice(4, (200, 4, 1), p=[0.3, 0.3, 0.3, 0.1]).astype(np.int16)
+    tokens, prompts = place(), place(prompt_tokens=256, answer_tokens=2)
+    calls = tokens.judgement.wait_s[0]
+    assert calls > 0
+    assert tokens.judgement.latency_s[0] < 10e-3, "less than two hops"
+    assert prompts.judgement.wait_s[0] == 0
+    assert prompts.judgement.prompt_s[0] == pytest.approx(10e-3 + 256 * 4 * 1.5e-6, rel=0.2)
+    assert prompts.result.objective == pytest.approx(10 * prompts.judgement.latency_s[0])
+    assert prompts.result.bound <= prompts.result.objective
+    summary = path_summaries(prompts.problem, prompts.routing, prompts.trials)[0]
+    assert (summary.prompt_tokens, summary.prompt_s) == (256, prompts.judgement.prompt_s[0])
+    assert "of its prompt" in summary.why
+    assert "behind a prompt of 256 tokens" in next(path_lines([summary]))
