@@ -19,6 +19,7 @@ import click
 from agent.calibrating import COMMANDS as CALIBRATE_COMMANDS
 from agent.offline import COMMANDS as OFFLINE_COMMANDS
 from agent.replaying import COMMANDS as REPLAY_COMMANDS
+from agent.scoring import COMMANDS as SCORE_COMMANDS
 from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
@@ -169,7 +170,7 @@ def generate(
         click.echo(told(answer.note), err=True)
 
 
-for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *REPLAY_COMMANDS):
+for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *REPLAY_COMMANDS, *SCORE_COMMANDS):
     cli.add_command(_command)
 
 

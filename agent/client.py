@@ -47,6 +47,7 @@ class Answer:
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
     finished: Finished | None = None
     note: dict[str, Any] = field(default_factory=dict)
 
@@ -150,9 +151,11 @@ def _pieces(socket: Socket, node: str, request: str, answer: Answer) -> Iterator
         if now - said >= _ALIVE_S and _send_if_there(socket, Alive(request=request)):
             said = connected = now
         match message:
-            case Generated(token=token, text=text):
+            case Generated(token=token, text=text, nll=nll):
                 heard = now
                 answer.tokens.append(token)
+                if nll is not None:
+                    answer.nll.append(nll)
                 answer.text += text
                 yield text
             case Finished():

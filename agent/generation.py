@@ -62,16 +62,19 @@ class Generator:
         ingress, way = self._ingress(), self._way()
         if ingress is None or way.path is None:
             raise NoActivePlan(way.why_not)
-        prompt = tuple(ingress.tokenizer(wanted.prompt)["input_ids"])
+        prompt = tuple(ingress.tokenizer(wanted.prompt, verbose=False)["input_ids"])
+        if wanted.score:
+            yield from self._score(wanted, prompt, ingress, is_cancelled)
+            return
         _require_fit(prompt, wanted, ingress)
         job = ring.Wanted(prompt, wanted.max_tokens, wanted.temperature, wanted.top_p, wanted.seed, wanted.combine)
-        driven = _Driven(self._plane, ring.Ring(job, patience_s=self._patience_s, new_id=lambda: uuid4().hex))
+        driven = self._drive(job)
         text = TextStream(ingress.tokenizer)
         began = first = time.monotonic()
         try:
-            for index, (token, is_first) in enumerate(driven.run(self._way, is_cancelled)):
-                first = time.monotonic() if is_first else first
-                yield Generated(request=wanted.request, index=index, token=token, text=text.push(token))
+            for index, emitted in enumerate(driven.run(self._way, is_cancelled)):
+                first = first if index else time.monotonic()
+                yield Generated(request=wanted.request, index=index, token=emitted.token, text=text.push(emitted.token))
         finally:
             driven.close()
         yield Finished(
@@ -83,6 +86,36 @@ class Generator:
             seconds=time.monotonic() - began,
             prefill_s=first - began,
         )
+
+    def _score(
+        self, wanted: GenerateRequest, ids: tuple[int, ...], ingress: Ingress, is_cancelled: Callable[[], bool]
+    ) -> Iterator[Generated | Finished]:
+        """Yield every token but the first with how unlikely it was, piece by piece, each in a session of its own."""
+        _require_fit(ids[:1], wanted, ingress)
+        began, index = time.monotonic(), 0
+        for start in range(0, len(ids) - 1, wanted.max_tokens):
+            forced = ids[start + 1 : start + 1 + wanted.max_tokens]
+            driven = self._drive(
+                ring.Wanted(ids[start : start + 1], len(forced), combine=wanted.combine, forced=forced)
+            )
+            try:
+                for emitted in driven.run(self._way, is_cancelled):
+                    yield Generated(request=wanted.request, index=index, token=emitted.token, text="", nll=emitted.nll)
+                    index += 1
+            finally:
+                driven.close()
+        seconds = time.monotonic() - began
+        yield Finished(
+            request=wanted.request,
+            reason="length",
+            prompt_tokens=len(ids) - index,
+            tokens=index,
+            seconds=seconds,
+            prefill_s=0.0,
+        )
+
+    def _drive(self, job: ring.Wanted) -> "_Driven":
+        return _Driven(self._plane, ring.Ring(job, patience_s=self._patience_s, new_id=lambda: uuid4().hex))
 
     def close(self) -> None:
         """Nothing is kept between requests."""
@@ -98,8 +131,8 @@ class _Driven:
         self._events: queue.SimpleQueue[ring.Event] = queue.SimpleQueue()
         self._sent = 0
 
-    def run(self, way: Callable[[], ring.Way], is_cancelled: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
-        """Yield each token, and whether it is the first one; raises what ends the answer early."""
+    def run(self, way: Callable[[], ring.Way], is_cancelled: Callable[[], bool]) -> Iterator[ring.Emit]:
+        """Yield each token; raises what ends the answer early."""
         known = way()
         event: ring.Event = ring.WayIs(known)
         ticked_at = time.monotonic()
@@ -107,8 +140,8 @@ class _Driven:
             now = time.monotonic()
             for instruction in self.ring.handle(event, now):
                 match instruction:
-                    case ring.Emit(token):
-                        yield token, len(self.ring.tokens) == 1
+                    case ring.Emit():
+                        yield instruction
                     case ring.Finish(reason):
                         self.reason = reason
                         return

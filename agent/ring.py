@@ -31,7 +31,7 @@ _UNNAMED: Final[frozenset[SessionCode]] = frozenset({"not_yours", "refused"})  #
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an answer is to be: what follows `prompt`."""
+    """What an answer is to be: what follows `prompt`; or just the `forced` tokens, and how unlikely each was."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -39,6 +39,7 @@ class Wanted:
     top_p: float = 1.0
     seed: int = 0
     combine: Combine = "partial"
+    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,15 @@ class TokenCame:
 
 
 @dataclass(frozen=True)
+class ScoreCame:
+    """The last segment says how unlikely the forced token is that comes next; nats."""
+
+    session: str
+    position: int
+    nll: float
+
+
+@dataclass(frozen=True)
 class Stood:
     """A node said how far it is."""
 
@@ -105,7 +115,7 @@ class Cancelled:
     """The client no longer wants the answer."""
 
 
-Event = WayIs | OpenedAt | TokenCame | Stood | Faulted | Ticked | Cancelled
+Event = WayIs | OpenedAt | TokenCame | ScoreCame | Stood | Faulted | Ticked | Cancelled
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,10 @@ class Close:
 
 @dataclass(frozen=True)
 class Emit:
-    """Hand a token to the client."""
+    """Hand a token to the client; with its negative log-likelihood where it was forced."""
 
     token: int
+    nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,7 @@ class Ring:
         self._unopened: set[str] = set()
         self._idle: set[str] = set()
         self._trouble = ""
+        self._score: tuple[int, float] | None = None  # of a forced token: its place and how unlikely it is
         self._run_tokens = self._vain_runs = 0  # of the session that is open, and since a token went all around
         self._around_at = self._progress_at = self._moved_at = self._said_at = self._tried_at = 0.0
 
@@ -210,12 +222,14 @@ class Ring:
             case Cancelled():
                 yield from self._close()
                 self.state = "closed"
-            case OpenedAt() | TokenCame() | Stood() | Faulted() if event.session != self._session:
+            case OpenedAt() | TokenCame() | ScoreCame() | Stood() | Faulted() if event.session != self._session:
                 pass  # of a session that was given up
             case OpenedAt(node=node):
                 yield from self._opened(node, now)
             case TokenCame():
                 yield from self._token(event, now)
+            case ScoreCame(position=position, nll=nll):
+                self._score = position, nll
             case Stood():
                 self._stood(event, now)
             case Faulted():
@@ -256,6 +270,7 @@ class Ring:
             top_p=wanted.top_p,
             seed=wanted.seed,
             combine=wanted.combine,
+            forced=wanted.forced,
         )
 
     def _opened(self, node: str, now: float) -> Iterator[Instruction]:
@@ -273,13 +288,17 @@ class Ring:
             last = self._path.segments[-1].node if self._path is not None else ""
             yield from self._pause(f"{self._part(last)}: a token was lost on its way", now)
             return
+        nll = self._score[1] if self._score is not None and self._score[0] == event.position else None
+        if self.wanted.forced and nll is None:
+            yield from self._pause("a token came without its likelihood", now)
+            return
         self._progress_at = self._moved_at = now
         self._run_tokens += 1
         if self._run_tokens > 1:  # the first one of a run comes of what was fed
             self._around_at, self._trouble, self._vain_runs = now, "", 0
         self._idle.clear()
         self.tokens.append(event.token)
-        yield Emit(event.token)
+        yield Emit(event.token, nll)
         if event.end:
             yield from self._close()
             self.state = "closed"

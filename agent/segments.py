@@ -6,6 +6,7 @@ what is for this one comes straight back.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from schemas.sessions import (
     CloseSession,
     Opened,
     OpenSession,
+    Scored,
     SessionAlive,
     SessionCode,
     SessionFault,
@@ -37,6 +39,7 @@ from schemas.sessions import (
 log = logging.getLogger(__name__)
 
 NO_SESSION: Final = "0" * 32
+_LEAST_LIKELY: Final = 1e6  # nats: JSON has no infinity
 
 Reply = Callable[[SessionMessage], None]
 
@@ -155,7 +158,7 @@ class Segments:
         """Take a message in, raising `Objection`; one without `reply` came back from a node that was sent something."""
         session, now = message.session, time.monotonic()
         match message:
-            case Opened() | SessionStanding() | SessionFault():
+            case Opened() | SessionStanding() | Scored() | SessionFault():
                 self._hear(sender, message)
             case _ if reply is None:
                 log.info("session plane: %s sent a %s back", sender.node, message.type)
@@ -189,7 +192,7 @@ class Segments:
             segment.close(entry.name)
         self._outside.forget(entry.session)
 
-    def _hear(self, sender: Sender, message: Opened | SessionStanding | SessionFault) -> None:
+    def _hear(self, sender: Sender, message: Opened | SessionStanding | Scored | SessionFault) -> None:
         """Hand what a node of a path says to whoever makes the answer; pass a fault on to the ingress if not here."""
         session, front = message.session, self._fronts.get(message.session)
         if front is None:
@@ -203,6 +206,8 @@ class Segments:
                 front.put(ring.OpenedAt(session, sender.node))
             case SessionStanding(is_busy=is_busy):
                 front.put(ring.Stood(session, sender.node, is_busy))
+            case Scored(position=position, nll=nll):
+                front.put(ring.ScoreCame(session, position, nll))
             case SessionFault(node=node, code=code, message=text, exit_code=exit_code):
                 front.put(ring.Faulted(session, node, code, text, exit_code))
 
@@ -261,12 +266,16 @@ class Segments:
             )
             self._hop(entry.next_node, header, output)
         elif position >= opened.prompt_tokens:
-            sampling = Sampling(temperature=opened.temperature, top_p=opened.top_p, seed=opened.seed)
-            token = sample(output[-1], sampling, position)
+            token = opened.forced_at(position)
+            if token is not None:
+                self._score(entry, position, output[-1], token)
+            else:
+                sampling = Sampling(temperature=opened.temperature, top_p=opened.top_p, seed=opened.seed)
+                token = sample(output[-1], sampling, position)
             end: Literal["", "length", "stop"] = ""
             if position + 1 >= opened.max_tokens:
                 end = "length"
-            elif token in segment.trunk.stop_ids:
+            elif token in segment.trunk.stop_ids and not opened.forced:
                 end = "stop"
             header = StepHeader(entry.session, 0, position, 1, "token", end=end)
             payload, ingress = ids_of((token,)), opened.path.ingress
@@ -274,6 +283,14 @@ class Segments:
                 self._send_step(ingress, header, payload)
             if ingress == entry.next_node or not end:
                 self._hop(entry.next_node, header, payload)
+
+    def _score(self, entry: Entry, position: int, logits: torch.Tensor, token: int) -> None:
+        """Tell the ingress how likely a forced token is; beyond the vocabulary, not at all."""
+        log_prob = logits.float().log_softmax(-1)
+        nll = -float(log_prob[token]) if token < len(log_prob) else math.inf
+        self.say(
+            entry.opened.path.ingress, Scored(session=entry.session, position=position, nll=min(nll, _LEAST_LIKELY))
+        )
 
     def _hop(self, node: str, header: StepHeader, payload: torch.Tensor) -> None:
         self.traffic.hops += node != self._me.node
@@ -289,7 +306,7 @@ class Segments:
             self._hear_own(self.fault(header.session, error.code, error.message))
 
     def _hear_own(self, message: SessionMessage) -> None:
-        if isinstance(message, Opened | SessionStanding | SessionFault):
+        if isinstance(message, Opened | SessionStanding | Scored | SessionFault):
             self._hear(self._me, message)
 
     def fault(self, session: str, code: SessionCode, text: str, exit_code: ExitCode = ExitCode.FAILED) -> SessionFault:

@@ -370,6 +370,8 @@ class Registry:
             raise Objection("refused", f"its path is no way through layers 0 … {self._layers - 1}")
         if not message.resumed < message.prompt_tokens < message.max_tokens:
             raise Objection("refused", f"{message.prompt_tokens} tokens to begin with in {message.max_tokens}")
+        if len(message.forced) not in {0, message.max_tokens - message.prompt_tokens + message.resumed}:
+            raise Objection("refused", f"{len(message.forced)} forced tokens of {message.max_tokens}")
 
 
 def range_of(segment: Segment) -> Range:

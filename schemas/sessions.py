@@ -35,6 +35,7 @@ MAX_MESSAGE_BYTES: Final = 1 << 20  # a path through thousands of segments is be
 MAX_POSITION: Final = 1 << 26
 
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Token = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 StepKind = Literal["ids", "hidden", "token"]
 SessionCode = Literal[
     "unknown_session", "stale_epoch", "not_yours", "not_ready", "context_full", "kv_budget", "lost", "refused", "failed"
@@ -63,6 +64,8 @@ class OpenSession(FrozenModel):
         How many of these were generated, along another path or at a node that was lost.
     max_tokens
         Of the whole sequence; the answer ends there.
+    forced
+        All that follows the prompt, instead of tokens that are drawn: how likely each was is told in `Scored`.
     """
 
     type: Literal["open_session"] = "open_session"
@@ -76,6 +79,11 @@ class OpenSession(FrozenModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     combine: Combine = "partial"
+    forced: tuple[Token, ...] = ()
+
+    def forced_at(self, position: int) -> int | None:
+        """Return the token that must stand at a position; None where tokens are drawn."""
+        return self.forced[position - self.prompt_tokens + self.resumed] if self.forced else None
 
 
 class Opened(FrozenModel):
@@ -108,6 +116,15 @@ class SessionStanding(FrozenModel):
     is_busy: bool
 
 
+class Scored(FrozenModel):
+    """How unlikely the token was that comes next, which was forced: its negative log-likelihood in nats."""
+
+    type: Literal["scored"] = "scored"
+    session: SessionId
+    position: Count
+    nll: float
+
+
 class SessionFault(FrozenModel):
     """Why a session cannot go on at a node.
 
@@ -123,7 +140,7 @@ class SessionFault(FrozenModel):
     exit_code: ExitCode = ExitCode.FAILED
 
 
-SessionMessage = OpenSession | Opened | CloseSession | SessionAlive | SessionStanding | SessionFault
+SessionMessage = OpenSession | Opened | CloseSession | SessionAlive | SessionStanding | Scored | SessionFault
 
 _ADAPTER: Final[TypeAdapter[SessionMessage]] = TypeAdapter(Annotated[SessionMessage, Field(discriminator="type")])
 

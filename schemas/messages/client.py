@@ -25,7 +25,11 @@ class Located(FrozenModel):
 
 
 class GenerateRequest(FrozenModel):
-    """Continue a prompt. Temperature 0 is greedy."""
+    """Continue a prompt. Temperature 0 is greedy.
+
+    With `score`, nothing is drawn: the prompt itself is run token by token, in pieces of `max_tokens` and their first
+    one's predecessor, as it would be generated, and the answer says how unlikely each token was.
+    """
 
     type: Literal["generate"] = "generate"
     request: Annotated[str, Field(min_length=1, max_length=64)]
@@ -35,6 +39,7 @@ class GenerateRequest(FrozenModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     combine: Literal["partial", "ordered"] = "partial"
+    score: bool = False
 
 
 class BudgetRequest(FrozenModel):
@@ -68,13 +73,17 @@ class Alive(FrozenModel):
 
 
 class Generated(FrozenModel):
-    """One more token of an answer and the text that it completed (empty within a character)."""
+    """One more token of an answer and the text that it completed (empty within a character).
+
+    `nll` is the negative log-likelihood of a token that was scored; nats.
+    """
 
     type: Literal["generated"] = "generated"
     request: str
     index: Count
     token: Count
     text: str
+    nll: float | None = None
 
 
 class Finished(FrozenModel):

@@ -4,8 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+import torch
+
+from agent.client import Answer, stream
+from runtime.loading import load_tokenizer, load_whole
 from schemas.calibration import Calibration, Setting, Situation
-from tests.cluster import PROMPTS, make_plan, running, spec, spread, wait_for
+from tests.cluster import MODEL, PROMPTS, make_plan, running, spec, spread, wait_for
 from tests.integration.conftest import NUM_TOKENS
 
 
@@ -24,7 +29,23 @@ def everything(path: Path) -> Path:
     return path
 
 
+def ids_of(text: str) -> list[int]:
+    return load_tokenizer(MODEL)(text)["input_ids"]  # type: ignore[no-any-return]
+
+
+def likelihood(text: str, *, window: int) -> list[float]:
+    """Negative log-likelihood of every token but the first, in pieces that overlap by one."""
+    model, ids, found = load_whole(MODEL, dtype="float32"), ids_of(text), []
+    for start in range(0, len(ids) - 1, window):
+        piece = torch.tensor([ids[start : start + window + 1]])
+        with torch.inference_mode():
+            predicted = model(piece[:, :-1]).logits.log_softmax(-1)[0]
+        found += (-predicted.gather(1, piece[0, 1:, None])[:, 0]).tolist()
+    return found
+
+
 def test_a_budget_is_spent_and_told(tmp_path: Path, store: Path, reference: dict[str, list[int]]) -> None:
+    scores = {}
     quality = {"calibration": str(everything(tmp_path / "c.json"))}
     with running(tmp_path, 2, store=store, settings={"quality": quality}) as cluster:
         cluster.reach(make_plan(cluster, spread(cluster.nodes), quality_budget=0.5))
@@ -34,6 +55,15 @@ def test_a_budget_is_spent_and_told(tmp_path: Path, store: Path, reference: dict
             lambda: (q := cluster.node_status("n0")["quality"]) and q["events"] and q, timeout_s=5, what="a heartbeat"
         )
         assert exact["spared_events"] == 0
+        text = PROMPTS[0] + "(self):\n        self.items = []\n"
+        asked = {"prompt": text, "max_tokens": 8, "score": True}
+        for combine in ("ordered", "partial"):
+            answer = Answer()
+            list(stream("n0", cluster.coordinator, answer, combine=combine, **asked))
+            assert answer.tokens == ids_of(text)[1:]
+            scores[combine] = answer.nll
+        assert scores["ordered"] == pytest.approx(likelihood(text, window=8), rel=1e-4)
+        assert scores["partial"] != pytest.approx(scores["ordered"], rel=1e-4), "what is given up changes predictions"
         got = cluster.generate("n0", PROMPTS[0], *options)["tokens"]
         assert len(got) == NUM_TOKENS
         used = wait_for(

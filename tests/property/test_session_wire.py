@@ -11,6 +11,7 @@ from schemas.sessions import (
     CloseSession,
     Opened,
     OpenSession,
+    Scored,
     SessionAlive,
     SessionFault,
     SessionStanding,
@@ -90,6 +91,7 @@ def test_messages_round_trip(session: str, number: int, text: str) -> None:
         CloseSession(session=session),
         SessionAlive(session=session),
         SessionStanding(session=session, position=number, is_busy=bool(number % 2)),
+        Scored(session=session, position=number, nll=number / 7),
         SessionFault(session=session, node="n", code="lost", message=text),
     ):
         assert decode_session(encode_session(message)) == message

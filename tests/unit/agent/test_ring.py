@@ -91,6 +91,24 @@ def told(instruction: ring.Instruction) -> str:
             return f"fail {int(exit_code)}: {message}"
 
 
+def test_forced_tokens_come_with_how_unlikely_they_were() -> None:
+    wanted = ring.Wanted((5,), 2, forced=(7, 9))
+    machine = ring.Ring(wanted, patience_s=10.0, new_id=lambda: "0" * 32)
+    session = "0" * 32
+    (opened,) = machine.handle(ring.WayIs(ring.Way(1, path(["a:0-1"]))), 0.0)
+    assert isinstance(opened, ring.Open)
+    assert (opened.opening.forced, opened.opening.max_tokens) == ((7, 9), 3)
+    assert [opened.opening.forced_at(position) for position in (1, 2)] == [7, 9]
+    machine.handle(ring.OpenedAt(session, "a"), 0.0)
+    assert machine.handle(ring.ScoreCame(session, 1, 0.5), 0.0) == []
+    assert machine.handle(ring.TokenCame(session, 1, 7, ""), 0.0) == [ring.Emit(7, 0.5)]
+    closed = machine.handle(ring.TokenCame(session, 2, 9, "length"), 0.0)
+    assert [type(each) for each in closed] == [ring.Close], "a score that was lost is no score of the token before"
+    (again,) = machine.handle(ring.Ticked(), 1.0)
+    assert isinstance(again, ring.Open)
+    assert (again.opening.prompt_tokens, again.opening.resumed, again.opening.forced_at(2)) == (2, 1, 9)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_stories_of_an_answer(file: Path, rewrite_scenarios: bool) -> None:
     check(file, Story().act, rewrite=rewrite_scenarios)
