@@ -1,0 +1,160 @@
+"""The memory through which host and device tell each other what a decode step needs, while it runs.
+
+The device writes what its routers chose into the host's memory (`Mail`), each id stamped with the number of the step,
+so that the host can tell what is new without any call. The host answers with slots and weights, and releases the layer.
+Decides sizes only. Axes: L layers, B tokens, K top-k, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class KeyValues(NamedTuple):
+    """Where the keys and values of each token's session lie.
+
+    Attributes
+    ----------
+    addresses
+        [L, B, 2] int64, of keys and values.
+    strides
+        [B] int64, elements from one head to the next.
+    positions
+        [B] int64, of the tokens of this step.
+    tensors
+        The same as tensors [H, S, d] by layer and token, for who can use no addresses; None on a device.
+    """
+
+    addresses: torch.Tensor
+    strides: torch.Tensor
+    positions: torch.Tensor
+    tensors: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What the device tells the host; pinned where there is a device.
+
+    Attributes
+    ----------
+    ids
+        [L, B, K] int64: stamp * 65536 + expert.
+    weights, scores
+        [L, B, K] and [L, B, E] float32, of the ids beside them.
+    waited_ns
+        [L] int64: how long the device waited in a layer.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    scores: torch.Tensor
+    waited_ns: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What lies on the device.
+
+    Attributes
+    ----------
+    control
+        [2 + 3 B + 2 L B] int64: stamp, an unused word, tokens, positions, strides, addresses; written before a step.
+    news
+        [L E + 2 B K] int32: the slot table, and the host's answer to a layer that lacked experts (slots, and weights
+        as float32).
+    released
+        [1] int64: the last layer that the host has answered, as stamp * L + layer + 1.
+    slots, first, weights
+        [L, B, K] int32, int32 and float32: slots of the chosen experts, -1 where nothing is computed; as they were
+        when the router chose; and the router's weights.
+    """
+
+    control: torch.Tensor
+    news: torch.Tensor
+    released: torch.Tensor
+    slots: torch.Tensor
+    first: torch.Tensor
+    weights: torch.Tensor
+    fence: torch.Tensor
+    mail: Mail
+
+    @property
+    def stamp(self) -> torch.Tensor:
+        """The number of the step, [1] int64."""
+        return self.control[:1]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[B] int64."""
+        return self.control[2 : 2 + self.slots.shape[1]]
+
+    @property
+    def key_values(self) -> KeyValues:
+        """Where keys and values lie."""
+        layers, rows = self.slots.shape[:2]
+        positions, strides = (self.control[2 + n * rows : 2 + (n + 1) * rows] for n in (1, 2))
+        return KeyValues(self.control[2 + 3 * rows :].view(layers, rows, 2), strides, positions)
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The slot of every expert, -1 where it has none, [L, E] int32."""
+        layers, _, experts = self.mail.scores.shape
+        return self.news[: layers * experts].view(layers, experts)
+
+    @property
+    def inbox_slots(self) -> torch.Tensor:
+        """[B K] int32."""
+        count = self.slots[0].numel()
+        return self.news[-2 * count : -count]
+
+    @property
+    def inbox_weights(self) -> torch.Tensor:
+        """[B K] float32."""
+        return self.news[-self.slots[0].numel() :].view(torch.float32)
+
+
+def make_buffers(device: torch.device, *, layers: int, rows: int, experts: int, top_k: int) -> Buffers:
+    """Reserve the buffers of steps of so many tokens; stamps are 0, which no step has."""
+    is_pinned = device.type == "cuda"
+
+    def own(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=is_pinned)
+
+    mail = Mail(
+        own(layers, rows, top_k, dtype=torch.int64),
+        own(layers, rows, top_k, dtype=torch.float32),
+        own(layers, rows, experts, dtype=torch.float32),
+        own(layers, dtype=torch.int64),
+    )
+    triples = (layers, rows, top_k)
+    return Buffers(
+        control=torch.zeros(control_size(layers, rows), dtype=torch.int64, device=device),
+        news=torch.full((layers * experts + 2 * rows * top_k,), -1, dtype=torch.int32, device=device),
+        released=torch.zeros(1, dtype=torch.int64, device=device),
+        slots=torch.zeros(triples, dtype=torch.int32, device=device),
+        first=torch.zeros(triples, dtype=torch.int32, device=device),
+        weights=torch.zeros(triples, dtype=torch.float32, device=device),
+        fence=torch.zeros(1, dtype=torch.int32, device=device),
+        mail=mail,
+    )
+
+
+def control_size(layers: int, rows: int) -> int:
+    """Return the words of `Buffers.control`."""
+    return 2 + 3 * rows + 2 * layers * rows
+
+
+def arrived(words: NDArray[np.int64], stamp: int) -> NDArray[np.int64] | None:
+    """Return the expert ids of stamped words, or None while some are of an earlier step.
+
+    >>> arrived(np.array([3 * 65536 + 7, 3 * 65536 + 1]), 3).tolist()
+    [7, 1]
+    >>> arrived(np.array([3 * 65536 + 7, 2 * 65536 + 1]), 3) is None
+    True
+    """
+    if (words >> 16 != stamp).any():
+        return None
+    return words & 0xFFFF

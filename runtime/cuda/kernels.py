@@ -1,0 +1,354 @@
+"""The operations of a decode step as Triton kernels: one launch each, weights read where they lie in their slots.
+
+Decides nothing that `reference` does not say in plain torch: the same arithmetic, rounded at the same places, summed in
+another order. Imported only where there is a CUDA device and Triton. Axes: B tokens, D hidden, H heads, d head size,
+E experts, K top-k, F ffn.
+"""
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.cuda.buffers import Buffers, KeyValues
+from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Lanes, RouterShape
+
+_SPIN_LIMIT: Final = 1 << 26  # some 30 s: a host that died must not hold the device for ever
+
+
+@triton.jit
+def _add_norm(x, delta, weight, total, out, eps, size, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr):
+    row = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < size
+    value = tl.load(x + row * size + cols, mask=inside, other=0.0)
+    if HAS_DELTA:
+        added = tl.load(delta + row * size + cols, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+    tl.store(total + row * size + cols, value, mask=inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
+    normed = (wide * scale).to(value.dtype).to(tl.float32)
+    scaled = normed * tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + cols, scaled.to(value.dtype), mask=inside)
+
+
+def add_norm(
+    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the RMS norm of residual + delta, and that sum, [B, D] each."""
+    total, out = torch.empty_like(residual), torch.empty_like(residual)
+    size = residual.shape[1]
+    block = triton.next_power_of_2(size)
+    _add_norm[(residual.shape[0],)](
+        residual, residual if delta is None else delta, weight, total, out, eps, size,
+        BLOCK=block, HAS_DELTA=delta is not None, num_warps=8,
+    )  # fmt: skip
+    return out, total
+
+
+@triton.jit
+def _rotate_store(
+    qkv, cos, sin, q_norm, k_norm, addresses, strides, positions, q_out, eps,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    size: tl.constexpr = 2 * HALF
+    cols = tl.arange(0, HALF)
+    source = qkv + row * (Q_HEADS + 2 * KV_HEADS) * size + head * size
+    first = tl.load(source + cols)
+    second = tl.load(source + HALF + cols)
+    dtype = first.dtype
+    if head < Q_HEADS + KV_HEADS:
+        if HAS_NORM:
+            a = first.to(tl.float32)
+            b = second.to(tl.float32)
+            scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / size + eps)
+            norm = k_norm
+            if head < Q_HEADS:
+                norm = q_norm
+            first = ((a * scale).to(dtype).to(tl.float32) * tl.load(norm + cols).to(tl.float32)).to(dtype)
+            second = ((b * scale).to(dtype).to(tl.float32) * tl.load(norm + HALF + cols).to(tl.float32)).to(dtype)
+        a = first.to(tl.float32)
+        b = second.to(tl.float32)
+        turn = row * size
+        cos_a = tl.load(cos + turn + cols).to(tl.float32)
+        cos_b = tl.load(cos + turn + HALF + cols).to(tl.float32)
+        sin_a = tl.load(sin + turn + cols).to(tl.float32)
+        sin_b = tl.load(sin + turn + HALF + cols).to(tl.float32)
+        first = ((a * cos_a).to(dtype).to(tl.float32) + (-b * sin_a).to(dtype).to(tl.float32)).to(dtype)
+        second = ((b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)).to(dtype)
+    if head < Q_HEADS:
+        target = q_out + (row * Q_HEADS + head) * size
+        tl.store(target + cols, first)
+        tl.store(target + HALF + cols, second)
+    else:
+        which = (head - Q_HEADS) // KV_HEADS
+        kv_head = (head - Q_HEADS) % KV_HEADS
+        base = tl.load(addresses + 2 * row + which).to(tl.pointer_type(dtype))
+        place = base + kv_head * tl.load(strides + row) + tl.load(positions + row) * size
+        tl.store(place + cols, first)
+        tl.store(place + HALF + cols, second)
+
+
+def rotate_store(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads, kv: KeyValues, layer: int
+) -> torch.Tensor:
+    """Norm and rotate queries and keys, append keys and values to the caches; returns the queries [B, H, d]."""
+    rows = qkv.shape[0]
+    queries = torch.empty((rows, heads.queries, heads.size), dtype=qkv.dtype, device=qkv.device)
+    has_norm = norms is not None
+    q_norm, k_norm, eps = norms if has_norm else (qkv, qkv, 0.0)
+    _rotate_store[(rows, heads.queries + 2 * heads.kv)](
+        qkv, cos, sin, q_norm, k_norm, kv.addresses[layer], kv.strides, kv.positions, queries, eps,
+        Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2, HAS_NORM=has_norm, num_warps=1,
+    )  # fmt: skip
+    return queries
+
+
+@triton.jit
+def _attend(
+    queries, addresses, strides, positions, partial, scaling,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    dtype = queries.dtype.element_ty
+    length = tl.load(positions + row) + 1
+    stride = kv_head * tl.load(strides + row)
+    keys = tl.load(addresses + 2 * row).to(tl.pointer_type(dtype)) + stride
+    values = tl.load(addresses + 2 * row + 1).to(tl.pointer_type(dtype)) + stride
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+    members = tl.arange(0, ROWS)
+    cols = tl.arange(0, SIZE)
+    heads = kv_head * GROUP + members
+    is_head = members < GROUP
+    q = tl.load(
+        queries + (row * KV_HEADS * GROUP + heads[:, None]) * SIZE + cols[None, :], mask=is_head[:, None], other=0.0
+    )
+    best = tl.full([ROWS], -1e30, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, SIZE], tl.float32)
+    for start in range(begin, end, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        inside = places < end
+        k = tl.load(keys + places[:, None] * SIZE + cols[None, :], mask=inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        scores = tl.where(inside[None, :], scores, -1e30)
+        top = tl.maximum(best, tl.max(scores, axis=1))
+        fade = tl.exp(best - top)
+        p = tl.where(inside[None, :], tl.exp(scores - top[:, None]), 0.0)
+        mass = mass * fade + tl.sum(p, axis=1)
+        v = tl.load(values + places[:, None] * SIZE + cols[None, :], mask=inside[:, None], other=0.0)
+        sums = sums * fade[:, None] + tl.dot(p.to(dtype), v, input_precision="ieee")
+        best = top
+    target = partial + ((row * KV_HEADS * GROUP + heads) * SPLITS + split) * (SIZE + 2)
+    tl.store(target[:, None] + cols[None, :], sums, mask=is_head[:, None])
+    tl.store(target + SIZE, best, mask=is_head)
+    tl.store(target + SIZE + 1, mass, mask=is_head)
+
+
+@triton.jit
+def _join(partial, out, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    head = tl.program_id(0)
+    splits = tl.arange(0, SPLITS)
+    cols = tl.arange(0, SIZE)
+    source = partial + (head * SPLITS + splits) * (SIZE + 2)
+    best = tl.load(source + SIZE)
+    mass = tl.load(source + SIZE + 1)
+    scale = tl.exp(best - tl.max(best, axis=0))
+    sums = tl.load(source[:, None] + cols[None, :])
+    joined = tl.sum(sums * scale[:, None], axis=0) / tl.sum(mass * scale, axis=0)
+    tl.store(out + head * SIZE + cols, joined.to(out.dtype.element_ty))
+
+
+def attend(queries: torch.Tensor, heads: Heads, kv: KeyValues, layer: int) -> torch.Tensor:
+    """Attend to all tokens up to each row's own, [B, H * d]."""
+    rows = queries.shape[0]
+    group = heads.queries // heads.kv
+    splits = ATTENTION_SPLITS
+    partial = torch.empty(
+        (rows, heads.queries, splits, heads.size + 2), dtype=torch.float32, device=queries.device
+    )
+    _attend[(rows, heads.kv, splits)](
+        queries, kv.addresses[layer], kv.strides, kv.positions, partial, heads.scaling,
+        KV_HEADS=heads.kv, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SIZE=heads.size,
+        SPLITS=splits, BLOCK=32, num_warps=4,
+    )  # fmt: skip
+    out = torch.empty((rows, heads.queries * heads.size), dtype=queries.dtype, device=queries.device)
+    _join[(rows * heads.queries,)](partial, out, SPLITS=splits, SIZE=heads.size, num_warps=2)
+    return out
+
+
+@triton.jit
+def _route(
+    logits, table, slots, first, weights, stamp, seen_ids, seen_weights, seen_scores, fence,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
+    IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    experts = tl.arange(0, BLOCK)
+    is_expert = experts < EXPERTS
+    raw = tl.load(logits + row * EXPERTS + experts, mask=is_expert, other=0.0)
+    wide = tl.where(is_expert, raw.to(tl.float32), -1e30)
+    odds = tl.where(is_expert, tl.exp(wide - tl.max(wide, axis=0)), 0.0)
+    scores = odds / tl.sum(odds, axis=0)
+    left = tl.where(is_expert, scores, -1.0)
+    places = tl.arange(0, TOP_BLOCK)
+    chosen = tl.zeros([TOP_BLOCK], tl.int32)
+    best = tl.zeros([TOP_BLOCK], tl.float32)
+    for place in tl.static_range(TOP):
+        at = tl.argmax(left, axis=0)
+        best = tl.where(places == place, tl.max(left, axis=0), best)
+        chosen = tl.where(places == place, at, chosen)
+        left = tl.where(experts == at, -1.0, left)
+    is_place = places < TOP
+    if IS_NORMALISED:
+        best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
+    if IS_ROUNDED:
+        best = best.to(raw.dtype).to(tl.float32)
+    found = tl.load(table + chosen, mask=is_place, other=0)
+    at = row * TOP + places
+    tl.store(slots + at, found, mask=is_place)
+    tl.store(first + at, found, mask=is_place)
+    tl.store(weights + at, best, mask=is_place)
+    tl.store(seen_scores + row * EXPERTS + experts, scores, mask=is_expert)
+    tl.store(seen_weights + at, best, mask=is_place)
+    tl.debug_barrier()
+    tl.atomic_add(fence, 0, sem="release", scope="sys")  # the host sees ids only after what they are about
+    tl.store(seen_ids + at, tl.load(stamp).to(tl.int64) * 65536 + chosen.to(tl.int64), mask=is_place)
+
+
+def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
+    """Choose experts, look their slots up, and tell the host."""
+    mail = buffers.mail
+    _route[(logits.shape[0],)](
+        logits, buffers.table[layer], buffers.slots[layer], buffers.first[layer], buffers.weights[layer],
+        buffers.stamp, mail.ids[layer], mail.weights[layer], mail.scores[layer], buffers.fence,
+        EXPERTS=shape.experts, BLOCK=max(16, triton.next_power_of_2(shape.experts)), TOP=shape.top_k,
+        TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
+        IS_ROUNDED=shape.is_rounded, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _wait(
+    slots, weights, inbox_slots, inbox_weights, released, stamp, waited, layer, layers, limit,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    places = tl.arange(0, BLOCK)
+    inside = places < COUNT
+    found = tl.load(slots + places, mask=inside, other=0)
+    took = tl.zeros([1], tl.int64)
+    if tl.min(found, axis=0) < 0:
+        began = tl.zeros([1], tl.int64)
+        if IS_TIMED:
+            began += tl.extra.cuda.globaltimer()
+        wanted = tl.load(stamp).to(tl.int64) * layers + layer + 1
+        seen = tl.atomic_add(released, 0, sem="acquire", scope="sys")
+        tries = 0
+        while (seen < wanted) & (tries < limit):
+            seen = tl.atomic_add(released, 0, sem="acquire", scope="sys")
+            tries += 1
+        tl.store(slots + places, tl.load(inbox_slots + places, mask=inside, other=0, volatile=True), mask=inside)
+        tl.store(weights + places, tl.load(inbox_weights + places, mask=inside, other=0.0, volatile=True), mask=inside)
+        if IS_TIMED:
+            took += tl.extra.cuda.globaltimer() - began
+    tl.store(waited + layer + tl.arange(0, 1), took)
+
+
+def wait(buffers: Buffers, layer: int) -> None:
+    """Wait until the host has brought what the layer lacks, where it lacks anything; take the host's slots then."""
+    count = buffers.slots[layer].numel()
+    _wait[(1,)](
+        buffers.slots[layer], buffers.weights[layer], buffers.inbox_slots, buffers.inbox_weights, buffers.released,
+        buffers.stamp, buffers.mail.waited_ns, layer, len(buffers.slots), _SPIN_LIMIT,
+        COUNT=count, BLOCK=triton.next_power_of_2(count), IS_TIMED=buffers.table.is_cuda, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gate_up(
+    x, memory, slots, first, out, stride, offset, hidden, ffn,
+    TOP: tl.constexpr, IS_LATE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    slot = tl.load(slots + pair).to(tl.int64)
+    wanted = slot >= 0
+    if IS_LATE:
+        wanted = wanted & (tl.load(first + pair) < 0)
+    if wanted:
+        rows = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        is_row = rows < ffn
+        gate_at = memory + slot * stride + offset + rows[:, None] * hidden
+        up_at = gate_at + ffn * hidden
+        gates = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
+        ups = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
+        for start in range(0, hidden, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            is_col = cols < hidden
+            value = tl.load(x + (pair // TOP) * hidden + cols, mask=is_col, other=0.0).to(tl.float32)
+            both = is_row[:, None] & is_col[None, :]
+            gates += tl.load(gate_at + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
+            ups += tl.load(up_at + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
+        dtype = out.dtype.element_ty
+        gate = tl.sum(gates, axis=1).to(dtype).to(tl.float32)
+        up = tl.sum(ups, axis=1).to(dtype).to(tl.float32)
+        active = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        tl.store(out + pair * ffn + rows, (active * up).to(dtype), mask=is_row)
+
+
+@triton.jit
+def _down(
+    active, memory, slots, weights, out, stride, offset, hidden, ffn,
+    TOP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_row = rows < hidden
+    dtype = out.dtype.element_ty
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for place in range(TOP):
+        pair = row * TOP + place
+        slot = tl.load(slots + pair).to(tl.int64)
+        if slot >= 0:
+            sums = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+            base = memory + slot * stride + offset + rows[:, None] * ffn
+            for start in range(0, ffn, BLOCK_F):
+                cols = start + tl.arange(0, BLOCK_F)
+                is_col = cols < ffn
+                value = tl.load(active + pair * ffn + cols, mask=is_col, other=0.0).to(tl.float32)
+                both = is_row[:, None] & is_col[None, :]
+                sums += tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
+            answer = tl.sum(sums, axis=1).to(dtype).to(tl.float32)
+            total += answer * tl.load(weights + pair)
+    tl.store(out + row * hidden + rows, total.to(dtype), mask=is_row)
+
+
+def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: torch.Tensor, *, late: bool) -> None:
+    """Compute what goes into the down projections, [B, K, F], of experts at hand, or of those that came late."""
+    block = 8
+    top = buffers.slots.shape[2]
+    _gate_up[(x.shape[0] * top, triton.cdiv(lanes.ffn, block))](
+        x, lanes.memory, buffers.slots[layer], buffers.first[layer], out, lanes.stride, lanes.gate_up, lanes.hidden,
+        lanes.ffn, TOP=top, IS_LATE=late, BLOCK_F=block,
+        BLOCK_D=min(512, triton.next_power_of_2(lanes.hidden)), num_warps=4,
+    )  # fmt: skip
+
+
+def down(active: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int) -> torch.Tensor:
+    """Return the weighted sum of the experts' answers, [B, D]."""
+    rows, block = active.shape[0], 8
+    out = torch.empty((rows, lanes.hidden), dtype=active.dtype, device=active.device)
+    _down[(rows, triton.cdiv(lanes.hidden, block))](
+        active, lanes.memory, buffers.slots[layer], buffers.weights[layer], out, lanes.stride, lanes.down,
+        lanes.hidden, lanes.ffn, TOP=active.shape[1], BLOCK_D=block,
+        BLOCK_F=min(512, triton.next_power_of_2(lanes.ffn)), num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,148 @@
+"""The Triton kernels against plain torch; on a CUDA device, or in Triton's interpreter where TRITON_INTERPRET is set."""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.cuda import reference
+from runtime.cuda.buffers import Buffers, KeyValues, make_buffers
+from runtime.cuda.shapes import Heads, Lanes, RouterShape
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
+    reason="needs Triton and a CUDA device, or its interpreter",
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16) if DEVICE.type == "cuda" else (torch.float32, torch.float16)
+ROWS, HIDDEN, FFN, EXPERTS, TOP, SLOTS = 2, 96, 40, 12, 3, 9
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def kernels() -> Any:
+    from runtime.cuda import kernels
+
+    return kernels
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    tolerance = 1e-5 if want.dtype == torch.float32 else 1e-2
+    return bool(((got.double() - want.double()).norm() / want.double().norm()) < tolerance)
+
+
+def lanes_of(dtype: torch.dtype) -> Lanes:
+    gate_up, down = 2 * FFN * HIDDEN, HIDDEN * FFN
+    stride = gate_up + down + 64
+    return Lanes(drawn(SLOTS * stride, dtype=dtype, seed=5) * 0.2, stride, 0, gate_up, HIDDEN, FFN)
+
+
+def filled() -> Buffers:
+    """One layer whose row 0 lacks one expert, and whose row 1 has one that nobody computes."""
+    buffers = make_buffers(DEVICE, layers=1, rows=ROWS, experts=EXPERTS, top_k=TOP)
+    buffers.slots[0] = torch.tensor([[4, 2, 8], [0, -1, 3]])
+    buffers.first[0] = torch.tensor([[4, -1, 8], [0, -1, 3]])
+    buffers.weights[0] = drawn(ROWS, TOP, dtype=torch.float32, seed=3).abs()
+    return buffers
+
+
+def test_norm_of_a_sum(kernels: Any, dtype: torch.dtype) -> None:
+    x, delta, weight = (drawn(ROWS, HIDDEN, dtype=dtype, seed=n) for n in range(3))
+    for added in (None, delta):
+        got, want = (each.add_norm(x, added, weight[0], 1e-6) for each in (kernels, reference))
+        assert close(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_rotation_and_attention(kernels: Any, dtype: torch.dtype, has_norm: bool) -> None:
+    heads, most = Heads(6, 2, 16, 0.25), 80
+    qkv = drawn(ROWS, 10 * 16, dtype=dtype)
+    cos, sin = drawn(ROWS, 1, 16, dtype=dtype, seed=1), drawn(ROWS, 1, 16, dtype=dtype, seed=2)
+    norms = (drawn(16, dtype=dtype, seed=3), drawn(16, dtype=dtype, seed=4), 1e-6) if has_norm else None
+    answers = []
+    for each in (kernels, reference):
+        caches = [tuple(drawn(2, most, 16, dtype=dtype, seed=9 + row + n) for n in (0, 5)) for row in range(ROWS)]
+        kv = KeyValues(
+            torch.tensor([[[t.data_ptr() for t in row] for row in caches]], device=DEVICE),
+            torch.full((ROWS,), most * 16, device=DEVICE),
+            torch.tensor([70, 3], device=DEVICE),
+            [caches],  # type: ignore[list-item]
+        )
+        queries = each.rotate_store(qkv, cos, sin, norms, heads, kv, 0)
+        answers.append((queries, each.attend(queries, heads, kv, 0), caches))
+    (got_q, got, got_caches), (want_q, want, want_caches) = answers
+    assert close(got_q, want_q)
+    assert close(got, want)
+    for ours, theirs in zip(got_caches, want_caches, strict=True):
+        assert all(close(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("is_normalised", [True, False])
+def test_routing_tells_the_host(kernels: Any, dtype: torch.dtype, is_normalised: bool) -> None:
+    shape = RouterShape(EXPERTS, TOP, is_normalised, is_rounded=True)
+    logits = drawn(ROWS, EXPERTS, dtype=dtype)
+    table = torch.arange(EXPERTS, dtype=torch.int32) * 2 - 3
+    told = []
+    for each in (kernels, reference):
+        buffers = make_buffers(DEVICE, layers=1, rows=ROWS, experts=EXPERTS, top_k=TOP)
+        buffers.table[0] = table
+        buffers.control[0] = 7
+        each.route(logits, shape, buffers, 0)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        told.append(buffers)
+    got, want = told
+    assert torch.equal(got.mail.ids, want.mail.ids)
+    assert (got.mail.ids >> 16 == 7).all()
+    assert torch.equal(got.slots, want.slots)
+    assert torch.equal(got.first, want.slots)
+    assert close(got.weights, want.weights)
+    assert close(got.mail.weights, want.mail.weights)
+    assert close(got.mail.scores, want.mail.scores)
+
+
+def test_experts_read_where_they_lie(kernels: Any, dtype: torch.dtype) -> None:
+    lanes, x = lanes_of(dtype), drawn(ROWS, HIDDEN, dtype=dtype)
+    answers = []
+    for each in (kernels, reference):
+        buffers = filled()
+        late = buffers.slots.clone()
+        buffers.slots.copy_(buffers.first)
+        active = torch.zeros((ROWS, TOP, FFN), dtype=dtype, device=DEVICE)
+        each.gate_up(x, lanes, buffers, 0, active, late=False)
+        assert not active[0, 1].any()
+        buffers.slots.copy_(late)
+        each.gate_up(x, lanes, buffers, 0, active, late=True)
+        answers.append((active, each.down(active, lanes, buffers, 0)))
+    (got_active, got), (want_active, want) = answers
+    assert close(got_active, want_active)
+    assert close(got, want)
+
+
+def test_what_was_waited_for_is_taken_from_the_host(kernels: Any) -> None:
+    for each in (kernels, reference):
+        buffers = filled()
+        buffers.control[0] = 2
+        buffers.released[0] = 3
+        buffers.inbox_slots.copy_(torch.tensor([4, 6, 8, 0, -1, 3], dtype=torch.int32))
+        buffers.inbox_weights.copy_(torch.arange(6.0))
+        each.wait(buffers, 0)
+        assert buffers.slots[0].tolist() == [[4, 6, 8], [0, -1, 3]]
+        assert buffers.weights[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+        whole = filled()
+        whole.slots[0] = 1
+        before = whole.weights.clone()
+        each.wait(whole, 0)
+        assert torch.equal(whole.weights, before)
