@@ -23,7 +23,7 @@ class Forked:
     def __init__(self, command: tuple[str, ...], *, output: Path, errors: Path, ends_with_us: bool = False) -> None:
         self.args = command
         arguments = (command, str(output), str(errors), {**os.environ, **ENVIRONMENT}, str(Path.cwd()))
-        self._process: Any = _context().Process(target=_main, args=arguments, daemon=ends_with_us)
+        self._process: Any = context().Process(target=_main, args=arguments, daemon=ends_with_us)
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -62,12 +62,13 @@ def run(command: tuple[str, ...], *, timeout_s: float) -> subprocess.CompletedPr
         return subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+def context() -> Any:
+    """Return what `multiprocessing.get_context` does, for processes that start in no time."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tests.preloaded"])
     with mock.patch.dict(os.environ, ENVIRONMENT):  # torch and BLAS read it when they are imported
         forkserver.ensure_running()
-    return context
+    return forks
 
 
 def _main(command: tuple[str, ...], output: str, errors: str, environment: dict[str, str], folder: str) -> None:

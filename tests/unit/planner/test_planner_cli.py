@@ -88,7 +88,7 @@ def test_solving_from_another_placement_moves_what_differs(planner, workspace, t
 
 
 def test_show_says_what_changes_first_and_lists_all_on_demand(planner, workspace):
-    planner("solve", workspace.write())
+    planner("solve", workspace.write(), "--solver", "uniform")
     short, long = planner("show", "plan.json"), planner("show", "plan.json", "-vv")
     assert short.out.splitlines()[0].startswith("test: epoch 0 → 1 makes")
     assert len(short.out.splitlines()) < 15
@@ -211,7 +211,7 @@ def test_a_truncated_trace_is_refused(planner, workspace, tmp_path):
 
 def test_an_edited_plan_is_refused(planner, workspace, tmp_path):
     path = workspace.write()
-    planner("solve", path)
+    planner("solve", path, "--solver", "uniform")
     plan = tmp_path / "plan.json"
     plan.write_text(plan.read_text().replace('"expert": 3', '"expert": 4', 1))
     for arguments in (("show", plan), ("diff", plan, plan), ("solve", path, "--current", plan)):
@@ -221,7 +221,7 @@ def test_an_edited_plan_is_refused(planner, workspace, tmp_path):
 
 
 def test_a_current_plan_of_another_cluster_or_model_is_refused(planner, workspace):
-    planner("solve", workspace.write(), "-o", "first.json")
+    planner("solve", workspace.write(), "-o", "first.json", "--solver", "uniform")
     ran = planner("solve", workspace.write(cluster="other"), "--current", "first.json")
     assert ran.code == 2
     assert "another cluster" in ran.err
