@@ -6,14 +6,18 @@ record is read, nor which expert is worth its slot. Flow: ready copies → loads
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from time import perf_counter
 
 from runtime.counters import TierCounts
 from runtime.errors import ExpertUnavailable
 from runtime.loads import Borrowed, Loader
 from runtime.promotion import Promoter
-from runtime.shelf import Copy, Shelf
+from runtime.shelf import Copy, CopyKey, Shelf
+from schemas.precision import LowPrecision
+
+Low = Mapping[int, LowPrecision]
+"""Experts of a layer that may be had in this precision."""
 
 
 class Lender:
@@ -49,7 +53,7 @@ class Lender:
         self._promoter = Promoter(loader.load, workers)
         self._lent_at = 0.0
 
-    def lend(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
+    def lend(self, layer: int, experts: Sequence[int], low: Low | None = None) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights) as `Residency.lend` says. May modify the cache."""
         with self._changed:
             ready = self._shelf.ready
@@ -59,18 +63,34 @@ class Lender:
                 for copy in copies:
                     self._shelf.use(copy)
         if not is_whole:
-            yield from self._stream(layer, experts)
+            yield from self._stream(layer, self._keys(layer, experts, low or {}))
             return
         try:
             for position, copy in enumerate(copies):
-                yield position, Borrowed(self._loader.weights(copy), copy.tier)
+                yield position, self._loader.borrowed(copy)
         finally:
             self.give_back(copies)
             if self._shelf.lacking:
                 self._count(layer, copies, 0.0)
 
-    def _stream(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
-        """Lend experts some of which must be loaded.
+    def _keys(self, layer: int, experts: Sequence[int], low: Low) -> list[CopyKey]:
+        """Return which copy of each expert is lent: one in low precision only where it will do and none better is here.
+
+        Where no record of a low precision is known, an exact copy is made.
+        """
+        if not low:
+            return [(layer, expert) for expert in experts]
+        keys: list[CopyKey] = []
+        with self._changed:
+            for expert in experts:
+                exact, precision = (layer, expert), low.get(expert)
+                is_low = precision is not None and exact not in self._shelf.ready and not self._shelf.is_coming(exact)
+                inexact = (layer, expert, precision) if precision is not None and is_low else exact
+                keys.append(inexact if inexact in self._shelf.sources else exact)
+        return keys
+
+    def _stream(self, layer: int, keys: Sequence[CopyKey]) -> Generator[tuple[int, Borrowed]]:
+        """Lend copies some of which must be loaded.
 
         Whoever waits for a slot has none itself but those that are being filled for it, so that nobody waits for ever.
         """
@@ -81,11 +101,11 @@ class Lender:
         held: list[Copy] = []
         try:
             with self._changed:
-                for position, expert in enumerate(experts):
-                    copy = self._shelf.ready.get((layer, expert))
+                for position, key in enumerate(keys):
+                    copy = self._shelf.ready.get(key)
                     if copy is None:
-                        if (layer, expert) not in self._shelf.sources and not self._shelf.is_coming((layer, expert)):
-                            raise ExpertUnavailable(layer, expert, "this node")
+                        if not self._shelf.can_load(key) and not self._shelf.is_coming(key):
+                            raise ExpertUnavailable(key[0], key[1], "this node")
                         absent.append(position)
                     else:
                         self._shelf.use(copy)
@@ -95,17 +115,17 @@ class Lender:
                     self._shelf.count_found(layer, [copy for _, copy in at_hand])
             while at_hand or coming or absent:
                 if absent and len(coming) <= self._promoter.workers:
-                    absent = self._begin(layer, experts, absent, coming, held)
+                    absent = self._begin(layer, keys, absent, coming, held)
                 if at_hand:
                     position, copy = at_hand.pop(0)
-                    yield position, Borrowed(self._loader.weights(copy), copy.tier)
+                    yield position, self._loader.borrowed(copy)
                     held.remove(copy)
                     self.give_back((copy,))
                     continue
                 asked = perf_counter()
                 if absent and not coming and not self._shelf.can_cache:
                     position = absent.pop(0)
-                    borrowed = self._loader.read((layer, experts[position]))
+                    borrowed = self._loader.read(keys[position])
                     waited_s += perf_counter() - asked
                     yield position, borrowed
                     continue
@@ -114,7 +134,7 @@ class Lender:
                 waited_s += took
                 if ready is not None:
                     position, copy = ready
-                    yield position, Borrowed(self._loader.weights(copy), copy.found, took)
+                    yield position, self._loader.borrowed(copy, took, is_new=True)
                     held.remove(copy)
                     self.give_back((copy,))
         finally:
@@ -124,14 +144,14 @@ class Lender:
             self._count(layer, (), waited_s)
 
     def _begin(
-        self, layer: int, experts: Sequence[int], absent: list[int], coming: list[tuple[int, Copy]], held: list[Copy]
+        self, layer: int, keys: Sequence[CopyKey], absent: list[int], coming: list[tuple[int, Copy]], held: list[Copy]
     ) -> list[int]:
         """Begin to load what there are slots for; return the positions that are left."""
         left, jobs = [], []
         with self._changed:
             rooms = self._shelf.rooms(layer, min(len(absent), self._promoter.workers + 2 - len(coming)))
             for position in absent:
-                key = (layer, experts[position])
+                key = keys[position]
                 copy = self._shelf.ready.get(key) or self._shelf.is_coming(key)
                 if copy is None:
                     if not rooms:
@@ -169,6 +189,8 @@ class Lender:
 
     def give_back(self, copies: Iterable[Copy]) -> None:
         """End the use of copies. Modifies."""
+        copies = list(copies)
+        self._loader.note_read(copies)
         with self._changed:
             self._shelf.end_use(copies)
 
@@ -195,7 +217,8 @@ class Lender:
         room = self._shelf.slack.room
         if self._counts is None or not self._is_ahead or not room or self._promoter.waiting:
             return
-        jobs, experts = [], guess()
+        jobs: list[Copy] = []
+        experts = guess()
         with self._changed:
             wanted = [
                 (layer, expert)

@@ -6,29 +6,36 @@ whichever thread needs the copy first; bookkeeping under the residency's lock, r
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from runtime.counters import TierCounts
 from runtime.errors import ExpertLost, ExpertUnavailable, RuntimeFault
+from runtime.packed import Repacked, bytes_read
 from runtime.pool import ExpertWeights, SlotPool, as_weights
+from runtime.precision import empty_parts, unpack_parts
 from runtime.records import Source, read_first
-from runtime.shelf import Copy, Key, Shelf
-from runtime.tensors import torch_dtype
+from runtime.shelf import Copy, CopyKey, Shelf
 from runtime.timeline import Timeline
+from schemas.precision import PackedLayout, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
 
+if TYPE_CHECKING:
+    from runtime.cuda.copies import DeviceCopies
+
 
 class Borrowed(NamedTuple):
-    """An expert in use, the tier it was found in, and what was waited for it."""
+    """An expert in use, the tier it was found in, what was waited for it, and in which precision it is."""
 
     weights: ExpertWeights
     tier: Tier
     waited_s: float = 0.0
+    precision: Precision = "checkpoint"
 
 
 class Loader:
@@ -40,6 +47,10 @@ class Loader:
         Of the residency: its books, its slots, and the lock of both.
     counts
         Takes what was read; None without a cache.
+    packed
+        How the slots hold records, where not as weights.
+    copies
+        Brings records to the slots of a CUDA device.
 
     Attributes
     ----------
@@ -56,6 +67,8 @@ class Loader:
         *,
         counts: TierCounts | None,
         device: torch.device,
+        packed: PackedLayout | None = None,
+        copies: "DeviceCopies | None" = None,
     ) -> None:
         self.timeline: Timeline | None = None
         self._layout = layout
@@ -64,17 +77,29 @@ class Loader:
         self._changed = changed
         self._counts = counts
         self._device = device
+        self._packed = packed
+        self._precision: Precision = packed.precision if packed is not None else "checkpoint"
+        self._copies = copies
         self._checked: set[Source] = set()
 
     def weights(self, copy: Copy) -> ExpertWeights:
         """Return the weights of a copy that is filled and in use."""
         return self._pools[copy.tier].weights(copy.slot)
 
+    def borrowed(self, copy: Copy, waited_s: float = 0.0, *, is_new: bool = False) -> Borrowed:
+        """Return a copy that is filled and in use as it is lent; of a new one, the tier that it came from."""
+        tier = copy.found if is_new else copy.tier
+        return Borrowed(self.weights(copy), tier, waited_s, self.precision_of(copy.key))
+
+    def precision_of(self, key: CopyKey) -> Precision:
+        """Return the precision that a copy has."""
+        return key[2] if len(key) == 3 else self._precision
+
     def load(self, copy: Copy) -> None:
         """Fill a copy from the first source that is intact."""
         began = perf_counter()
         try:
-            self._fill(copy)
+            num_bytes = self._fill(copy)
         except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
             with self._changed:
                 self._shelf.fail(copy, error)
@@ -82,61 +107,91 @@ class Loader:
         ended = perf_counter()
         if self.timeline is not None:
             about = f"layer {copy.key[0]} expert {copy.key[1]}"
-            self.timeline.add("loads", about, began, ended, bytes=self._layout.bytes, ahead=copy.is_guess)
+            self.timeline.add("loads", about, began, ended, bytes=num_bytes, ahead=copy.is_guess)
         with self._changed:
-            self._shelf.slack.observe_load(ended - began)
+            self._shelf.slack.observe_load(ended - began, is_low=len(copy.key) == 3)
             if self._counts is not None:
-                self._counts.load(copy.key[0], self._layout.bytes)
+                self._counts.load(copy.key[0], num_bytes)
             self._shelf.finish(copy)
 
-    def read(self, key: Key) -> Borrowed:
+    def read(self, key: CopyKey) -> Borrowed:
         """Read an expert for one use."""
         began = perf_counter()
-        weights = as_weights(self._layout, [part.to(self._device) for part in self._staged(key)])
+        parts, num_bytes = self._staged(key)
+        weights = as_weights(self._layout, [part.to(self._device) for part in parts])
         if self._counts is not None:
             with self._changed:
-                self._counts.load(key[0], self._layout.bytes)
-        return Borrowed(weights, "disk", perf_counter() - began)
+                self._counts.load(key[0], num_bytes)
+        return Borrowed(weights, "disk", perf_counter() - began, self.precision_of(key))
 
-    def _fill(self, copy: Copy) -> None:
+    def read_weights(self, key: CopyKey) -> bytes:
+        """Read the record of weights of an expert that is held packed, from where it lies as such."""
+        made = (source for source in self._shelf.sources.get(key, ()) if isinstance(source, Repacked))
+        record = bytearray(self._layout.bytes)
+        source, damaged = read_first([each.source for each in made], [memoryview(record)], self._checked)
+        if source is None:
+            why = f"this node but in {self._precision}{''.join(f'; {each}' for each in damaged.values())}"
+            raise ExpertUnavailable(key[0], key[1], why)
+        return bytes(record)
+
+    def _fill(self, copy: Copy) -> int:
+        """Fill a copy; returns how many bytes were read."""
         pool = self._pools[copy.tier]
-        if self._device.type == "cpu" or copy.tier == "host":
-            self._read_into(copy.key, pool.buffers(copy.slot))
-            return
+        if self._copies is None or copy.tier == "host":
+            return self._read_into(copy.key, pool.buffers(copy.slot))
+        with self._host_copy(copy.key) as host:
+            if host is not None:
+                copy.found = "host"
+                self._copies.bring(pool, copy.slot, self._pools["host"].whole(host.slot))
+                return len(self._pools["host"].whole(host.slot))
+        with self._copies.staged() as (staging, slot):
+            num_bytes = self._read_into(copy.key, staging.buffers(slot))
+            self._copies.bring(pool, copy.slot, staging.whole(slot))
+            return num_bytes
+
+    @contextmanager
+    def _host_copy(self, key: CopyKey) -> Iterator[Copy | None]:
+        """Use the copy of an expert in host memory meanwhile, if there is one that is filled."""
         with self._changed:
-            host = self._shelf.copies.get((copy.key, "host"))
+            host = self._shelf.copies.get((key, "host"))
             host = host if host is not None and host.is_ready else None
             if host is not None:
                 self._shelf.use(host)
-        if host is None:
-            pool.fill_from(copy.slot, self._staged(copy.key))
-            return
         try:
-            copy.found = "host"
-            pool.fill_from(copy.slot, [part for part in self.weights(host) if part is not None])
+            yield host
         finally:
-            with self._changed:
-                self._shelf.end_use((host,))
+            if host is not None:
+                with self._changed:
+                    self._shelf.end_use((host,))
 
-    def _staged(self, key: Key) -> list[torch.Tensor]:
-        """Read a record into memory of torch's own; returns its parts."""
-        dtype = torch_dtype(self._layout.dtype)
-        parts = [torch.empty(part.shape, dtype=dtype) for part in self._layout.parts]
-        self._read_into(key, [_bytes_of(part) for part in parts])
-        return parts
+    def note_read(self, copies: Iterable[Copy]) -> None:
+        """Note that what was launched so far reads the slots of these copies."""
+        if self._copies is not None:
+            self._copies.fences.read(copy.slot for copy in copies if copy.tier == "device")
 
-    def _read_into(self, key: Key, parts: Sequence[memoryview]) -> None:
-        """Read a record from its first intact source, which is checked when it is first used."""
+    def _staged(self, key: CopyKey) -> tuple[list[torch.Tensor], int]:
+        """Read a record into memory of torch's own; returns the weights' parts, and how many bytes were read."""
+        parts = empty_parts(self._layout)
+        if self._packed is None:
+            return parts, self._read_into(key, [_bytes_of(part) for part in parts])
+        record = torch.empty(self._packed.bytes, dtype=torch.uint8)
+        num_bytes = self._read_into(key, [_bytes_of(record)])
+        unpack_parts(record, self._packed, parts)
+        return parts, num_bytes
+
+    def _read_into(self, key: CopyKey, parts: Sequence[memoryview]) -> int:
+        """Read a record from its first intact source, which is checked when it is first used; returns bytes read."""
         source, damaged = read_first(list(self._shelf.sources.get(key, ())), parts, self._checked)
         if damaged:
             with self._changed:
                 self._discredit(key, list(damaged))
         if source is None and not damaged and not any((key, tier) in self._shelf.assigned for tier in TIERS):
-            raise ExpertUnavailable(*key, "this node")
+            raise ExpertUnavailable(key[0], key[1], "this node")
         if source is None:
-            raise ExpertLost(*key, list(damaged.values()))
+            raise ExpertLost(key[0], key[1], list(damaged.values()))
+        return bytes_read(source, sum(map(len, parts)))
 
-    def _discredit(self, key: Key, damaged: Sequence[Source]) -> None:
+    def _discredit(self, key: CopyKey, damaged: Sequence[Source]) -> None:
         """Ask damaged sources last from now on: it may have been a disk's passing fault."""
         if (known := self._shelf.sources.get(key)) is not None:
             known.sort(key=damaged.__contains__)

@@ -11,9 +11,11 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from runtime.errors import RuntimeFault
+from runtime.precision import empty_parts, unpack_parts
 from runtime.records import scatter
 from runtime.tensors import torch_dtype
 from schemas.model import DTYPE_ITEMSIZE
+from schemas.precision import PackedLayout
 from schemas.store import RecordLayout
 from schemas.topology import Tier
 from schemas.units import format_bytes
@@ -33,40 +35,64 @@ class ExpertWeights(NamedTuple):
 class SlotPool:
     """`slots` equal slots. Knows nothing of who uses which; may be used from several threads, a slot by one at a time.
 
+    Parameters
+    ----------
+    packed
+        How a slot holds a record, where not as weights: these are then made whenever they are asked for.
+
     Raises
     ------
     RuntimeFault
         So much memory cannot be reserved.
     """
 
-    def __init__(self, layout: RecordLayout, slots: int, tier: Tier, device: torch.device) -> None:
+    def __init__(
+        self, layout: RecordLayout, slots: int, tier: Tier, device: torch.device, *, packed: PackedLayout | None = None
+    ) -> None:
         self._layout = layout
+        self._packed = packed
         self._dtype = torch_dtype(layout.dtype)
-        self._sizes = [part.elements * DTYPE_ITEMSIZE[layout.dtype] for part in layout.parts]
+        weights = [part.elements * DTYPE_ITEMSIZE[layout.dtype] for part in layout.parts]
+        self._sizes = weights if packed is None else [packed.bytes]
         self._starts = _aligned_starts(self._sizes)
         self._stride = _aligned(self._starts[-1] + self._sizes[-1])
-        self._is_mapped = device.type == "cpu"
         self._map: mmap.mmap | None = None
+        self._is_pinned = False
         try:
             self._bytes = self._reserve(slots * self._stride, tier, device)
         except (RuntimeError, MemoryError, OSError, ValueError, OverflowError) as error:
             raise RuntimeFault(
-                f"{tier} tier: {format_bytes(slots * layout.bytes)} cannot be reserved on {device}; "
+                f"{tier} tier: {format_bytes(slots * self._stride)} cannot be reserved on {device}; "
                 f"lower memory.{tier} of this node"
             ) from error
         self._weights: dict[int, ExpertWeights] = {}
 
     def _reserve(self, size: int, tier: Tier, device: torch.device) -> torch.Tensor:
-        if not self._is_mapped:
-            where = {"device": "cpu", "pin_memory": True} if tier == "host" else {"device": device}
-            return torch.empty(size, dtype=torch.uint8, **where)
+        if tier == "device" and device.type != "cpu":
+            return torch.empty(size, dtype=torch.uint8, device=device)
         if not size:
             return torch.empty(0, dtype=torch.uint8)
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(self._map, dtype=torch.uint8)
+        memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        if device.type == "cuda":
+            self._pin(memory)
+        return memory
+
+    def _pin(self, memory: torch.Tensor) -> None:
+        """Pin a map: torch's own pinned memory would come in powers of two."""
+        cudart = torch.cuda.cudart()
+        error = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        if int(error) != 0:
+            raise RuntimeError(f"host memory cannot be pinned: {error}")
+        self._is_pinned = True
 
     def weights(self, slot: int) -> ExpertWeights:
-        """Return the views of a slot's parts."""
+        """Return the views of a slot's parts; of a packed one, weights in memory of their own."""
+        if self._packed is not None:
+            start = slot * self._stride
+            parts = empty_parts(self._layout, self._bytes.device)
+            unpack_parts(self._bytes[start : start + self._packed.bytes], self._packed, parts)
+            return as_weights(self._layout, parts)
         found = self._weights.get(slot)
         if found is None:
             found = self._weights[slot] = as_weights(self._layout, self._parts(slot))
@@ -92,8 +118,7 @@ class SlotPool:
             scatter(record, self.buffers(slot))
             return
         staged = torch.frombuffer(bytearray(record), dtype=torch.uint8)
-        pairs = zip(self._layout.parts, self._sizes, strict=True)
-        self.fill_from(slot, [staged[part.offset : part.offset + size] for part, size in pairs])
+        self.fill_from(slot, torch.split(staged, self._sizes))
 
     def fill_from(self, slot: int, parts: Sequence[torch.Tensor]) -> None:
         """Copy parts, held as bytes, into a slot of a device. Modifies."""
@@ -101,9 +126,18 @@ class SlotPool:
         for start, size, part in zip(self._starts, self._sizes, parts, strict=True):
             self._bytes[base + start : base + start + size].copy_(part.view(-1).view(torch.uint8))
 
+    def whole(self, slot: int) -> torch.Tensor:
+        """Return all bytes of a slot, the gaps between its parts too; alike in every pool of a layout."""
+        return self._bytes[slot * self._stride : (slot + 1) * self._stride]
+
+    def lanes(self) -> tuple[torch.Tensor, int, list[int]]:
+        """Return all slots as one vector of weights, the weights from slot to slot, and where parts begin in one."""
+        size = self._dtype.itemsize
+        return self._bytes.view(self._dtype), self._stride // size, [start // size for start in self._starts]
+
     def give_back(self, slot: int) -> None:
         """Let the system have the pages of a slot that is not used. Modifies."""
-        if self._map is None:
+        if self._map is None or self._is_pinned:
             return
         first = -(-slot * self._stride // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (slot + 1) * self._stride // mmap.PAGESIZE * mmap.PAGESIZE

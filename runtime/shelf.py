@@ -8,7 +8,8 @@ put, the tier *yields*: replicas that can be read again are evicted like cached 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,12 +19,20 @@ from runtime.counters import TierCounts
 from runtime.policy.eviction import Eviction
 from runtime.policy.prefetch import Slack
 from runtime.records import Source
+from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.topology import Tier
 
 Key = tuple[int, int]
-Place = tuple[Key, Tier]
+CopyKey = tuple[int, int] | tuple[int, int, LowPrecision]
+"""(layer, expert), of a copy in low precision with that."""
+Place = tuple[CopyKey, Tier]
 
 MEMORY: Final[tuple[Tier, ...]] = ("device", "host")
+
+
+def copy_keys(key: Key) -> list[CopyKey]:
+    """Return the names of all copies that there may be of an expert, the best first."""
+    return [key, *((*key, precision) for precision in LOW_PRECISIONS)]
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +53,7 @@ class Copy:
         Why it could not be filled.
     """
 
-    key: Key
+    key: CopyKey
     tier: Tier
     slot: int
     is_assigned: bool = False
@@ -61,12 +70,16 @@ class Shelf:
 
     Parameters
     ----------
+    record_bytes
+        What an expert takes in each tier.
     budgets
         Bytes by tier; may be changed, `review` and `shrink` then.
     slots
         Slots by tier.
     cached_in
         Tiers that cached copies are made in, fastest first; none without a cache.
+    computed_in
+        Tiers that experts are computed from, fastest first. Copies elsewhere are only where these are loaded from.
     experts
         Of a layer.
     notify, give_back
@@ -80,15 +93,18 @@ class Shelf:
         The copy that an expert is computed from.
     lacking
         Experts that have no slot of their own.
+    on_choice
+        Called with an expert and the copy that it is computed from now on, if any.
     """
 
     def __init__(
         self,
-        record_bytes: int,
+        record_bytes: Mapping[Tier, int],
         budgets: dict[Tier, int],
         slots: Mapping[Tier, int],
         *,
         cached_in: tuple[Tier, ...],
+        computed_in: tuple[Tier, ...] = MEMORY,
         eviction: Eviction | None,
         experts: int,
         counts: TierCounts,
@@ -98,28 +114,32 @@ class Shelf:
         self.record_bytes = record_bytes
         self.budgets = budgets
         self.cached_in = cached_in
+        self.computed_in = computed_in
         self.eviction = eviction
         self.counts = counts
         self.slack = Slack()
         self.assigned: dict[Place, Source | None] = {}
-        self.sources: dict[Key, list[Source]] = {}
+        self.sources: dict[CopyKey, list[Source]] = {}
         self.copies: dict[Place, Copy] = {}
-        self.ready: dict[Key, Copy] = {}
-        self.lacking: set[Key] = set()
+        self.ready: dict[CopyKey, Copy] = {}
+        self.lacking: set[CopyKey] = set()
         self.evictable: dict[Copy, None] = {}
         self.guesses: dict[int, list[Copy]] = defaultdict(list)
         self.used: Counter[Tier] = Counter()
         self.free: dict[Tier, list[int]] = {tier: list(range(count - 1, -1, -1)) for tier, count in slots.items()}
         self._experts = experts
         self._num_assigned: Counter[Tier] = Counter()
+        self.on_choice: Callable[[Key, Copy | None], None] = lambda *_: None
         self._notify = notify
         self._give_back = give_back
+        self._is_frozen = False
+        self._thawing: list[Copy] = []
 
     @property
     def can_cache(self) -> bool:
         """Whether there can be room for a cached copy at all."""
         size = self.record_bytes
-        return any(self.budgets[tier] - self.bound(tier) * size >= size for tier in self.cached_in)
+        return any(self.budgets[tier] >= (self.bound(tier) + 1) * size[tier] for tier in self.cached_in)
 
     def bound(self, tier: Tier) -> int:
         """Replicas that do not make room."""
@@ -127,7 +147,7 @@ class Shelf:
 
     def is_yielding(self, tier: Tier) -> bool:
         """Whether more was put in a tier than its budget has room for."""
-        return self._num_assigned[tier] * self.record_bytes > self.budgets[tier]
+        return self._num_assigned[tier] * self.record_bytes[tier] > self.budgets[tier]
 
     def is_evictable(self, copy: Copy) -> bool:
         """Whether a copy may make room."""
@@ -152,8 +172,11 @@ class Shelf:
         """Draw the consequences of a change to a copy."""
         if copy.is_dropped:
             if not copy.users and copy.is_ready:
-                self.vacate(copy.tier, copy.slot)
                 copy.is_ready = False
+                if self._is_frozen and copy.tier in self.computed_in:
+                    self._thawing.append(copy)
+                else:
+                    self.vacate(copy.tier, copy.slot)
         elif not self.is_evictable(copy):
             self.evictable.pop(copy, None)
         elif self.used[copy.tier] > self.budgets[copy.tier]:
@@ -168,7 +191,7 @@ class Shelf:
 
     def shrink(self, tier: Tier) -> None:
         """Evict until the tier is within its budget, as far as copies are not in use."""
-        over = -(-(self.used[tier] - self.budgets[tier]) // self.record_bytes)
+        over = -(-(self.used[tier] - self.budgets[tier]) // self.record_bytes[tier])
         for copy in self.worst(0, over, (tier,)):
             self.evict(copy, give_back=True)
         for slot in self.free[tier]:
@@ -176,6 +199,8 @@ class Shelf:
 
     def worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[Copy]:
         """Return copies to give up, the least valuable first."""
+        if self._is_frozen:
+            tiers = [tier for tier in tiers if tier not in self.computed_in]
         copies = [copy for copy in self.evictable if copy.tier in tiers]
         if count <= 0 or not copies:
             return []
@@ -184,6 +209,43 @@ class Shelf:
         keys = np.array([copy.key[0] * self._experts + copy.key[1] for copy in copies])
         worth = self.eviction.worth(keys, layer)
         return [copies[index] for index in np.argsort(worth, kind="stable")[:count].tolist()]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no slot may be given up."""
+        return self._is_frozen
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Let who froze the slots give some up."""
+        self._is_frozen = False
+        try:
+            yield
+        finally:
+            self._is_frozen = True
+
+    def freeze(self) -> None:
+        """Let no slot be given up: a step looks experts up by itself, and no use of theirs is noted."""
+        self._is_frozen = True
+
+    def thaw(self) -> None:
+        """Give up what was to be given up meanwhile."""
+        self._is_frozen = False
+        for copy in self._thawing:
+            self.vacate(copy.tier, copy.slot)
+        self._thawing.clear()
+        self._notify()
+
+    def room_in(self, tier: Tier, layer: int) -> int | None:
+        """Take one slot of a tier for a cached copy, by eviction where none is free; None where that cannot be."""
+        if not (room := self.take(tier, 1)) and (victims := self.worst(layer, 1, (tier,))):
+            self.evict(victims[0])
+            room = self.take(tier, 1)
+        return room[0][1] if room else None
+
+    def can_load(self, key: CopyKey) -> bool:
+        """Whether an expert's record can be read somewhere."""
+        return key in self.sources or ("host" not in self.computed_in and (key, "host") in self.copies)
 
     def evict(self, copy: Copy, *, give_back: bool = False) -> None:
         """Give a copy up."""
@@ -215,24 +277,24 @@ class Shelf:
 
     def take(self, tier: Tier, count: int) -> list[tuple[Tier, int]]:
         """Account for up to so many records in `tier`; return their slots."""
-        fit = (self.budgets[tier] - self.used[tier]) // self.record_bytes
+        fit = (self.budgets[tier] - self.used[tier]) // self.record_bytes[tier]
         taken = max(0, min(count, fit, len(self.free[tier])))
-        self.used[tier] += taken * self.record_bytes
+        self.used[tier] += taken * self.record_bytes[tier]
         return [(tier, self.free[tier].pop()) for _ in range(taken)]
 
     def vacate(self, tier: Tier, slot: int) -> None:
         """Free a slot."""
-        self.used[tier] -= self.record_bytes
+        self.used[tier] -= self.record_bytes[tier]
         self.free[tier].append(slot)
         self._notify()
 
-    def occupy(self, key: Key, tier: Tier, slot: int) -> Copy:
+    def occupy(self, key: CopyKey, tier: Tier, slot: int) -> Copy:
         """Make a copy that is to be filled."""
         copy = self.copies[key, tier] = Copy(key, tier, slot)
         copy.is_assigned = (key, tier) in self.assigned
         return copy
 
-    def assign(self, key: Key, tier: Tier, own: Source | None = None) -> None:
+    def assign(self, key: CopyKey, tier: Tier, own: Source | None = None) -> None:
         """Hold a replica in a tier."""
         was_yielding = self.is_yielding(tier)
         if (key, tier) not in self.assigned:
@@ -242,14 +304,14 @@ class Shelf:
         if self.is_yielding(tier) != was_yielding:
             self.review(tier)
 
-    def unassign(self, key: Key, tier: Tier) -> Source | None:
+    def unassign(self, key: CopyKey, tier: Tier) -> Source | None:
         """Stop holding a replica; returns the record that lay here for it alone."""
         was_yielding = self.is_yielding(tier)
         own = self.assigned.pop((key, tier))
         self._num_assigned[tier] -= 1
         self.remove((key, tier))
         if own is not None:
-            self.used["disk"] -= self.record_bytes
+            self.used["disk"] -= self.record_bytes["disk"]
             self.sources[key].remove(own)
             if not self.sources[key]:
                 del self.sources[key]
@@ -258,41 +320,52 @@ class Shelf:
             self.review(tier)
         return own if own not in self.assigned.values() else None
 
-    def note_lack(self, key: Key) -> None:
+    def note_lack(self, key: CopyKey) -> None:
         """Note whether an expert has a slot of its own."""
-        has_memory = any((key, t) in self.assigned and not self.is_yielding(t) for t in MEMORY)
-        if key in self.sources and not has_memory:
+        has_memory = any((key, t) in self.assigned and not self.is_yielding(t) for t in self.computed_in)
+        if self.can_load(key) and not has_memory:
             self.lacking.add(key)
         else:
             self.lacking.discard(key)
 
-    def add_source(self, key: Key, source: Source) -> None:
+    def add_source(self, key: CopyKey, source: Source) -> None:
         """Note where a record can be read, the next best after those known."""
         known = self.sources.setdefault(key, [])
         if source not in known:
             known.append(source)
 
-    def is_coming(self, key: Key) -> Copy | None:
+    def is_coming(self, key: CopyKey) -> Copy | None:
         """Return a copy that is being filled."""
-        found = (self.copies.get((key, tier)) for tier in MEMORY)
+        found = (self.copies.get((key, tier)) for tier in self.computed_in)
         return next((copy for copy in found if copy is not None and not copy.is_ready), None)
 
-    def choose(self, key: Key) -> None:
+    def choose(self, key: CopyKey) -> None:
         """Note where an expert is computed from."""
-        found = (self.copies.get((key, tier)) for tier in MEMORY)
+        found = (self.copies.get((key, tier)) for tier in self.computed_in)
         copy = next((copy for copy in found if copy is not None and copy.is_ready), None)
         if copy is None:
             self.ready.pop(key, None)
         else:
             self.ready[key] = copy
+        if len(key) == 2:
+            self.on_choice(key, copy)
 
     def finish(self, copy: Copy) -> None:
-        """Let a copy that is filled be used; frees one that was dropped meanwhile."""
+        """Let a copy that is filled be used; frees one that was dropped meanwhile, and those in low precision."""
         copy.is_ready = True
         if not copy.is_dropped:
             self.choose(copy.key)
+            if len(copy.key) == 2:
+                self.forget_low(copy.key)
         self.settle(copy)
         self._notify()
+
+    def forget_low(self, key: Key) -> None:
+        """Take out copies of an expert in low precision, once they are filled."""
+        for precision in LOW_PRECISIONS:
+            low = self.ready.get((*key, precision))
+            if low is not None:
+                self.remove((low.key, low.tier))
 
     def fail(self, copy: Copy, error: Exception) -> None:
         """Free a copy that could not be filled; whoever waits for it gets the error."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +20,22 @@ from numpy.typing import NDArray
 
 from runtime.counters import TierCounts
 from runtime.errors import BudgetTooSmall, ExpertUnavailable, InvalidInput, OverBudget
-from runtime.lending import Lender
+from runtime.lending import Lender, Low
 from runtime.loads import Borrowed, Loader
+from runtime.packed import Repacked, Unpacked
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool
+from runtime.precision import pack_record, packed_layout
 from runtime.records import RecordFile, Source, write_record
-from runtime.shelf import MEMORY, Copy, Key, Shelf
+from runtime.shelf import MEMORY, Copy, Key, Shelf, copy_keys
 from runtime.timeline import Timeline
+from schemas.precision import LOW_PRECISIONS, LowPrecision, PackedLayout, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
+
+if TYPE_CHECKING:
+    from runtime.cuda.copies import DeviceCopies
 
 __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
 
@@ -59,6 +65,15 @@ class Caching:
     workers: int = 2
 
 
+class Inside(NamedTuple):
+    """The parts of a residency: its books and their lock, what fills copies, and the device's slots."""
+
+    shelf: Shelf
+    changed: threading.Condition
+    loader: Loader
+    pool: SlotPool
+
+
 class Residency:
     """The experts of one node. Thread-safe; every method says whether it modifies what is held.
 
@@ -75,6 +90,9 @@ class Residency:
         Slots to reserve at most: no model has more experts than it has, however large the budget.
     caching
         Use left-over budget as a cache; without, records on disk are read whenever they are used.
+    precision
+        Hold every expert packed in a low precision, and unpack it whenever it is used: more experts in as many bytes.
+        Records are still put, and kept on disk, as weights.
 
     Attributes
     ----------
@@ -93,8 +111,10 @@ class Residency:
         device: str = "cpu",
         max_slots: int | None = None,
         caching: Caching | None = None,
+        precision: LowPrecision | None = None,
     ) -> None:
         self.layout = layout
+        self.packed = packed_layout(layout, precision) if precision is not None else None
         self.device = torch.device(device)
         self.caching = caching
         self.counts = TierCounts(caching.layers if caching else 0)
@@ -102,13 +122,18 @@ class Residency:
         self._most = dict(self.budgets)
         self._record_dir = record_dir
         self._changed = threading.Condition(threading.Lock())
+        in_memory = layout.bytes if self.packed is None else self.packed.bytes
+        self._bytes: dict[Tier, int] = {"device": in_memory, "host": in_memory, "disk": layout.bytes}
         slots = {tier: self._slots(tier, max_slots) for tier in MEMORY}
-        self._pools = {tier: SlotPool(layout, count, tier, self.device) for tier, count in slots.items()}
+        self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
+        is_apart = self.device.type == "cuda"  # what is in host memory is brought to the device to be computed there
+        computed_in: tuple[Tier, ...] = ("device",) if is_apart and slots["device"] else MEMORY
         self._shelf = Shelf(
-            layout.bytes,
+            self._bytes,
             self.budgets,
             slots,
-            cached_in=() if caching is None else MEMORY if self.device.type == "cpu" else ("device",),
+            cached_in=() if caching is None else computed_in,
+            computed_in=computed_in,
             eviction=EVICTIONS[caching.eviction](caching.layers, caching.experts) if caching else None,
             experts=caching.experts if caching else 0,
             counts=self.counts,
@@ -116,7 +141,17 @@ class Residency:
             give_back=lambda tier, slot: self._pools[tier].give_back(slot),
         )
         counts = self.counts if caching else None
-        self._loader = Loader(layout, self._shelf, self._pools, self._changed, counts=counts, device=self.device)
+        copies = _device_copies(self.device, layout, self.packed) if is_apart and slots["device"] else None
+        self._loader = Loader(
+            layout,
+            self._shelf,
+            self._pools,
+            self._changed,
+            counts=counts,
+            device=self.device,
+            packed=self.packed,
+            copies=copies,
+        )
         self._lender = Lender(
             self._shelf,
             self._loader,
@@ -127,8 +162,13 @@ class Residency:
         )
 
     def _slots(self, tier: Tier, most: int | None) -> int:
-        slots = self.budgets[tier] // self.layout.bytes
+        slots = self.budgets[tier] // self._bytes[tier]
         return slots if most is None else min(slots, most)
+
+    @property
+    def inside(self) -> "Inside":
+        """What a decode step that looks slots up by itself must have at hand."""
+        return Inside(self._shelf, self._changed, self._loader, self._pools["device"])
 
     @property
     def slack(self) -> Slack:
@@ -173,7 +213,7 @@ class Residency:
             if is_held:
                 return
             if source is not None:
-                self._shelf.add_source(key, source)
+                self._shelf.add_source(key, self._as_held(source))
             self._shelf.assign(key, tier)
             if copy is None:
                 return  # the budget was lowered: it is loaded when it is asked for
@@ -182,7 +222,7 @@ class Residency:
             if copy.is_ready:
                 return
         try:
-            self._pools[tier].fill(copy.slot, record)
+            self._pools[tier].fill(copy.slot, record if self.packed is None else pack_record(record, self.packed))
         except BaseException:
             self.drop(key, tier)
             raise
@@ -193,14 +233,32 @@ class Residency:
     def place(self, key: Key, source: Source) -> None:
         """Execute `key` from a source that takes none of the budgets; counted as held on disk. Modifies."""
         with self._changed:
-            self._shelf.add_source(key, source)
+            self._shelf.add_source(key, self._as_held(source))
             self._shelf.assign(key, "disk")
+
+    def place_packed(self, key: Key, precision: LowPrecision, source: Source) -> None:
+        """Know where the record of `key` in a low precision lies, so that it may be lent so. Modifies.
+
+        Where experts are held packed in that precision, it is where they are read from first.
+        """
+        with self._changed:
+            if self.packed is None:
+                unpacked = Unpacked(source, self.layout, packed_layout(self.layout, precision))
+                self._shelf.add_source((*key, precision), unpacked)
+            elif self.packed.precision == precision:
+                known = self._shelf.sources.setdefault(key, [])
+                if source not in known:
+                    known.insert(0, source)
+
+    def _as_held(self, source: Source) -> Source:
+        """Return a source of weights as one of what slots hold."""
+        return source if self.packed is None else Repacked(source, self.layout, self.packed)
 
     def add_source(self, key: Key, source: Source) -> None:
         """Remember another place where the record of a held expert lies, the next best after those known. Modifies."""
         with self._changed:
             if any((key, tier) in self._shelf.assigned for tier in TIERS):
-                self._shelf.add_source(key, source)
+                self._shelf.add_source(key, self._as_held(source))
 
     def drop(self, key: Key, tier: Tier | None = None) -> None:
         """Stop holding `key` in `tier` (everywhere by default); what is not held is no error. Modifies.
@@ -212,10 +270,11 @@ class Residency:
                 if (key, each) in self._shelf.assigned:
                     self._remove_file(self._shelf.unassign(key, each))
             if not any((key, each) in self._shelf.assigned for each in TIERS):
-                self._shelf.sources.pop(key, None)
                 self._shelf.lacking.discard(key)
-                for each in MEMORY:
-                    self._shelf.remove((key, each))
+                for copy_key in copy_keys(key):
+                    self._shelf.sources.pop(copy_key, None)
+                    for each in MEMORY:
+                        self._shelf.remove((copy_key, each))
 
     def set_budget(self, tier: Tier, budget: int) -> None:
         """Let experts take so many bytes of a tier from now on; at most what was reserved in the beginning. Modifies.
@@ -230,9 +289,9 @@ class Residency:
         with self._changed:
             budget = min(budget, self._most[tier])
             bound = sum(where == tier and key not in self._shelf.sources for key, where in self._shelf.assigned)
-            if tier != "disk" and bound * self.layout.bytes > budget:
+            if tier != "disk" and bound * self._bytes[tier] > budget:
                 why = f"{bound} experts have no copy on this node's disk"
-                raise BudgetTooSmall(tier, budget=budget, needed=bound * self.layout.bytes, why=why)
+                raise BudgetTooSmall(tier, budget=budget, needed=bound * self._bytes[tier], why=why)
             self.budgets[tier] = budget
             if tier != "disk":
                 self._shelf.forget_guesses(*self._shelf.guesses)
@@ -257,17 +316,20 @@ class Residency:
                     if copy is not None:
                         self._shelf.use(copy)
             pairs = zip(copies, experts, strict=True)
-            yield [
-                Borrowed(self._loader.weights(c), c.tier) if c else self._loader.read((layer, expert))
-                for c, expert in pairs
-            ]
+            yield [self._loader.borrowed(c) if c else self._loader.read((layer, expert)) for c, expert in pairs]
         finally:
             self._lender.give_back(copy for copy in copies if copy is not None)
 
-    def lend(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Borrowed]]:
+    def lend(self, layer: int, experts: Sequence[int], low: Low | None = None) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights), those at hand first, others as they come. May modify the cache.
 
         Weights are valid until the next are asked for, or the iterator is closed; close it.
+
+        Parameters
+        ----------
+        low
+            Experts that will do in a low precision: where an exact copy is at hand it is lent all the same, else one in
+            that precision, which is loaded if need be and if `place_packed` said from where.
 
         Raises
         ------
@@ -276,7 +338,7 @@ class Residency:
         ExpertLost
             The record of one is damaged wherever it lies.
         """
-        return self._lender.lend(layer, experts)
+        return self._lender.lend(layer, experts, low)
 
     def prefetch(self, layer: int, guess: Callable[[], Iterable[int]]) -> None:
         """Load experts that `layer` will probably ask for, in the background, as far as there is time. Modifies.
@@ -320,7 +382,15 @@ class Residency:
             return ExpertWeights(gate_up.clone(), down.clone(), *copies)
 
     def record(self, key: Key) -> bytes:
-        """Return the record of a held expert, as it was put, for a peer that pulls it. Does not modify."""
+        """Return the record of a held expert, as it was put, for a peer that pulls it. Does not modify.
+
+        Raises
+        ------
+        ExpertUnavailable
+            It is not held, or packed here and as weights nowhere on this node.
+        """
+        if self.packed is not None:
+            return self._loader.read_weights(key)
         with self.borrow(key[0], [key[1]]) as (borrowed,):
             by_name = _by_name(borrowed.weights)
             parts = (by_name[part.name] for part in self.layout.parts)
@@ -335,6 +405,15 @@ class Residency:
         copy = self._shelf.ready.get(key)
         return copy.tier if copy is not None else next((t for t in TIERS if (key, t) in self._shelf.assigned), None)
 
+    def precision_of(self, key: Key) -> Precision | None:
+        """Return the best precision in which `key` is in memory here; None if it is not."""
+        copies = (self._shelf.ready.get(each) for each in copy_keys(key))
+        return next((self._loader.precision_of(copy.key) for copy in copies if copy is not None), None)
+
+    def low_precisions(self, key: Key) -> list[LowPrecision]:
+        """Return the low precisions in which `key` may be lent, the most bits first."""
+        return [each for each in LOW_PRECISIONS if (*key, each) in self._shelf.sources]
+
     def at_hand(self, layer: int, experts: int) -> NDArray[np.bool_]:
         """Whether each expert of a layer can be computed without reading its record first, bool [E]."""
         return np.array([(layer, expert) in self._shelf.ready for expert in range(experts)])
@@ -343,7 +422,7 @@ class Residency:
         """Return the sorted keys held in each tier, without what is merely cached."""
         with self._changed:
             places = sorted(self._shelf.assigned)
-        return {tier: [key for key, where in places if where == tier] for tier in TIERS}
+        return {tier: [(key[0], key[1]) for key, where in places if where == tier] for tier in TIERS}
 
     def used(self) -> dict[Tier, int]:
         """Return the bytes taken in each tier, the cache's and those of dropped replicas still in use too."""
@@ -369,6 +448,8 @@ class Residency:
                 return copy, (key, tier) in self._shelf.assigned
             elif room := self._shelf.take(tier, 1):
                 return self._shelf.occupy(key, *room[0]), False
+            elif self._shelf.is_frozen and tier in self._shelf.computed_in:
+                self._changed.wait()
             elif victims := self._shelf.worst(key[0], 1, (tier,)):
                 self._shelf.evict(victims[0])
             elif any(each.tier == tier and not each.is_assigned for each in self._shelf.copies.values()):
@@ -378,13 +459,13 @@ class Residency:
             elif source is not None and self.budgets[tier] < self._most[tier]:
                 return None, False
             else:
-                raise OverBudget(tier, needed=self.layout.bytes, used=self._shelf.used[tier], budget=self.budgets[tier])
+                raise OverBudget(tier, needed=self._bytes[tier], used=self._shelf.used[tier], budget=self.budgets[tier])
 
     def _settled(self, key: Key) -> Copy | None:
         """Return the copy of an expert, waiting for one that is being filled; None: to be read from its source."""
         while (copy := self._shelf.ready.get(key)) is None and self._shelf.is_coming(key) is not None:
             self._changed.wait(0.05)
-        if copy is None and key not in self._shelf.sources:
+        if copy is None and not self._shelf.can_load(key):
             raise ExpertUnavailable(*key, "this node")
         return copy
 
@@ -406,14 +487,21 @@ class Residency:
             if (key, "disk") in self._shelf.assigned:  # another thread put it meanwhile
                 self._shelf.used["disk"] -= size
                 return
-            own = RecordFile(file, file.name)
+            own = self._as_held(RecordFile(file, file.name))
             self._shelf.sources.setdefault(key, []).insert(0, own)
             self._shelf.assign(key, "disk", own)
 
     @staticmethod
     def _remove_file(source: Source | None) -> None:
+        source = source.source if isinstance(source, Repacked) else source
         if isinstance(source, RecordFile):
             source.file.unlink(missing_ok=True)
+
+
+def _device_copies(device: torch.device, layout: RecordLayout, packed: PackedLayout | None) -> "DeviceCopies":
+    from runtime.cuda.copies import DeviceCopies
+
+    return DeviceCopies(device, layout, packed=packed)
 
 
 def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:

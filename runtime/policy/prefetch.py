@@ -21,19 +21,25 @@ class Slack:
     ----------
     load_s
         One load.
+    low_load_s
+        One load of a low-precision copy.
     idle_s
         Time between two layers in which nobody waits for a load.
     """
 
     load_s: float = 0.0
+    low_load_s: float = 0.0
     idle_s: float = 0.0
     guesses: int = 0
     came_true: int = 0
     _is_new: bool = field(default=True, repr=False)
 
-    def observe_load(self, seconds: float) -> None:
-        """Note how long a load took. Modifies."""
-        self.load_s = seconds if not self.load_s else _FADE * self.load_s + (1 - _FADE) * seconds
+    def observe_load(self, seconds: float, *, is_low: bool = False) -> None:
+        """Note how long a load took, of a low-precision copy perhaps. Modifies."""
+        if is_low:
+            self.low_load_s = _faded(self.low_load_s, seconds)
+        else:
+            self.load_s = _faded(self.load_s, seconds)
 
     def observe_layer(self, seconds: float, waited_s: float) -> None:
         """Note the time since the layer before, and how much of it was waited for loads. Modifies."""
@@ -64,3 +70,7 @@ class Slack:
         if not self.is_slow or (self.guesses >= _FEW and self.came_true < _TRUSTED * self.guesses):
             return 0
         return int(self.idle_s / self.load_s)
+
+
+def _faded(average: float, seconds: float) -> float:
+    return _FADE * average + (1 - _FADE) * seconds if average else seconds

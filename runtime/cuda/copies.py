@@ -1,0 +1,100 @@
+"""Records brought from host memory into slots of a device, on a stream of their own.
+
+Decides when a slot may be overwritten: when every kernel that was told to read it has run (`Fences`). What is brought
+is complete when the copy's event is. Must not know which expert is brought, or for whom.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Generic, TypeVar
+
+import torch
+
+from runtime.pool import SlotPool
+from schemas.precision import PackedLayout
+from schemas.store import RecordLayout
+
+_STAGING_SLOTS: Final = 2
+
+Event = TypeVar("Event")
+
+
+class Fences(Generic[Event]):
+    """Which slots are read by kernels that may still run.
+
+    Parameters
+    ----------
+    record
+        Returns an event that comes after all kernels launched so far.
+    wait
+        Lets what is copied from now on wait for an event.
+    """
+
+    def __init__(self, record: Callable[[], Event], wait: Callable[[Event], None]) -> None:
+        self._record = record
+        self._wait = wait
+        self._of: dict[int, Event] = {}
+        self._of_all: Event | None = None
+
+    def read(self, slots: Iterable[int]) -> None:
+        """Note that kernels launched so far read these slots. Modifies."""
+        slots = list(slots)
+        if slots:
+            self._of.update(dict.fromkeys(slots, self._record()))
+
+    def read_all(self) -> None:
+        """Note that kernels launched so far read any slot. Modifies."""
+        self._of.clear()
+        self._of_all = self._record()
+
+    def claim(self, slot: int) -> None:
+        """Let the copy that overwrites a slot wait for those who read it. Modifies."""
+        if self._of_all is not None:
+            self._wait(self._of_all)
+        event = self._of.pop(slot, None)
+        if event is not None:
+            self._wait(event)
+
+
+class DeviceCopies:
+    """The copy stream of a device, with some pinned memory to stage what comes from elsewhere. Thread-safe."""
+
+    def __init__(self, device: torch.device, layout: RecordLayout, *, packed: PackedLayout | None = None) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1)  # not in one hardware queue with the kernels
+        self.fences: Fences[Any] = Fences(self._recorded, self.stream.wait_event)
+        self._device = device
+        self._staging = SlotPool(layout, _STAGING_SLOTS, "host", device, packed=packed)
+        self._free = list(range(_STAGING_SLOTS))
+        self._changed = threading.Condition()
+
+    def _recorded(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def enqueue(self, target: SlotPool, slot: int, source: torch.Tensor) -> None:
+        """Begin to copy a whole slot; `source` is pinned and stays as it is until the stream has come past."""
+        with torch.cuda.stream(self.stream):
+            self.fences.claim(slot)
+            target.whole(slot).copy_(source, non_blocking=True)
+
+    def bring(self, target: SlotPool, slot: int, source: torch.Tensor) -> None:
+        """Copy a whole slot, and return when it is there."""
+        self.enqueue(target, slot, source)
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        event.synchronize()
+
+    @contextmanager
+    def staged(self) -> Iterator[tuple[SlotPool, int]]:
+        """Lend a pinned slot to read a record into."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._free))
+            slot = self._free.pop()
+        try:
+            yield self._staging, slot
+        finally:
+            with self._changed:
+                self._free.append(slot)
+                self._changed.notify()
