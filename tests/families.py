@@ -227,7 +227,7 @@ def spread(store: Store, nodes: int = 3) -> dict[tuple[int, int], str]:
     return {record.key: names[(record.expert + record.layer) % nodes] for record in store.manifest.records}
 
 
-def make_store(model_dir: Path, path: Path, dtype: Any = "checkpoint") -> Store:
+def make_store(model_dir: Path, path: Path, dtype: Any = "checkpoint", precisions: tuple[Any, ...] = ()) -> Store:
     """Prepare and open a store."""
-    prepare_store(model_dir, path, dtype=dtype)
+    prepare_store(model_dir, path, dtype=dtype, precisions=precisions)
     return Store.open(path)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from runtime.errors import BudgetTooSmall, OverBudget
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.prefetch import Slack
+from runtime.precision import empty_parts, pack_record, packed_layout, unpack_parts
 from runtime.records import RecordFile
 from runtime.slots import Caching, Residency
 from schemas.store import RECORDS_NAME
@@ -32,28 +33,53 @@ class EagerSlack(Slack):
 @cache
 def opened():
     root = Path(mkdtemp(prefix="expertmesh-test-"))
-    return make_store(make_checkpoint("olmoe", root / "model", layers=LAYERS), root / "store")
+    return make_store(make_checkpoint("olmoe", root / "model", layers=LAYERS), root / "store", precisions=("int4",))
 
 
 def record(key):
     return opened().read(opened().by_key[key].sha256)
 
 
-def source_of(key):
-    found = opened().by_key[key]
+def source_of(key, precision=None):
+    packed = opened().manifest.packed_as("int4")
+    records = opened().manifest.records if precision is None else packed.records
+    found = records[key[0] * EXPERTS + key[1]]
     return RecordFile(opened().path / RECORDS_NAME, found.sha256, found.offset)
+
+
+@cache
+def weights(key, precision):
+    """The gate and up weights of an expert, as lent in a precision."""
+    layout = opened().manifest.layout
+    parts = empty_parts(layout)
+    if precision == "checkpoint":
+        record_parts = torch.frombuffer(bytearray(record(key)), dtype=torch.float32)
+        return record_parts[: parts[0].numel()].view(parts[0].shape)
+    packed = packed_layout(layout, precision)
+    unpack_parts(torch.frombuffer(bytearray(pack_record(record(key), packed)), dtype=torch.uint8), packed, parts)
+    return parts[0]
 
 
 class ResidencyMachine(RuleBasedStateMachine):
     """Beside it, what was put where, and the budgets in force."""
 
-    @initialize(eviction=st.sampled_from(sorted(EVICTIONS)), device=st.integers(0, SLOTS), host=st.integers(0, 2))
-    def begin(self, eviction, device, host):
-        self.size = opened().manifest.layout.bytes
+    @initialize(
+        eviction=st.sampled_from(sorted(EVICTIONS)),
+        device=st.integers(0, SLOTS),
+        host=st.integers(0, 2),
+        precision=st.sampled_from([None, None, "int4"]),
+    )
+    def begin(self, eviction, device, host, precision):
+        self.precision = precision
+        manifest = opened().manifest
+        self.size = manifest.layout.bytes if precision is None else manifest.packed_as(precision).layout.bytes
         self.most = {"device": device, "host": host}
         budgets = {tier: count * self.size for tier, count in self.most.items()}
         self.held = Residency(
-            opened().manifest.layout, budgets, caching=Caching(LAYERS, EXPERTS, eviction=eviction, workers=2)
+            manifest.layout,
+            budgets,
+            caching=Caching(LAYERS, EXPERTS, eviction=eviction, workers=2),
+            precision=precision,
         )
         self.held.slack = EagerSlack()
         self.limit = dict(self.most)
@@ -78,6 +104,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.placed.add(key)
         self.sourced.add(key)
 
+    @rule(key=keys)
+    def place_packed(self, key):
+        if key in self.placed:
+            self.held.place_packed(key, "int4", source_of(key, "int4"))
+
     @rule(key=keys, tier=st.sampled_from(["device", "host", None]))
     def drop(self, key, tier):
         self.held.drop(key, tier)
@@ -101,12 +132,16 @@ class ResidencyMachine(RuleBasedStateMachine):
     def use(self, layer, data):
         here = sorted(expert for expert in range(EXPERTS) if self.is_held((layer, expert)))
         experts = data.draw(st.lists(st.sampled_from(here), unique=True)) if here else []
+        low = data.draw(st.sets(st.sampled_from(here))) if here else ()
         seen = set()
         if not self.loans:
-            with closing(self.held.lend(layer, experts)) as lending:
+            with closing(self.held.lend(layer, experts, dict.fromkeys(low, "int4"))) as lending:
                 for position, lent in lending:
                     seen.add(position)
-                    self.check((layer, experts[position]), lent.weights)
+                    key = (layer, experts[position])
+                    self.check(key, lent)
+                    if lent.precision == "checkpoint" and experts[position] in low:
+                        assert self.held.precision_of(key) == "checkpoint" or not self.held.low_precisions(key)
             assert seen == set(range(len(experts)))
 
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.lists(st.integers(0, EXPERTS - 1), unique=True))
@@ -126,7 +161,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def give_back(self):
         if self.loans:
             loan, key, lent = self.loans.pop(0)
-            self.check(key, lent.weights)
+            self.check(key, lent)
             loan.__exit__(None, None, None)
 
     def is_held(self, key):
@@ -135,9 +170,9 @@ class ResidencyMachine(RuleBasedStateMachine):
     def lent_in(self, tier):
         return sum(lent.tier == tier for _, _, lent in self.loans)
 
-    def check(self, key, weights):
-        found = torch.frombuffer(bytearray(record(key)), dtype=torch.float32)
-        assert torch.equal(weights.gate_up.flatten(), found[: weights.gate_up.numel()])
+    def check(self, key, lent):
+        assert self.precision is None or lent.precision == self.precision
+        assert torch.equal(lent.weights.gate_up, weights(key, lent.precision))
 
     @invariant()
     def budgets_hold(self):

@@ -33,3 +33,16 @@ def store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def packed_store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Store]:
+    """Return the store of a family's small checkpoint in every precision, made once."""
+    root, made = tmp_path_factory.mktemp("packed"), {}
+
+    def get(family: str) -> Store:
+        if family not in made:
+            made[family] = make_store(checkpoint(family), root / family, precisions=("int8", "int4"))
+        return made[family]
+
+    return get

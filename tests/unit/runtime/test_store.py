@@ -192,16 +192,8 @@ def test_damaged_stores_are_refused(store, tmp_path):
         Store.open(copy)
 
 
-@pytest.fixture(scope="module")
-def low(checkpoint, tmp_path_factory):
-    """A store with every precision, gpt-oss with its biases."""
-    path = tmp_path_factory.mktemp("low") / "store"
-    prepare_store(checkpoint("gpt_oss"), path, precisions=("int8", "int4", "int8"))
-    return Store.open(path)
-
-
-def test_precisions_lie_side_by_side(low, store):
-    plain = store("gpt_oss")
+def test_precisions_lie_side_by_side(packed_store, store):
+    plain, low = store("gpt_oss"), packed_store("gpt_oss")  # with biases
     assert [packed.layout.precision for packed in low.manifest.packed] == ["int8", "int4"]
     assert [record.sha256 for record in low.manifest.records] == [record.sha256 for record in plain.manifest.records]
     for packed in low.manifest.packed:
@@ -236,8 +228,8 @@ def test_a_store_without_precisions_opens_as_before(store, tmp_path):
         ),
     ],
 )
-def test_precisions_that_contradict_the_store_are_refused(low, tmp_path, change, message):
-    document = json.loads((low.path / "manifest.json").read_text())
+def test_precisions_that_contradict_the_store_are_refused(packed_store, tmp_path, change, message):
+    document = json.loads((packed_store("gpt_oss").path / "manifest.json").read_text())
     change(document["packed"])
     (tmp_path / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(InvalidStore, match=message):
