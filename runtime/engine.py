@@ -21,7 +21,7 @@ from uuid import uuid4
 import torch
 
 from runtime.ahead import NextRouters
-from runtime.caches import BatchCache, Between, decode_mask, session_cache, step_cache
+from runtime.caches import Between, session_cache, step_cache
 from runtime.counters import Counters
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
@@ -108,12 +108,6 @@ class Segment:
         self._kv_used = 0
         self._turn = 0
         self._lock = threading.Lock()
-        config = trunk.model.config
-        self._windows = _windows(config)
-        uses_sdpa = config._attn_implementation == "sdpa"
-        self._additive = None if uses_sdpa else trunk.dtype
-        # torch's own attention takes another way where there is a mask, so that what a model masks stays masked
-        self._needs_no_mask = not uses_sdpa or not any(self._windows)
 
     @property
     def kv_used(self) -> int:
@@ -230,18 +224,23 @@ class Segment:
         keep: Keep,
     ) -> torch.Tensor:
         """Run a step that was let in: [1, T, D] or logits."""
-        positions = session.positions[:, between.start : between.start + len(inputs)]
         is_decode = len(inputs) == 1
         if is_decode:
             between.before.await_end(between.rest)
-        run = self._decode if is_decode and self._needs_no_mask else self._prefill
         is_exact = self.importance is None or not is_decode or combine == "ordered"
+
+        def layers(caches: Sequence[Any]) -> torch.Tensor:
+            if is_decode and self.trunk.decoder.needs_no_mask:
+                return self._decode(inputs, caches, [between.start])
+            positions = session.positions[:, between.start : between.start + len(inputs)]
+            return self._prefill(inputs[None], positions, caches[0])
+
         dispatcher = self._begin(caller, combine)
         try:
             if not is_exact:
-                return self._within(dispatcher, lambda caches: run(inputs[None], positions, *caches), [session])
+                return self._within(dispatcher, layers, [session])
             cache = session.cache if is_decode else step_cache(session.cache, between)
-            return self._forward(dispatcher, lambda: run(inputs[None], positions, cache), keep)
+            return self._forward(dispatcher, lambda: layers([cache]), keep)
         finally:
             self.board.end(dispatcher.routing)
 
@@ -296,7 +295,8 @@ class Segment:
     ) -> torch.Tensor:
         dispatcher = self._begin(caller, "partial")
         try:
-            return self._within(dispatcher, lambda caches: self._decode_batch(inputs, sessions, caches), sessions)
+            seen = [session.seen for session in sessions]
+            return self._within(dispatcher, lambda caches: self._decode(inputs, caches, seen), sessions)
         finally:
             self.board.end(dispatcher.routing)
 
@@ -378,48 +378,10 @@ class Segment:
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
-    def _decode(self, inputs: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run the layers for one token: what the model's forward does where no mask is needed, and no more."""
-        return self._run_layers(inputs, positions, cache, [None] * len(self._windows))
-
-    def _decode_batch(self, inputs: torch.Tensor, sessions: Sequence[_Session], caches: list[Any]) -> torch.Tensor:
-        """Run the layers for one token of each session, each with its own positions and cache."""
-        positions = torch.cat([session.positions[:, session.seen : session.seen + 1] for session in sessions])
-        lengths = [session.seen + 1 for session in sessions]
-        by_window = {
-            window: decode_mask(lengths, window, additive=self._additive, device=self.trunk.device)
-            for window in set(self._windows)
-        }
-        cache = BatchCache(caches)
-        return self._run_layers(inputs[:, None], positions, cache, [by_window[window] for window in self._windows])
-
-    def _run_layers(
-        self, inputs: torch.Tensor, positions: torch.Tensor, cache: Any, masks: Sequence[torch.Tensor | None]
-    ) -> torch.Tensor:
-        """Run embedding, layers and norm on [B, 1] tokens or [B, 1, D] hidden states, with one mask for each layer."""
-        inner = self.trunk.model.model
-        hidden = inner.embed_tokens(inputs) if self.trunk.has_embedding else inputs
-        rotary = inner.rotary_emb(hidden, position_ids=positions)
-        for layer, mask in zip(inner.layers, masks, strict=True):
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                position_embeddings=rotary,
-            )
-        normed: torch.Tensor = inner.norm(hidden)
-        return normed
-
-
-def _windows(config: Any) -> list[int | None]:
-    """Return the sliding window of each layer, None where it attends to everything."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [window] * config.num_hidden_layers
-    return [None if kind == "full_attention" else window for kind in kinds]
+    def _decode(self, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]) -> torch.Tensor:
+        """Run one token of each of B sessions: [B, 1, D]."""
+        decoder, dispatch = self.trunk.decoder, self.trunk.dispatch.get()
+        return decoder.run(inputs, caches, seen, dispatch, self._taps.seeing)[:, None]
 
 
 def generate(

@@ -28,7 +28,7 @@ from runtime.skeleton import RoutedExperts
 NOBODY: Final = -1
 """Stands in an index where a token gets fewer than K experts."""
 
-_Tap = Callable[[Any, torch.Tensor], None]
+Tap = Callable[[Any, torch.Tensor], None]
 Forward = Callable[["Substitution | None", bool], torch.Tensor]
 
 
@@ -161,12 +161,12 @@ class RouterTaps:
         self.rule = router_rule(model.config)
         self.layers = tuple(module.layer for module in model.modules() if isinstance(module, RoutedExperts))
         self._model = model
-        self._tap: ContextVar[_Tap | None] = ContextVar("router tap", default=None)
+        self._tap: ContextVar[Tap | None] = ContextVar("router tap", default=None)
         self._is_set = False
         self._lock = threading.Lock()
 
     @contextmanager
-    def open(self, see: _Tap) -> Iterator[None]:
+    def open(self, see: Tap) -> Iterator[None]:
         """Call `see` with (router, logits) for every router that runs in this thread meanwhile."""
         with self._lock:
             if not self._is_set:
@@ -178,6 +178,11 @@ class RouterTaps:
             yield
         finally:
             self._tap.reset(active)
+
+    @property
+    def seeing(self) -> Tap | None:
+        """Who looks at the routers that run in this thread, for those who run a router without its module."""
+        return self._tap.get()
 
     def _on_router(self, router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         see = self._tap.get()

@@ -15,6 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from runtime.decoding import Decoder
+from runtime.leaning import join_projections
 from runtime.models import TOKENIZER_FILES, Model, open_model
 from runtime.quick import quicken
 from runtime.skeleton import (
@@ -61,6 +63,8 @@ class Trunk:
         The whole model, held as `dtype`.
     dispatch
         What `RoutedExperts` call during a forward; set per thread (or task) by who runs it.
+    decoder
+        Runs single tokens through the range, as the model would.
     """
 
     model: Any
@@ -70,6 +74,7 @@ class Trunk:
     first_layer: int
     last_layer: int
     dispatch: ContextVar[LayerDispatch]
+    decoder: Decoder
 
     @property
     def has_embedding(self) -> bool:
@@ -160,13 +165,15 @@ def load_trunk(
     found = _read(opened, wanted, source, pool, device)
     _tie(model, found)
     model.load_state_dict(found, strict=False, assign=True)
+    join_projections(model)
     pool.update({name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in found})
     dispatch: ContextVar[LayerDispatch] = ContextVar(f"dispatch of {spec.id}")
     _bind(model, spec, dispatch)
     _cut(model, first_layer, last, spec.num_decoder_layers)
     model.eval().requires_grad_(False).to(device)
     quicken(model, held)
-    return Trunk(model, spec, held, torch.device(device), first_layer, last, dispatch)
+    decoder = Decoder(model, held, dispatch)
+    return Trunk(model, spec, held, torch.device(device), first_layer, last, dispatch, decoder)
 
 
 _Wanted = Mapping[PartKey, Mapping[str, Held]]

@@ -159,7 +159,7 @@ def test_a_batch_sees_no_more_than_its_windows(checkpoint, tmp_path):
     (model / "config.json").write_text(text)
     store = make_store(model, tmp_path / "store")
     chain = chain_model(model, store, [2], dict.fromkeys(keys(store), 0))
-    assert set(chain.segments[0]._windows) == {8}  # torch's own attention, unlike gpt_oss
+    assert set(chain.segments[0].trunk.decoder.windows) == {8}  # torch's own attention, unlike gpt_oss
     names = ["a", "b", "c"]
     prompts = [DRAWN[0][:30], DRAWN[1][:2], DRAWN[2][:7]]
     want = torch.stack([follow(chain, prompt, "partial") for prompt in prompts], dim=1)
