@@ -14,7 +14,7 @@ from runtime.engine import Sampling, Segment, generate
 from runtime.loading import load_tokenizer
 from runtime.models import open_model
 from runtime.text import TextStream
-from runtime.timeline import Timeline
+from runtime.timeline import Process, Timeline, recorded, write_trace
 from schemas.messages import Finished
 from schemas.units import format_bytes
 
@@ -37,18 +37,18 @@ def stream_alone(
     tokenizer = load_tokenizer(open_model(model).config_dir)
     ids = tokenizer(prompt)["input_ids"]
     segment = open_alone(model, budget=budget, max_tokens=len(ids) + max_tokens, eviction=eviction)
-    if trace_file is not None:
-        segment.timeline = segment.residency.timeline = Timeline()
+    timeline = Timeline()
     text, began, first = TextStream(tokenizer), time.monotonic(), 0.0
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    for token in generate(segment, ids, max_tokens=max_tokens, sampling=sampling, combine=combine):
+    tokens = generate(segment, ids, max_tokens=max_tokens, sampling=sampling, combine=combine)
+    for token in tokens if trace_file is None else _recorded(tokens, timeline):
         first = first or time.monotonic()
         answer.tokens.append(token)
         piece = text.push(token)
         answer.text += piece
         yield piece
-    if trace_file is not None and segment.timeline is not None:
-        segment.timeline.write(trace_file)
+    if trace_file is not None:
+        write_trace(trace_file, [Process("", timeline.spans())])
     rest = text.end()
     answer.text += rest
     answer.note = _note(segment)
@@ -63,6 +63,16 @@ def stream_alone(
         prefill_s=first - began,
     )
     yield rest
+
+
+def _recorded(tokens: Iterator[int], timeline: Timeline) -> Iterator[int]:
+    """Yield tokens; what happens while they are made is noted."""
+    while True:
+        with recorded(timeline):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
 
 
 def _note(segment: Segment) -> dict[str, Any]:

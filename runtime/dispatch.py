@@ -21,7 +21,7 @@ from runtime.importance import NOBODY, Substitution
 from runtime.policy.menu import Rates, Way, choose
 from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
-from runtime.timeline import Timeline
+from runtime.timeline import Recorder, recorder
 
 __all__ = ["Combine", "Dispatcher", "ExpertCall", "ExpertCaller", "NoCaller", "PendingCall", "execute_call"]
 
@@ -76,7 +76,7 @@ class Dispatcher:
     rates
         How long calls took lately; shared by the steps of a node.
     timeline
-        Takes a span for every layer's local experts and every wait for other nodes.
+        Takes a span for every layer's local experts and every wait for other nodes, where somebody wants them.
     spent_s
         Time in `run` so far, so that the rest of the step's time is the trunk's.
     """
@@ -90,7 +90,7 @@ class Dispatcher:
     substitution: Substitution | None = None
     ahead: NextRouters | None = None
     rates: Rates = field(default_factory=Rates)
-    timeline: Timeline | None = None
+    timeline: Recorder | None = field(default_factory=recorder)
     spent_s: float = field(default=0.0, init=False)
 
     def run(

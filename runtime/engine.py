@@ -32,7 +32,6 @@ from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
 from runtime.sampling import Sampling, prefill_chunks, sample
 from runtime.slots import Residency
-from runtime.timeline import Timeline
 
 __all__ = ["Keep", "Sampling", "Segment", "generate", "prefill_chunks", "sample"]
 
@@ -101,7 +100,6 @@ class Segment:
         self.kv_budget = kv_budget
         self.importance = importance
         self._taps = RouterTaps(trunk.model)
-        self.timeline: Timeline | None = None
         self._ahead = NextRouters(trunk.model)
         self._rates = Rates()
         self._sessions: dict[str, _Session] = {}
@@ -312,7 +310,7 @@ class Segment:
         self._turn += 1  # a lost update between threads only repeats a variant
         counts, port = self.counters.fresh(), caller or NoCaller()
         dispatcher = Dispatcher(self.residency, routing, port, counts, combine, self._turn)
-        dispatcher.ahead, dispatcher.rates, dispatcher.timeline = self._ahead, self._rates, self.timeline
+        dispatcher.ahead, dispatcher.rates = self._ahead, self._rates
         return dispatcher
 
     def _within(
@@ -350,13 +348,13 @@ class Segment:
             self.trunk.dispatch.reset(active)
         now = perf_counter()
         counts.trunk_s = now - began - dispatcher.spent_s
-        if self.timeline is not None:
+        if dispatcher.timeline is not None:
             about = {
                 "trunk_ms": 1e3 * counts.trunk_s,
                 "experts_ms": 1e3 * counts.local_s,
                 "wait_ms": 1e3 * counts.wait_s,
             }
-            self.timeline.add("steps", f"{counts.tokens} tokens", began, now, **about, **counts.tier_rows)
+            dispatcher.timeline.add("steps", f"{counts.tokens} tokens", began, now, **about, **counts.tier_rows)
         if dispatcher.substitution is not None:
             dispatcher.substitution.count(counts)
         if is_counted:

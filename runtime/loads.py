@@ -20,7 +20,7 @@ from runtime.pool import ExpertWeights, SlotPool, as_weights
 from runtime.precision import empty_parts, unpack_parts
 from runtime.records import Source, read_first
 from runtime.shelf import Copy, CopyKey, Shelf
-from runtime.timeline import Timeline
+from runtime.timeline import recorder
 from schemas.precision import PackedLayout, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -51,11 +51,6 @@ class Loader:
         How the slots hold records, where not as weights.
     copies
         Brings records to the slots of a CUDA device.
-
-    Attributes
-    ----------
-    timeline
-        Takes a span for every load, where it is set.
     """
 
     def __init__(
@@ -70,7 +65,6 @@ class Loader:
         packed: PackedLayout | None = None,
         copies: "DeviceCopies | None" = None,
     ) -> None:
-        self.timeline: Timeline | None = None
         self._layout = layout
         self._shelf = shelf
         self._pools = pools
@@ -105,9 +99,9 @@ class Loader:
                 self._shelf.fail(copy, error)
             return
         ended = perf_counter()
-        if self.timeline is not None:
+        if copy.recorder is not None:
             about = f"layer {copy.key[0]} expert {copy.key[1]}"
-            self.timeline.add("loads", about, began, ended, bytes=num_bytes, ahead=copy.is_guess)
+            copy.recorder.add("loads", about, began, ended, bytes=num_bytes, ahead=copy.is_guess)
         with self._changed:
             self._shelf.slack.observe_load(ended - began, is_low=len(copy.key) == 3)
             if self._counts is not None:
@@ -118,6 +112,8 @@ class Loader:
         """Read an expert for one use."""
         began = perf_counter()
         parts, num_bytes = self._staged(key)
+        if (into := recorder()) is not None:
+            into.add("loads", f"layer {key[0]} expert {key[1]}", began, perf_counter(), bytes=num_bytes)
         weights = as_weights(self._layout, [part.to(self._device) for part in parts])
         if self._counts is not None:
             with self._changed:

@@ -19,6 +19,7 @@ from runtime.counters import TierCounts
 from runtime.policy.eviction import Eviction
 from runtime.policy.prefetch import Slack
 from runtime.records import Source
+from runtime.timeline import Recorder, recorder
 from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.topology import Tier
 
@@ -51,6 +52,8 @@ class Copy:
         Where its record came from.
     error
         Why it could not be filled.
+    recorder
+        Takes the span of its load, for whoever began it.
     """
 
     key: CopyKey
@@ -63,6 +66,7 @@ class Copy:
     users: int = 0
     found: Tier = "disk"
     error: Exception | None = None
+    recorder: Recorder | None = None
 
 
 class Shelf:
@@ -292,6 +296,7 @@ class Shelf:
         """Make a copy that is to be filled."""
         copy = self.copies[key, tier] = Copy(key, tier, slot)
         copy.is_assigned = (key, tier) in self.assigned
+        copy.recorder = recorder()
         return copy
 
     def assign(self, key: CopyKey, tier: Tier, own: Source | None = None) -> None:

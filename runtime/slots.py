@@ -29,7 +29,6 @@ from runtime.pool import ExpertWeights, SlotPool
 from runtime.precision import pack_record, packed_layout
 from runtime.records import RecordFile, Source, write_record
 from runtime.shelf import MEMORY, Copy, Key, Shelf, copy_keys
-from runtime.timeline import Timeline
 from schemas.precision import LOW_PRECISIONS, LowPrecision, PackedLayout, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -178,15 +177,6 @@ class Residency:
     @slack.setter
     def slack(self, slack: Slack) -> None:
         self._shelf.slack = slack
-
-    @property
-    def timeline(self) -> Timeline | None:
-        """Takes a span for every load, where it is set."""
-        return self._loader.timeline
-
-    @timeline.setter
-    def timeline(self, timeline: Timeline | None) -> None:
-        self._loader.timeline = timeline
 
     def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
         """Hold a replica of `key` in `tier`; holding it there already changes nothing. Modifies.
