@@ -16,6 +16,7 @@ from runtime.models import open_model
 from runtime.text import TextStream
 from runtime.timeline import Process, Timeline, recorded, write_trace
 from schemas.messages import Finished
+from schemas.precision import Precision
 from schemas.units import format_bytes
 
 
@@ -26,6 +27,7 @@ def stream_alone(
     prompt: str,
     max_tokens: int,
     budget: int | None = None,
+    precision: Precision = "checkpoint",
     eviction: str = "rates",
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -36,7 +38,7 @@ def stream_alone(
     """Yield pieces of text, filling `answer` meanwhile; its `note` tells what was loaded."""
     tokenizer = load_tokenizer(open_model(model).config_dir)
     ids = tokenizer(prompt)["input_ids"]
-    segment = open_alone(model, budget=budget, max_tokens=len(ids) + max_tokens, eviction=eviction)
+    segment = open_alone(model, budget=budget, max_tokens=len(ids) + max_tokens, precision=precision, eviction=eviction)
     timeline = Timeline()
     text, began, first = TextStream(tokenizer), time.monotonic(), 0.0
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
@@ -51,7 +53,7 @@ def stream_alone(
         write_trace(trace_file, [Process("", timeline.spans())])
     rest = text.end()
     answer.text += rest
-    answer.note = _note(segment)
+    answer.note = _note(segment, precision)
     stopped = answer.tokens[-1] in segment.trunk.stop_ids
     answer.finished = Finished(
         request="local",
@@ -75,12 +77,16 @@ def _recorded(tokens: Iterator[int], timeline: Timeline) -> Iterator[int]:
         yield token
 
 
-def _note(segment: Segment) -> dict[str, Any]:
-    """Tell what the cache did."""
+def _note(segment: Segment, precision: Precision) -> dict[str, Any]:
+    """Tell what was executed and what the cache did."""
     residency, counts = segment.residency, segment.residency.counts
+    spec, packed = segment.trunk.spec, residency.packed
+    each = spec.expert_bytes if packed is None else packed.bytes
     return {
+        "precision": precision,
+        "is_packed": packed is not None,
         "expert_budget": residency.budgets["device"],
-        "expert_bytes": segment.trunk.spec.total_expert_bytes,
+        "expert_bytes": spec.layers * spec.experts * each,
         "hit_rate": counts.hit_rate,
         "loads": sum(counts.loads),
         "loaded_bytes": sum(counts.load_bytes),
@@ -90,11 +96,18 @@ def _note(segment: Segment) -> dict[str, Any]:
     }
 
 
+def _held(note: dict[str, Any]) -> str:
+    if note["precision"] == "checkpoint":
+        return ""
+    return f" in {note['precision']}{', packed' if note['is_packed'] else ''}"
+
+
 def told(note: dict[str, Any]) -> str:
     """Return a note in words."""
     rate = note["hit_rate"]
     return (
-        f"experts: {format_bytes(note['expert_budget'])} of {format_bytes(note['expert_bytes'])} in memory, "
+        f"experts{_held(note)}: {format_bytes(note['expert_budget'])} of {format_bytes(note['expert_bytes'])} "
+        "in memory, "
         f"{'-' if rate is None else f'{rate:.1%}'} found there, {note['loads']} loads of "
         f"{format_bytes(note['loaded_bytes'])}, waited {note['waited_s']:.2f} s for them"
     )

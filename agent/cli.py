@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import click
 
@@ -23,6 +23,7 @@ from agent.scoring import COMMANDS as SCORE_COMMANDS
 from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
+from schemas.precision import Precision
 from schemas.topology import DEFAULT_COORDINATOR_PORT
 from schemas.units import format_bytes, parse_bytes
 
@@ -117,6 +118,10 @@ def _on_signal(handle: Callable[..., object]) -> None:
 )  # fmt: skip
 @click.option("--device-budget", metavar="SIZE", help="With --local: memory for trunk, KV cache and experts.")
 @click.option(
+    "--precision", type=click.Choice(get_args(Precision)), default="checkpoint", show_default=True,
+    help="With --local: execute every expert in this; a store made with it is read faster.",
+)  # fmt: skip
+@click.option(
     "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
     metavar="HOST:PORT", help="Where planner serve listens.",
 )  # fmt: skip
@@ -135,6 +140,7 @@ def generate(
     local: Path | None,
     device_budget: str | None,
     trace_file: Path | None,
+    precision: Precision,
     coordinator: str,
     as_json: bool,
     **wanted: Any,
@@ -142,14 +148,17 @@ def generate(
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    if (node is None) == (local is None) or ((device_budget or trace_file) and local is None):
-        raise click.UsageError("give --node, or --local MODEL and perhaps --device-budget SIZE and --trace-file FILE")
+    is_special = device_budget or trace_file or precision != "checkpoint"
+    if (node is None) == (local is None) or (is_special and local is None):
+        raise click.UsageError(
+            "give --node, or --local MODEL and perhaps --device-budget SIZE, --precision and --trace-file FILE"
+        )
     answer = Answer()
     if local is not None:
         from agent.alone import stream_alone
 
         size = _size(device_budget) if device_budget else None
-        pieces = stream_alone(local, answer, budget=size, trace_file=trace_file, **wanted)
+        pieces = stream_alone(local, answer, budget=size, precision=precision, trace_file=trace_file, **wanted)
     else:
         pieces = stream(str(node), coordinator, answer, **wanted)
     try:

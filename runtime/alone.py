@@ -10,11 +10,14 @@ from runtime.engine import Segment
 from runtime.errors import BudgetTooSmall, InvalidStore
 from runtime.loading import load_trunk
 from runtime.models import Model, open_model
+from runtime.packed import Repacked, Unpacked
+from runtime.precision import packed_layout
 from runtime.records import CheckpointExpert, RecordFile, Source
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Caching, Key, Residency
 from schemas.checkpoint import read_checkpoint
-from schemas.model import HeldDtype
+from schemas.model import HeldDtype, ModelSpec
+from schemas.precision import LowPrecision, Precision
 from schemas.store import RECORDS_NAME
 from schemas.units import format_bytes
 
@@ -25,6 +28,8 @@ def open_alone(
     dtype: HeldDtype = "checkpoint",
     budget: int | None = None,
     max_tokens: int,
+    precision: Precision = "checkpoint",
+    is_packed: bool | None = None,
     eviction: str = "rates",
     prefetch: bool = True,
     workers: int = 2,
@@ -37,6 +42,11 @@ def open_alone(
         Bytes that trunk, KV cache and experts may take; all that the model needs if None.
     max_tokens
         That the KV cache has room for.
+    precision
+        In which every expert is executed.
+    is_packed
+        Hold experts packed in memory, and unpack them whenever they are used; None: where the budget has no room for
+        all of them as weights. Either way the same bits come out.
 
     Raises
     ------
@@ -48,23 +58,53 @@ def open_alone(
     decoder = range(spec.num_decoder_layers)
     trunk_bytes = spec.range_bytes(decoder) + spec.kv_bytes_per_token_layer * len(decoder) * max_tokens
     budget = trunk_bytes + spec.total_expert_bytes if budget is None else budget
-    needed = trunk_bytes + spec.top_k * spec.expert_bytes
-    if budget < needed:
-        why = (
-            f"{format_bytes(trunk_bytes)} for trunk and KV cache, and {spec.top_k} experts of "
-            f"{format_bytes(spec.expert_bytes)} that a token needs in a layer"
-        )
-        raise BudgetTooSmall("device", budget=budget, needed=needed, why=why)
+    low = None if precision == "checkpoint" else packed_layout(model.layout, precision)
+    if is_packed is None:
+        is_packed = budget < trunk_bytes + spec.total_expert_bytes
+    held = low if low is not None and is_packed else None
+    _require(spec, budget, trunk_bytes, held.bytes if held is not None else spec.expert_bytes)
     residency = Residency(
         model.layout,
         {"device": budget - trunk_bytes},
         max_slots=spec.layers * spec.experts,
         caching=Caching(spec.layers, spec.experts, eviction=eviction, prefetch=prefetch, workers=workers),
+        precision=held.precision if held is not None else None,
     )
     for key, source in expert_sources(path, model).items():
-        residency.place(key, source)
+        if low is None:
+            residency.place(key, source)
+            continue
+        stored = packed_source(model, key, low.precision)
+        if held is not None:
+            residency.place(key, source)
+            if stored is not None:
+                residency.place_packed(key, low.precision, stored)
+            continue
+        remade = Unpacked(Repacked(source, model.layout, low), model.layout, low)
+        residency.place(key, remade if stored is None else Unpacked(stored, model.layout, low))
+        residency.add_source(key, remade)
     board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
     return Segment(load_trunk(path, dtype=dtype), residency, board)
+
+
+def _require(spec: ModelSpec, budget: int, trunk_bytes: int, expert_bytes: int) -> None:
+    """Refuse a budget without room for the trunk and one layer's experts of a token."""
+    needed = trunk_bytes + spec.top_k * expert_bytes
+    if budget < needed:
+        why = (
+            f"{format_bytes(trunk_bytes)} for trunk and KV cache, and {spec.top_k} experts of "
+            f"{format_bytes(expert_bytes)} that a token needs in a layer"
+        )
+        raise BudgetTooSmall("device", budget=budget, needed=needed, why=why)
+
+
+def packed_source(model: Model, key: Key, precision: LowPrecision) -> Source | None:
+    """Return where the record of an expert in a low precision is; None where the model has none."""
+    packed = model.store.manifest.packed_as(precision) if model.store is not None else None
+    if model.store is None or packed is None:
+        return None
+    record = packed.records[key[0] * model.spec.experts + key[1]]
+    return RecordFile(model.store.path / RECORDS_NAME, record.sha256, record.offset)
 
 
 def expert_sources(path: Path, model: Model) -> dict[Key, Source]:

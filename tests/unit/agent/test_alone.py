@@ -16,7 +16,7 @@ PROMPT = "class Stack:"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("alone") / "store"
-    prepare_store(MODEL, path, dtype="float32")
+    prepare_store(MODEL, path, dtype="float32", precisions=("int4",))
     return path
 
 
@@ -47,6 +47,20 @@ def test_a_budget_changes_what_is_loaded_and_no_token(store, tmp_path):
     assert sum("bytes" in span["args"] for span in spans) == small["loads"]
 
 
+def test_a_precision_gives_its_own_tokens_however_it_is_held(store):
+    """As weights where there is room, packed where there is none, or made from a store that lacks it."""
+    whole = ask("--local", store, "--precision", "int4")
+    small = ask("--local", store, "--precision", "int4", "--device-budget", "7MiB")
+    assert (whole["precision"], whole["is_packed"], small["is_packed"]) == ("int4", False, True)
+    assert small["tokens"] == whole["tokens"]
+    packed_bytes = 144 * 1024 // 32 * 5  # five bits of thirty-two
+    assert small["loaded_bytes"] == small["loads"] * packed_bytes
+    assert small["expert_bytes"] == 64 * packed_bytes
+    remade = ask("--local", store, "--precision", "int8", "--device-budget", "8MiB")
+    assert remade["loaded_bytes"] == remade["loads"] * 144 * 1024
+    assert ask("--local", store)["precision"] == "checkpoint"
+
+
 def test_a_budget_that_is_too_small_says_how_much_is_needed(store):
     with pytest.raises(
         BudgetTooSmall, match=r"at least 6\.\d+ MiB .* are needed: .* trunk and KV cache, and 2 experts"
@@ -62,5 +76,10 @@ def test_a_card_has_no_experts_and_options_that_contradict(store, tmp_path):
             (card / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InvalidStore, match="holds no records"):
         ask("--local", card)
-    for options in ([], ["--node", "a", "--local", store], ["--node", "a", "--device-budget", "1MiB"]):
+    for options in (
+        [],
+        ["--node", "a", "--local", store],
+        ["--node", "a", "--device-budget", "1MiB"],
+        ["--node", "a", "--precision", "int8"],
+    ):
         assert CliRunner().invoke(cli, ["generate", "--prompt", "x", *map(str, options)]).exit_code == 2
