@@ -59,6 +59,16 @@ def _reserved_layer() -> tuple[Any, type]:
             self.keys, self.values = self._all_keys[:, :, : self._seen], self._all_values[:, :, : self._seen]
             return self.keys, self.values
 
+        @property
+        def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+            """All keys and values there will be, [H, S, d] each, for who writes them without `update`."""
+            return self._all_keys[0], self._all_values[0]
+
+        def written(self, count: int) -> None:
+            """Take in tokens whose states were written into `memory` behind the last."""
+            self._seen += count
+            self.keys, self.values = self._all_keys[:, :, : self._seen], self._all_values[:, :, : self._seen]
+
     return ReservedLayer, DynamicLayer
 
 

@@ -23,6 +23,7 @@ import torch
 from runtime.ahead import NextRouters
 from runtime.caches import Between, session_cache, step_cache
 from runtime.counters import Counters
+from runtime.cuda.decode import captured_decode
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.importance import Importance, RouterTaps, Substitution
@@ -76,11 +77,6 @@ class Segment:
     importance
         Lets decode steps use other experts than the router's choice, within a budget; exact if None. Prompts and
         steps that combine in order are exact.
-
-    Attributes
-    ----------
-    timeline
-        Takes spans of steps, layers and waits, where it is set.
     """
 
     def __init__(
@@ -99,6 +95,7 @@ class Segment:
         self.counters = counters or Counters(trunk.spec.layers, trunk.spec.experts)
         self.kv_budget = kv_budget
         self.importance = importance
+        self.captured = captured_decode(trunk, residency)
         self._taps = RouterTaps(trunk.model)
         self._ahead = NextRouters(trunk.model)
         self._rates = Rates()
@@ -379,6 +376,9 @@ class Segment:
     def _decode(self, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]) -> torch.Tensor:
         """Run one token of each of B sessions: [B, 1, D]."""
         decoder, dispatch = self.trunk.decoder, self.trunk.dispatch.get()
+        step = getattr(dispatch, "__self__", None)
+        if self.captured is not None and isinstance(step, Dispatcher) and self.captured.can_run(step, caches):
+            return self.captured.run(step, inputs, caches, seen)[:, None]
         return decoder.run(inputs, caches, seen, dispatch, self._taps.seeing)[:, None]
 
 

@@ -111,6 +111,10 @@ class CallFailed(RuntimeFault):
         super().__init__(f"layer {layer} expert {shown}: no answer from {holder}: {reason}")
 
 
+class DeviceLost(RuntimeFault):
+    """A device that does not answer, or cannot be used any more."""
+
+
 class ContextFull(RuntimeFault):
     """A session that would grow beyond the tokens it was opened for, or beyond what the model can attend to."""
 

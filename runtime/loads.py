@@ -7,7 +7,7 @@ whichever thread needs the copy first; bookkeeping under the residency's lock, r
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,6 +51,8 @@ class Loader:
         How the slots hold records, where not as weights.
     copies
         Brings records to the slots of a CUDA device.
+    copies
+        As given.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Loader:
         self._device = device
         self._packed = packed
         self._precision: Precision = packed.precision if packed is not None else "checkpoint"
-        self._copies = copies
+        self.copies = copies
         self._checked: set[Source] = set()
 
     def weights(self, copy: Copy) -> ExpertWeights:
@@ -133,37 +135,70 @@ class Loader:
     def _fill(self, copy: Copy) -> int:
         """Fill a copy; returns how many bytes were read."""
         pool = self._pools[copy.tier]
-        if self._copies is None or copy.tier == "host":
+        if self.copies is None or copy.tier == "host":
             return self._read_into(copy.key, pool.buffers(copy.slot))
-        with self._host_copy(copy.key) as host:
+        with self._host_copy(copy) as host:
             if host is not None:
-                copy.found = "host"
-                self._copies.bring(pool, copy.slot, self._pools["host"].whole(host.slot))
+                self.copies.bring(pool, copy.slot, self._pools["host"].whole(host.slot))
                 return len(self._pools["host"].whole(host.slot))
-        with self._copies.staged() as (staging, slot):
+        with self.copies.staged() as (staging, slot):
             num_bytes = self._read_into(copy.key, staging.buffers(slot))
-            self._copies.bring(pool, copy.slot, staging.whole(slot))
+            self.copies.bring(pool, copy.slot, staging.whole(slot))
             return num_bytes
 
+    def start(self, copy: Copy) -> ExitStack:
+        """Begin to fill a copy; what is launched on the copy stream later finds it filled.
+
+        Returns
+        -------
+        ExitStack
+            Holds what the copy is filled from; close it when the stream has come past.
+        """
+        held = ExitStack()
+        host = held.enter_context(self._host_copy(copy)) if self.copies is not None else None
+        if host is None or self.copies is None:
+            self._fill(copy)
+        else:
+            self.copies.enqueue(self._pools[copy.tier], copy.slot, self._pools["host"].whole(host.slot))
+        return held
+
     @contextmanager
-    def _host_copy(self, key: CopyKey) -> Iterator[Copy | None]:
-        """Use the copy of an expert in host memory meanwhile, if there is one that is filled."""
+    def _host_copy(self, copy: Copy) -> Iterator[Copy | None]:
+        """Use the copy of an expert in host memory meanwhile; it is read now where there is room for it."""
+        is_new = False
         with self._changed:
-            host = self._shelf.copies.get((key, "host"))
-            host = host if host is not None and host.is_ready else None
+            host = self._shelf.copies.get((copy.key, "host"))
+            if host is None and (slot := self._shelf.room_in("host", copy.key[0])) is not None:
+                host, is_new = self._shelf.occupy(copy.key, "host", slot), True
+            elif host is not None and not host.is_ready:
+                host = None
             if host is not None:
                 self._shelf.use(host)
         try:
+            if host is not None and is_new:
+                self._read_host(host)
+            elif host is not None:
+                copy.found = "host"
             yield host
         finally:
             if host is not None:
                 with self._changed:
                     self._shelf.end_use((host,))
 
+    def _read_host(self, host: Copy) -> None:
+        try:
+            self._read_into(host.key, self._pools["host"].buffers(host.slot))
+        except (RuntimeFault, OSError, ValueError) as error:
+            with self._changed:
+                self._shelf.fail(host, error)
+            raise
+        with self._changed:
+            self._shelf.finish(host)
+
     def note_read(self, copies: Iterable[Copy]) -> None:
         """Note that what was launched so far reads the slots of these copies."""
-        if self._copies is not None:
-            self._copies.fences.read(copy.slot for copy in copies if copy.tier == "device")
+        if self.copies is not None:
+            self.copies.fences.read(copy.slot for copy in copies if copy.tier == "device")
 
     def _staged(self, key: CopyKey) -> tuple[list[torch.Tensor], int]:
         """Read a record into memory of torch's own; returns the weights' parts, and how many bytes were read."""

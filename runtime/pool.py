@@ -40,6 +40,11 @@ class SlotPool:
     packed
         How a slot holds a record, where not as weights: these are then made whenever they are asked for.
 
+    Attributes
+    ----------
+    slots
+        How many there are.
+
     Raises
     ------
     RuntimeFault
@@ -49,6 +54,7 @@ class SlotPool:
     def __init__(
         self, layout: RecordLayout, slots: int, tier: Tier, device: torch.device, *, packed: PackedLayout | None = None
     ) -> None:
+        self.slots = slots
         self._layout = layout
         self._packed = packed
         self._dtype = torch_dtype(layout.dtype)

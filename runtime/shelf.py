@@ -97,7 +97,7 @@ class Shelf:
         The copy that an expert is computed from.
     lacking
         Experts that have no slot of their own.
-    on_choice
+    watchers
         Called with an expert and the copy that it is computed from now on, if any.
     """
 
@@ -133,7 +133,7 @@ class Shelf:
         self.free: dict[Tier, list[int]] = {tier: list(range(count - 1, -1, -1)) for tier, count in slots.items()}
         self._experts = experts
         self._num_assigned: Counter[Tier] = Counter()
-        self.on_choice: Callable[[Key, Copy | None], None] = lambda *_: None
+        self.watchers: list[Callable[[CopyKey, Copy | None], None]] = []
         self._notify = notify
         self._give_back = give_back
         self._is_frozen = False
@@ -353,7 +353,8 @@ class Shelf:
         else:
             self.ready[key] = copy
         if len(key) == 2:
-            self.on_choice(key, copy)
+            for watch in self.watchers:
+                watch(key, copy)
 
     def finish(self, copy: Copy) -> None:
         """Let a copy that is filled be used; frees one that was dropped meanwhile, and those in low precision."""

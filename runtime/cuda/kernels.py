@@ -173,9 +173,7 @@ def attend(queries: torch.Tensor, heads: Heads, kv: KeyValues, layer: int) -> to
     rows = queries.shape[0]
     group = heads.queries // heads.kv
     splits = ATTENTION_SPLITS
-    partial = torch.empty(
-        (rows, heads.queries, splits, heads.size + 2), dtype=torch.float32, device=queries.device
-    )
+    partial = torch.empty((rows, heads.queries, splits, heads.size + 2), dtype=torch.float32, device=queries.device)
     _attend[(rows, heads.kv, splits)](
         queries, kv.addresses[layer], kv.strides, kv.positions, partial, heads.scaling,
         KV_HEADS=heads.kv, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SIZE=heads.size,

@@ -85,7 +85,10 @@ def wait(buffers: Buffers, layer: int) -> None:
     """Take the host's slots where the layer lacked experts; the host has answered before."""
     if (buffers.slots[layer] < 0).any():
         shape = buffers.slots[layer].shape
-        buffers.slots[layer], buffers.weights[layer] = buffers.inbox_slots.view(shape), buffers.inbox_weights.view(shape)
+        buffers.slots[layer], buffers.weights[layer] = (
+            buffers.inbox_slots.view(shape),
+            buffers.inbox_weights.view(shape),
+        )
 
 
 def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: torch.Tensor, *, late: bool) -> None:

@@ -1,0 +1,206 @@
+"""The operations of one decode step, in order: embedding, layers, final norm, on tensors that stay where they are.
+
+Decides which models a step can be run for like this, and nothing while it runs: no value is read by the host, so that
+the whole step can be captured as one graph. Where a layer lacks experts the device waits in it (`ops.wait`). Must not
+know who brings them. Axes: B tokens, D hidden, F ffn, K top-k.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from runtime.cuda.buffers import Buffers
+from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.loading import Trunk
+from runtime.pool import SlotPool
+from runtime.skeleton import RoutedExperts
+from schemas.store import RecordLayout
+
+_ROUNDED_WEIGHTS: Final = {"qwen3_moe": True, "mixtral": False}  # of families whose layers are made of these parts
+_CHANGING_ROTARY: Final = ("dynamic", "longrope")  # their angles depend on how long the sequence is
+
+
+class Scale(NamedTuple):
+    """An RMS norm."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The tensors of a decoder layer; `norms` are weights and epsilon of the norms of queries and keys."""
+
+    first_norm: Scale
+    second_norm: Scale
+    qkv: torch.Tensor
+    output: torch.Tensor
+    router: torch.Tensor
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """The tensors of a range of layers.
+
+    Attributes
+    ----------
+    first_layer
+        Of the range, counted among layers with experts.
+    """
+
+    trunk: Trunk
+    layers: tuple[LayerParts, ...]
+    router: RouterShape
+    first_layer: int
+    activated: int
+
+
+def step_parts(trunk: Trunk, layout: RecordLayout) -> StepParts | None:
+    """Return the parts of a trunk whose steps can be run like this; None for any other. Joins q, k and v in memory."""
+    config = trunk.model.config
+    is_rounded = _ROUNDED_WEIGHTS.get(config.model_type)
+    form = layout.form
+    is_plain = form.kind == "swiglu" and form.activation == "silu" and layout.dtype == str(trunk.dtype)[6:]
+    layers = list(trunk.model.model.layers)
+    rotary = trunk.model.model.rotary_emb
+    if (
+        is_rounded is None
+        or not is_plain
+        or getattr(config, "sliding_window", None) is not None
+        or getattr(rotary, "rope_type", "default") in _CHANGING_ROTARY
+        or not all(isinstance(getattr(layer.mlp, "experts", None), RoutedExperts) for layer in layers)
+        or any(_is_odd(layer.self_attn, trunk.dtype) for layer in layers)
+    ):
+        return None
+    router = layers[0].mlp.gate
+    is_normalised = config.model_type == "mixtral" or bool(config.norm_topk_prob)
+    return StepParts(
+        trunk,
+        tuple(_parts_of(layer) for layer in layers),
+        RouterShape(trunk.spec.experts, router.top_k, is_normalised, is_rounded),
+        layers[0].mlp.experts.layer,
+        layout.parts[1].shape[1],
+    )
+
+
+def _is_odd(attention: Any, dtype: torch.dtype) -> bool:
+    """Whether an attention has a bias, another dtype, or heads whose size is no power of two of 16 or more."""
+    size = attention.head_dim
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    has_bias = any(each.bias is not None for each in projections)
+    return has_bias or any(each.weight.dtype != dtype for each in projections) or size < 16 or bool(size & (size - 1))
+
+
+def _parts_of(layer: Any) -> LayerParts:
+    attention = layer.self_attn
+    size = attention.head_dim
+    queries, kv = (each.weight.shape[0] // size for each in (attention.q_proj, attention.k_proj))
+    norms = None
+    if hasattr(attention, "q_norm"):
+        norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+    return LayerParts(
+        _scale(layer.input_layernorm),
+        _scale(layer.post_attention_layernorm),
+        _joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+        attention.o_proj.weight,
+        layer.mlp.gate.weight,
+        norms,
+        Heads(queries, kv, size, attention.scaling),
+    )
+
+
+def _scale(norm: Any) -> Scale:
+    return Scale(norm.weight, norm.variance_epsilon)
+
+
+def _joined(projections: list[Any]) -> torch.Tensor:
+    """Return the weights of projections as one matrix, which they are views of from then on."""
+    weights = [each.weight.detach() for each in projections]
+    rows, columns = sum(map(len, weights)), weights[0].shape[1]
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    if all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False)):
+        return weights[0].as_strided((rows, columns), (columns, 1))
+    whole = torch.cat(weights)
+    for projection, part in zip(projections, whole.split([len(weight) for weight in weights]), strict=True):
+        projection.weight.data = part
+    return whole
+
+
+def lanes_of(pool: SlotPool, parts: StepParts) -> Lanes:
+    """Return where the weights of experts lie."""
+    memory, stride, starts = pool.lanes()
+    return Lanes(memory, stride, starts[0], starts[1], parts.trunk.spec.hidden_size, parts.activated)
+
+
+class Step:
+    """The operations of a step of B tokens over fixed buffers.
+
+    Parameters
+    ----------
+    ops
+        `runtime.cuda.kernels`, or `runtime.cuda.reference`.
+
+    Attributes
+    ----------
+    hidden
+        [B, D]: what goes in where the range does not begin with tokens.
+    """
+
+    def __init__(self, parts: StepParts, lanes: Lanes, buffers: Buffers, ops: Any) -> None:
+        self._parts = parts
+        self._lanes = lanes
+        self._buffers = buffers
+        self._ops = ops
+        rows, device = buffers.slots.shape[1], buffers.control.device
+        self.hidden = torch.zeros((rows, lanes.hidden), dtype=parts.trunk.dtype, device=device)
+        self._active = torch.zeros((*buffers.slots.shape[1:], lanes.ffn), dtype=parts.trunk.dtype, device=device)
+
+    def run(self, kv: Any, *, waits: bool, lacking: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Run the step; returns the normed hidden states, [B, D].
+
+        Parameters
+        ----------
+        waits
+            Whether layers may lack experts.
+        lacking
+            Called in each layer before it waits, where the host runs the operations itself.
+        """
+        ops, buffers, inner = self._ops, self._buffers, self._parts.trunk.model.model
+        trunk = self._parts.trunk
+        total = functional.embedding(buffers.tokens, inner.embed_tokens.weight) if trunk.has_embedding else self.hidden
+        cos, sin = inner.rotary_emb(total[:, None], position_ids=kv.positions[:, None])
+        delta = None
+        for index, layer in enumerate(self._parts.layers):
+            normed, total = ops.add_norm(total, delta, *layer.first_norm)
+            qkv = functional.linear(normed, layer.qkv)
+            queries = ops.rotate_store(qkv, cos, sin, layer.norms, layer.heads, kv, index)
+            attended = functional.linear(ops.attend(queries, layer.heads, kv, index), layer.output)
+            normed, total = ops.add_norm(total, attended, *layer.second_norm)
+            delta = self._experts(index, normed, functional.linear(normed, layer.router), waits, lacking)
+        if not trunk.has_head:
+            return total if delta is None else total + delta
+        return ops.add_norm(total, delta, *_scale(inner.norm))[0]  # type: ignore[no-any-return]
+
+    def _experts(
+        self,
+        index: int,
+        normed: torch.Tensor,
+        logits: torch.Tensor,
+        waits: bool,
+        lacking: Callable[[int], None] | None,
+    ) -> torch.Tensor:
+        ops, buffers, active = self._ops, self._buffers, self._active
+        ops.route(logits, self._parts.router, buffers, index)
+        ops.gate_up(normed, self._lanes, buffers, index, active, late=False)
+        if lacking is not None:
+            lacking(index)
+        if waits:
+            ops.wait(buffers, index)
+            ops.gate_up(normed, self._lanes, buffers, index, active, late=True)
+        answer: torch.Tensor = ops.down(active, self._lanes, buffers, index)
+        return answer

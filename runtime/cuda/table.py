@@ -1,0 +1,126 @@
+"""The slot of every expert of a range of layers, as the host keeps it, and who makes room for what a layer lacks.
+
+Decides which copies go when room is needed at once: the order is made up beforehand, while the device works, by the
+eviction policy. Pure bookkeeping: no device. Axes: L layers of the range, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.shelf import Copy, CopyKey, Shelf
+from schemas.topology import Tier
+
+ABSENT: Final = -1
+
+
+class SlotTable:
+    """[L, E] int32: the device slot that an expert is computed from, `ABSENT` where it has none.
+
+    Parameters
+    ----------
+    tier
+        Of the slots.
+
+    Attributes
+    ----------
+    sent
+        As it was when it was last taken for the device.
+    is_new
+        It has changed since then.
+    """
+
+    def __init__(self, first_layer: int, layers: int, experts: int, tier: Tier = "device") -> None:
+        self.slots: NDArray[np.int32] = np.full((layers, experts), ABSENT, dtype=np.int32)
+        self.sent = self.slots.copy()
+        self.is_new = True
+        self._first = first_layer
+        self._tier = tier
+
+    def note(self, key: CopyKey, copy: Copy | None) -> None:
+        """Note where an expert is computed from now on. Modifies."""
+        index = key[0] - self._first
+        if len(key) != 2 or not 0 <= index < len(self.slots):
+            return
+        is_here = copy is not None and copy.tier == self._tier
+        self.slots[index, key[1]] = copy.slot if copy is not None and is_here else ABSENT
+        self.is_new = True
+
+    def take(self) -> NDArray[np.int32]:
+        """Return the table for the device, [L * E]. Modifies."""
+        self.sent, self.is_new = self.slots.copy(), False
+        return self.sent.ravel()
+
+    def fill(self, shelf: Shelf) -> None:
+        """Note all that there is. Modifies."""
+        for key, copy in shelf.ready.items():
+            self.note(key, copy)
+
+
+class Rooms:
+    """Slots for what a layer lacks. Whoever asks holds the shelf's lock, and has frozen it."""
+
+    def __init__(self, shelf: Shelf, tier: Tier = "device") -> None:
+        self._shelf = shelf
+        self._tier: Tier = tier
+        self._next: list[Copy] = []
+
+    def prepare(self, layer: int, count: int) -> None:
+        """Make up the order in which copies will go, as seen from `layer`. Modifies."""
+        with self._shelf.thawed():
+            self._next = self._shelf.worst(layer, count, (self._tier,))
+
+    def take(self, layer: int, count: int) -> list[int]:
+        """Return up to so many slots, by eviction where none are free; fewer where copies are in use. Modifies."""
+        shelf, tier = self._shelf, self._tier
+        taken = shelf.take(tier, count)
+        with shelf.thawed():
+            while len(taken) < count and self._next:
+                copy = self._next.pop(0)
+                if copy in shelf.evictable:
+                    shelf.evict(copy)
+                    taken += shelf.take(tier, 1)
+            if len(taken) < count:
+                shelf.forget_guesses(*shelf.guesses)
+                for copy in shelf.worst(layer, count - len(taken), (tier,)):
+                    shelf.evict(copy)
+                    taken += shelf.take(tier, 1)
+        return [slot for _, slot in taken]
+
+
+def missing(slots: NDArray[np.int32], chosen: NDArray[np.int64]) -> list[int]:
+    """Return the experts among the chosen that have no slot, each once, in the order in which they are chosen.
+
+    >>> missing(np.array([4, -1, 2, -1], dtype=np.int32), np.array([[3, 0], [1, 3]]))
+    [3, 1]
+    """
+    flat = chosen.ravel()
+    return list(dict.fromkeys(flat[slots[flat] < 0].tolist()))
+
+
+def answer_slots(slots: NDArray[np.int32], chosen: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the slots of what is computed, [B, K]; `ABSENT` where a token has fewer experts (an id below 0)."""
+    return np.where(chosen >= 0, slots[chosen], np.int32(ABSENT)).astype(np.int32)
+
+
+def covers(slots: NDArray[np.int32]) -> bool:
+    """Whether every expert has a slot, so that no layer can lack one."""
+    return bool((slots >= 0).all())
+
+
+def fits(slots: int, rows: int, top_k: int, experts: int) -> bool:
+    """Whether all experts that one layer may choose for so many tokens fit into the slots together."""
+    return slots >= min(rows * top_k, experts)
+
+
+def sorted_rows(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the experts of all rows, sorted, without those that are none."""
+    flat = chosen.ravel()
+    return np.sort(flat[flat >= 0])
+
+
+def rows_of(experts: Sequence[int], chosen: NDArray[np.int64]) -> int:
+    """Return how many rows are computed by some experts."""
+    return int(np.isin(chosen, experts).sum())
