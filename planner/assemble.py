@@ -47,6 +47,7 @@ class Solved:
     asked_gap: float
     queued_latency_s: float | None = None
     trials: tuple[Trial, ...] = ()
+    spared_any_remote_share: float | None = None
 
 
 def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
@@ -173,6 +174,7 @@ def summarise(solved: Solved) -> Summary:
         links=tuple(_link_summaries(solved)),
         queued_latency_s=solved.queued_latency_s,
         paths=path_summaries(solved.problem, solved.routing, solved.trials),
+        spared_any_remote_share=solved.spared_any_remote_share,
     )
 
 

@@ -52,6 +52,10 @@ class Inputs:
         topology = self.topology.model_copy(update={"trunk": self.topology.trunk.model_copy(update={"mode": mode})})
         return replace(self, topology=topology)
 
+    def entering(self) -> list[Trace]:
+        """Trace of each ingress, in the order of nodes."""
+        return [self.traces[node.ingress.workload] for node in self.topology.nodes if node.ingress]
+
     def events(self, traces: Mapping[str, Trace]) -> tuple[Events, ...]:
         """Chosen experts ``[T, L, K]`` of each ingress, in the order of nodes."""
         return tuple(traces[node.ingress.workload].chosen for node in self.topology.nodes if node.ingress)

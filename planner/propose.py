@@ -4,6 +4,7 @@ Decides the order of these. Must not know files, options or how a plan is shown.
 `assemble` → `moving` → `Plan`.
 """
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -18,11 +19,14 @@ from planner.objective import ObjectiveName
 from planner.problem import Bools, Problem
 from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues
 from planner.simulate.network import build_network
-from planner.solve import solve
-from planner.solvers.base import SolveLimits
+from planner.solve import recheck, solve
+from planner.solvers.base import SolveLimits, ignore
+from planner.solvers.choose import STRATEGIES, find_solver
+from planner.substitution import SHARE_OF_BUDGET, Sparing, ranked_events
 from planner.worth import Choice, InForce, MovingTerms, choose_move, in_force, movement
 from schemas.plan import Plan, Survival
 
+_SPARING_SHARE: Final = 0.5  # of the time limit, beyond it, where a quality budget may be spent
 _SURVIVAL_SHARE: Final = 0.5  # of the time limit, to find what survival costs
 
 
@@ -68,6 +72,8 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     started, start = _from_there(problem, now)
     limits = replace(request.limits, start=start)
     solved = _solve(started, replace(request, limits=limits), watch)
+    if request.solver not in STRATEGIES and request.objective == "latency":
+        solved = _sparing(inputs, solved, limits)
     choice = Choice(solved, True, "", 0.0)
     if before is not None:
         choice = choose_move(solved, now, request.moving, gap=limits.gap)
@@ -99,6 +105,38 @@ def _solve(problem: Problem, request: Request, watch: Watch | None = None) -> So
         return solve(given, request.solver, objective=request.objective, limits=limits, watch=watch)
 
     return solve_with_queues(problem, run) if request.queueing else run(problem)
+
+
+def _sparing(inputs: Inputs, solved: Solved, limits: SolveLimits) -> Solved:
+    """Go on to a placement that waits less while a quality budget is spent, where the topology has one.
+
+    The solver's own placement and, where tokens stay, DanceMoE's are where it begins: solvers of exact waits gather
+    layers, for which nothing can stand in.
+    """
+    budget, problem = inputs.topology.quality.budget, solved.problem
+    if not budget:
+        return solved
+    ranked = ranked_events(problem, inputs.entering())
+    best = Sparing(problem, ranked, SHARE_OF_BUDGET * budget, solved.placed)
+    name = f"{solved.result.solver}, substitution"
+    if np.array_equal(problem.trunk_node, problem.stay_node):
+        spread = find_solver("dancemoe")(problem, objective="latency", limits=limits, report=ignore).placed
+        starts = [best.placed] if spread is None else [best.placed, spread]
+    else:
+        starts = [best.placed]
+    deadline = time.monotonic() + _SPARING_SHARE * limits.time_s
+    for start in starts:
+        trial = Sparing(problem, ranked, SHARE_OF_BUDGET * budget, start)
+        trial.descend(lambda: time.monotonic() > deadline)
+        if trial.cost >= best.cost:
+            continue
+        result = replace(solved.result, placed=trial.placed, solver=name, bound=None)  # a bound of exact waits
+        try:
+            checked = recheck(problem, result, objective="latency", gap=limits.gap)
+        except PlannerError:
+            continue  # a limit of compute or links that exchanges do not know
+        best, solved = trial, replace(checked, trials=solved.trials)
+    return replace(solved, spared_any_remote_share=best.share_waiting)
 
 
 def _scheduled(

@@ -66,6 +66,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{share_text(summary.remote_call_share)} of calls are remote, "
         f"{share_text(summary.any_remote_share)} of token-layers have one"
     )
+    if summary.spared_any_remote_share is not None:
+        yield (
+            f"while agents spend the quality budget of {share_text(plan.quality_budget)}, about "
+            f"{share_text(summary.spared_any_remote_share)} of token-layers wait for another node"
+        )
     if summary.queued_latency_s is not None:
         yield f"with queues at busy nodes a token {takes} {format_seconds(summary.queued_latency_s)}"
     yield from _load_lines(plan)

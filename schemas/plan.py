@@ -19,7 +19,7 @@ from schemas.topology import NodeId, Tier
 
 _ADDED = frozenset(
     {"links", "movement", "survival", "utilisation", "queued_latency_s", "paths", "input_bytes", "head_bytes",
-     "trunk_stage", "quality_budget"}
+     "trunk_stage", "quality_budget", "spared_any_remote_share"}
 )  # fmt: skip  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
 
@@ -140,7 +140,9 @@ class Survival(FrozenModel):
 class Summary(FrozenModel):
     """How a plan was found and what it promises; None where a figure is not known.
 
-    `queued_latency_s` is the predicted latency with the queues of busy holders (M/M/1).
+    `queued_latency_s` is the predicted latency with the queues of busy holders (M/M/1). `spared_any_remote_share` is the
+    `any_remote_share` that is expected while agents spend the plan's quality budget; other figures are of exact
+    execution.
     """
 
     status: Literal["optimal", "feasible"]
@@ -160,6 +162,7 @@ class Summary(FrozenModel):
     movement: Movement | None = None
     survival: Survival | None = None
     paths: tuple[PathSummary, ...] | None = None
+    spared_any_remote_share: float | None = None
 
 
 class Plan(FrozenModel):

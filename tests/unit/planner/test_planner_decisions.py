@@ -262,3 +262,15 @@ def test_rates_that_are_no_rates_are_refused(planner, workspace, rate):
     ran = planner("solve", path)
     assert ran.code == 2
     assert "tokens_per_s" in ran.err
+
+
+def test_a_quality_budget_is_planned_with_and_carried(planner, workspace, tmp_path):
+    path = workspace.write(quality={"budget": "0.5 %"})
+    found = planner("solve", path, "-o", tmp_path / "plan.json", "--time-limit", "0.5")
+    assert found.code == 0, found.err
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.quality_budget == 0.005
+    share = plan.summary.spared_any_remote_share
+    assert share is not None
+    assert share <= plan.summary.any_remote_share + 1e-9
+    assert "while agents spend the quality budget of 0.5 %" in found.out
