@@ -140,8 +140,8 @@ class Survival(FrozenModel):
 class Summary(FrozenModel):
     """How a plan was found and what it promises; None where a figure is not known.
 
-    `queued_latency_s` is the predicted latency with the queues of busy holders (M/M/1). `spared_any_remote_share` is the
-    `any_remote_share` that is expected while agents spend the plan's quality budget; other figures are of exact
+    `queued_latency_s` is the predicted latency with the queues of busy holders (M/M/1). `spared_any_remote_share` is
+    the `any_remote_share` that is expected while agents spend the plan's quality budget; all other figures are of exact
     execution.
     """
 
