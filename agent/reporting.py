@@ -104,6 +104,8 @@ class Reporter:
                 calls=counts.remote_calls,
                 call_wait_s=counts.wait_s,
                 calls_served=ended,
+                events=counts.events,
+                remote_events=counts.remote_events,
                 steps=counts.steps,
                 step_tokens=counts.tokens,
                 hops=self._traffic.hops,

@@ -80,6 +80,7 @@ def node_status(
         quality=served.quality,
         cache=served.cache,
         remote_share=served.remote_rows / rows if rows else None,
+        any_remote_share=served.remote_events / served.events if served.events else None,
         tokens_per_s=served.tokens_per_s if state in {"up", "stalled"} else 0.0,
         tokens=served.tokens,
         last_heartbeat_s=now - view.heard_at,

@@ -105,6 +105,8 @@ class Served(FrozenModel):
         Rows computed here from each tier, and by other nodes.
     calls, call_wait_s
         Expert calls made and the seconds their layers waited for them beyond local work.
+    events, remote_events
+        (token, layer) pairs that ran here, and those that waited for another node's experts.
     tokens
         That entered here, prompts included.
     steps, step_tokens
@@ -122,6 +124,8 @@ class Served(FrozenModel):
     calls: Count = 0
     call_wait_s: Annotated[float, Field(ge=0)] = 0.0
     calls_served: Count = 0
+    events: Count = 0
+    remote_events: Count = 0
     steps: Count = 0
     step_tokens: Count = 0
     hops: Count = 0

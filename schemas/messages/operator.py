@@ -52,6 +52,8 @@ class NodeStatus(FrozenModel):
     state
         ``stalled``: heartbeats come, but nothing that is under way makes progress. ``away``: heartbeats stopped.
         ``stopped``: its agent said goodbye.
+    any_remote_share
+        Of (token, layer) pairs that ran here, those that waited for another node's experts.
     hops_per_token, calls_per_token, call_wait_per_token_s
         Of the tokens that ran through this node's layers in this epoch: what left for the next node, expert calls,
         waits for them. Tokens of a prompt leave together, in chunks.
@@ -70,6 +72,7 @@ class NodeStatus(FrozenModel):
     quality: QualityUse | None = None
     cache: CacheUse | None = None
     remote_share: float | None
+    any_remote_share: float | None = None
     tokens_per_s: float
     tokens: Count
     last_heartbeat_s: float | None

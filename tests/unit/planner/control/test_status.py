@@ -38,11 +38,13 @@ def state():
 
 
 def test_counts_per_token_stand_beside_the_plans(state):
-    views = {"a": view("a", tokens=40, step_tokens=40, hops=30, calls=20, call_wait_s=0.8), "b": view("b")}
+    counted = {"tokens": 40, "step_tokens": 40, "hops": 30, "calls": 20, "call_wait_s": 0.8}
+    views = {"a": view("a", **counted, events=80, remote_events=20), "b": view("b")}
     expected = promises_in_force(state, views)
     rows = [node_status(node, Memory(), views.get(node), now=0.1, promise=expected.get(node)) for node in "abc"]
     assert (rows[0].hops_per_token, rows[0].calls_per_token) == (0.75, 0.5)
     assert rows[0].call_wait_per_token_s == pytest.approx(0.02)
+    assert [row.any_remote_share for row in rows] == [0.25, None, None]
     assert [row.planned_hops_per_token for row in rows] == [1.0, 1.0, None]
     assert (rows[1].hops_per_token, rows[2].hops_per_token) == (None, None)
     report = msg.StatusReport(cluster="c", epoch=1, plan=plan_status(state, views, preparing_s=None), nodes=tuple(rows))
@@ -63,3 +65,15 @@ def test_a_plan_promises_nothing_before_its_paths_are_in_force(state):
     assert promises_in_force(state.model_copy(update={"trunk": (path("a", "a", "a"),)}), {}) == {}
     assert promises_in_force(ClusterState(cluster="c"), {}) == {}
     assert promises_in_force(state, {})["a"] == Promise(1.0, 0.5, pytest.approx(0.01))
+
+
+def test_a_node_says_why_it_spends_no_quality():
+    use = msg.QualityUse(
+        budget=0.005, standing="misplaced", rise=0.0, lost_mass=0.0, events=0, spared_events=0, divergence=None,
+        note="the calibration is of another placement",
+    )  # fmt: skip
+    row = node_status("a", Memory(), view("a", quality=use), now=0.1)
+    plan = msg.PlanStatus(digest="", phase="idle", epoch=0, target=0, moved=0, to_move=0)
+    out = io.StringIO()
+    Console(file=out, width=150).print(status_view(msg.StatusReport(cluster="c", epoch=0, plan=plan, nodes=(row,))))
+    assert "a: the calibration is of another placement" in out.getvalue()
