@@ -21,9 +21,10 @@ import torch
 import zmq
 
 from agent import ring
+from agent.early import Reply
 from agent.links import LIMBO_S, Links
 from agent.peers import PeerCaller
-from agent.segments import NO_SESSION, Offer, Reply, Segments, Traffic
+from agent.segments import NO_SESSION, Offer, Segments, Traffic
 from agent.sessions import Objection, Range, Sender
 from agent.steps import frames_of, incoming, parse_sender, sender_name
 from agent.transport import Context, Socket
@@ -236,7 +237,7 @@ class SessionPlane:
             if len(frames) == 2 and reply is not None:
                 session = session_of_step(frames[0]) or NO_SESSION
                 header = parse_step(frames, self._limits)
-                self._segments.take_step(sender, header, incoming(header, frames[1]))
+                self._segments.take_step(sender, header, incoming(header, frames[1]), reply)
                 return
             message = decode_session(frames[0] if len(frames) == 1 else b"")
             session = message.session

@@ -1,6 +1,8 @@
 """One answer as its ingress sees it: a session opened along a path, fed, listened to, healed and closed.
 
-Event in, instructions out; no clock, no I/O, no threads. Decides when the path is given up and opened anew with what
+Event in, instructions out; no clock, no I/O, no threads. The first segment is fed in the same breath as it is asked to
+open: waiting for the others to say that they have would cost a round trip. After trouble it waits for them, since what
+the first one runs is in vain where another refuses. Decides when the path is given up and opened anew with what
 was said so far (a node restarted, a range retired, a newer epoch's path, silence), when to stop, and with which words.
 Tokens are drawn from (seed, position), so a session that is run again goes on with the same ones. Must not know how
 messages travel, nor what tokens mean.
@@ -255,7 +257,16 @@ class Ring:
         self.state, self._path, self._session = "opening", path, self._new_id()
         self._unopened, self._idle, self._run_tokens = set(_nodes(path)), set(), 0
         self._moved_at = self._said_at = self._tried_at = now
+        yield from self._begin(path)
+
+    def _begin(self, path: TrunkPath) -> Iterator[Instruction]:
+        """Say what to open, and what runs first; said again it changes nothing where it was heard."""
         yield Open(self._opening(path), _nodes(path))
+        if not self._trouble and path.segments[0].node in self._unopened:
+            yield self._feed(path)
+
+    def _feed(self, path: TrunkPath) -> Feed:
+        return Feed(self._session, path.segments[0].node, (*self.wanted.prompt, *self.tokens))
 
     def _opening(self, path: TrunkPath) -> OpenSession:
         wanted = self.wanted
@@ -278,12 +289,14 @@ class Ring:
         if self.state != "opening" or self._unopened or self._path is None:
             return
         self.state, self._moved_at = "running", now
-        yield Feed(self._session, self._path.segments[0].node, (*self.wanted.prompt, *self.tokens))
+        if self._trouble:
+            yield self._feed(self._path)
 
     def _token(self, event: TokenCame, now: float) -> Iterator[Instruction]:
         expected = len(self.wanted.prompt) + len(self.tokens)
-        if self.state != "running" or event.position < expected:
+        if self.state == "pausing" or event.position < expected:
             return
+        self.state = "running"  # what one node says may overtake what another says: a token has been through all
         if event.position > expected:
             last = self._path.segments[-1].node if self._path is not None else ""
             yield from self._pause(f"{self._part(last)}: a token was lost on its way", now)
@@ -337,7 +350,7 @@ class Ring:
             yield from self._open(now)
         elif self.state == "opening" and self._path is not None and now - self._tried_at >= REPEAT_S:
             self._tried_at = now
-            yield Open(self._opening(self._path), _nodes(self._path))  # which tells the others that it is wanted
+            yield from self._begin(self._path)  # which tells those that have opened that it is wanted
         elif self.state == "running":
             yield from self._watch(now)
 

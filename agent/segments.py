@@ -15,6 +15,7 @@ from typing import Final, Literal, Protocol
 import torch
 
 from agent import ring
+from agent.early import Early, EarlySteps, Reply
 from agent.errors import RequestCancelled
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
 from agent.steps import ids_of, name_of, require_fit
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 
 NO_SESSION: Final = "0" * 32
 _LEAST_LIKELY: Final = 1e6  # nats: JSON has no infinity
-
-Reply = Callable[[SessionMessage], None]
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class Segments:
         self._outside = outside
         self._open: dict[str, Segment] = {}  # by entry name: where its KV cache is
         self._fronts: dict[str, _Front] = {}
+        self._early = EarlySteps()
 
     def attach(self, session: str, path: TrunkPath, put: Callable[[ring.Event], None]) -> None:
         """Send the events of a session of this ingress to `put`. Any thread may ask."""
@@ -153,6 +153,8 @@ class Segments:
         for entry in self.registry.expire(now):
             log.info("session %s: its ingress %s is silent", entry.name, entry.owner.node)
             self._free(entry)
+        for early in self._early.expire(now):
+            self._take_late(early)
 
     def take_message(self, sender: Sender, message: SessionMessage, reply: Reply | None) -> None:
         """Take a message in, raising `Objection`; one without `reply` came back from a node that was sent something."""
@@ -165,11 +167,14 @@ class Segments:
             case OpenSession():
                 self._open_here(sender, message, now)
                 reply(Opened(session=session))
+                for early in self._early.take(session):
+                    self._take_late(early)
             case SessionAlive():
                 position, is_busy = self.registry.alive(sender, session, now)
                 is_busy = is_busy or self._outside.is_waiting(session)
                 reply(SessionStanding(session=session, position=position, is_busy=is_busy))
             case CloseSession():
+                self._early.take(session)
                 for entry in self.registry.close(sender, session):
                     self._free(entry)
 
@@ -218,18 +223,38 @@ class Segments:
         if ingress != self._me.node and any(sender.node in {entry.next_node, ingress} for entry in entries):
             self.say(ingress, fault)
 
-    def take_step(self, sender: Sender, header: StepHeader, payload: torch.Tensor) -> None:
-        """Take a step in, whose frames were checked, raising `Objection`."""
+    def take_step(self, sender: Sender, header: StepHeader, payload: torch.Tensor, reply: Reply | None = None) -> None:
+        """Take a step in, whose frames were checked, raising `Objection`.
+
+        The beginning of a prompt may come before its session is open: it is kept a while, and `reply` told otherwise.
+        """
         front = self._fronts.get(header.session)
         if header.kind == "token" and front is not None and sender.node == front.path.segments[-1].node:
             self.traffic.entered += 1
             front.put(ring.TokenCame(header.session, header.position, int(payload[0]), header.end))
             if header.end or self.registry.find(header.session, header.segment) is None:
                 return
-        entry = self.registry.find(header.session, header.segment) if sender != self._me else None
-        if entry is not None:
+        if not self._take_in(sender, header, payload) and not self._early.keep(sender, header, payload, reply):
+            self.registry.take(sender, header, payload, time.monotonic())  # which says why not
+
+    def _take_in(self, sender: Sender, header: StepHeader, payload: torch.Tensor) -> bool:
+        """Take a step of a session that is open here; False where it is not."""
+        entry = self.registry.find(header.session, header.segment)
+        if entry is None:
+            return False
+        if sender != self._me:
             require_fit(header, payload, self._open[entry.name].trunk)
         self.registry.take(sender, header, payload, time.monotonic())
+        return True
+
+    def _take_late(self, early: Early) -> None:
+        """Take in a step that was kept, or tell whoever sent it why not."""
+        try:
+            if not self._take_in(early.sender, early.header, early.payload):
+                self.registry.take(early.sender, early.header, early.payload, time.monotonic())
+        except Objection as error:
+            if early.reply is not None:
+                early.reply(self.fault(early.header.session, error.code, error.message))
 
     def run(self, batch: Batch, port: Port) -> None:
         """Run a batch and send on what comes out; the turn may be given up and taken back meanwhile.
@@ -279,10 +304,10 @@ class Segments:
                 end = "stop"
             header = StepHeader(entry.session, 0, position, 1, "token", end=end)
             payload, ingress = ids_of((token,)), opened.path.ingress
+            if ingress == entry.next_node or not end:
+                self._hop(entry.next_node, header, payload)  # first: the next token waits for this
             if ingress != entry.next_node:
                 self._send_step(ingress, header, payload)
-            if ingress == entry.next_node or not end:
-                self._hop(entry.next_node, header, payload)
 
     def _score(self, entry: Entry, position: int, logits: torch.Tensor, token: int) -> None:
         """Tell the ingress how likely a forced token is; beyond the vocabulary, not at all."""

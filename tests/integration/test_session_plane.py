@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from agent import plane, sessions
+from agent import early, plane, sessions
 from agent import ring as states
 from agent.errors import AgentError, RequestCancelled
 from agent.generation import Generator, Ingress
@@ -371,6 +371,26 @@ def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path
         world.require_clean()
 
 
+def test_the_beginning_of_a_prompt_may_come_before_its_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "EARLY_S", 0.6)
+    ingress, before = Stranger(world, "a"), Stranger(world, "c")
+    path, mine, other = ring("a", "c:0-1", "b:2-3"), "1" * 32, "2" * 32
+    for name in (mine, other):
+        for position in (0, 1):
+            before.tell(pack_step(StepHeader(name, 1, position, 1, "hidden", 192)), bytes(768))
+    time.sleep(0.1)
+    assert ingress.ask(opening(mine, path=path))["type"] == "opened"
+    wait_for(
+        lambda: ingress.ask(SessionAlive(session=mine))["position"] == 2, timeout_s=5, what=lambda: "both were kept"
+    )
+    answers = [before.hear() for _ in range(2)]
+    assert [(each["session"], each["code"]) for each in answers] == [(other, "unknown_session")] * 2
+    before.tell(pack_step(StepHeader(other, 1, 0, 1, "hidden", 192)), bytes(768))
+    ingress.tell(CloseSession(session=mine))
+    for peer in (ingress, before):
+        peer.stop(wait_s=0.1)
+
+
 class Stranger:
     """Whoever speaks to b's session plane by hand, under any name."""
 
@@ -385,6 +405,9 @@ class Stranger:
 
     def ask(self, *frames: object) -> dict[str, object]:
         self.tell(*frames)
+        return self.hear()
+
+    def hear(self) -> dict[str, object]:
         assert self.socket.poll(5000), "no answer"
         return json.loads(self.socket.recv())  # type: ignore[no-any-return]
 
@@ -418,7 +441,7 @@ def test_strangers_get_a_typed_answer_and_change_nothing(world: World, reference
     assert code(other, step, bytes(768)) == "not_yours"
     assert code(peer, SessionAlive(session=unknown)) == "unknown_session"
     assert code(peer, CloseSession(session=unknown)) == "unknown_session"
-    assert code(peer, pack_step(StepHeader(unknown, 1, 0, 1, "hidden", 192)), bytes(768)) == "unknown_session"
+    assert code(peer, pack_step(StepHeader(unknown, 1, 1, 1, "hidden", 192)), bytes(768)) == "unknown_session"
     assert code(peer, pack_step(StepHeader(unknown, 0, 0, 1, "token")), bytes(4)) == "unknown_session"
     assert code(peer, opening(unknown, epoch=9)) == "not_ready"
     assert code(peer, opening(unknown, path=ring("a", "b:0-2", "c:3-3"))) == "stale_epoch"

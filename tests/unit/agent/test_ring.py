@@ -95,8 +95,9 @@ def test_forced_tokens_come_with_how_unlikely_they_were() -> None:
     wanted = ring.Wanted((5,), 2, forced=(7, 9))
     machine = ring.Ring(wanted, patience_s=10.0, new_id=lambda: "0" * 32)
     session = "0" * 32
-    (opened,) = machine.handle(ring.WayIs(ring.Way(1, path(["a:0-1"]))), 0.0)
+    opened, fed = machine.handle(ring.WayIs(ring.Way(1, path(["a:0-1"]))), 0.0)
     assert isinstance(opened, ring.Open)
+    assert fed == ring.Feed(session, "a", (5,))
     assert (opened.opening.forced, opened.opening.max_tokens) == ((7, 9), 3)
     assert [opened.opening.forced_at(position) for position in (1, 2)] == [7, 9]
     machine.handle(ring.OpenedAt(session, "a"), 0.0)
