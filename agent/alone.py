@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from agent.client import Answer
-from runtime.alone import open_alone
-from runtime.engine import Sampling, Segment, generate
+from runtime.alone import Alone
+from runtime.engine import Sampling
 from runtime.loading import load_tokenizer
 from runtime.models import open_model
 from runtime.text import TextStream
@@ -26,7 +26,9 @@ def stream_alone(
     *,
     prompt: str,
     max_tokens: int,
+    device: str = "cpu",
     budget: int | None = None,
+    host_budget: int | None = None,
     precision: Precision = "checkpoint",
     eviction: str = "rates",
     temperature: float = 0.0,
@@ -38,11 +40,19 @@ def stream_alone(
     """Yield pieces of text, filling `answer` meanwhile; its `note` tells what was loaded."""
     tokenizer = load_tokenizer(open_model(model).config_dir)
     ids = tokenizer(prompt)["input_ids"]
-    segment = open_alone(model, budget=budget, max_tokens=len(ids) + max_tokens, precision=precision, eviction=eviction)
+    alone = Alone(
+        model,
+        device=device,
+        budget=budget,
+        host_budget=host_budget,
+        max_tokens=len(ids) + max_tokens,
+        precision=precision,
+        eviction=eviction,
+    )
     timeline = Timeline()
     text, began, first = TextStream(tokenizer), time.monotonic(), 0.0
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    tokens = generate(segment, ids, max_tokens=max_tokens, sampling=sampling, combine=combine)
+    tokens = alone.generate(ids, max_tokens=max_tokens, sampling=sampling, combine=combine)
     for token in tokens if trace_file is None else _recorded(tokens, timeline):
         first = first or time.monotonic()
         answer.tokens.append(token)
@@ -53,8 +63,8 @@ def stream_alone(
         write_trace(trace_file, [Process("", timeline.spans())])
     rest = text.end()
     answer.text += rest
-    answer.note = _note(segment, precision)
-    stopped = answer.tokens[-1] in segment.trunk.stop_ids
+    answer.note = _note(alone, precision)
+    stopped = answer.tokens[-1] in alone.segment.trunk.stop_ids
     answer.finished = Finished(
         request="local",
         text=rest,
@@ -77,12 +87,15 @@ def _recorded(tokens: Iterator[int], timeline: Timeline) -> Iterator[int]:
         yield token
 
 
-def _note(segment: Segment, precision: Precision) -> dict[str, Any]:
-    """Tell what was executed and what the cache did."""
+def _note(alone: Alone, precision: Precision) -> dict[str, Any]:
+    """Tell what was executed where, and what the cache did."""
+    segment = alone.segment
     residency, counts = segment.residency, segment.residency.counts
     spec, packed = segment.trunk.spec, residency.packed
     each = spec.expert_bytes if packed is None else packed.bytes
     return {
+        "device": str(segment.trunk.device),
+        "fallen": alone.fallen,
         "precision": precision,
         "is_packed": packed is not None,
         "expert_budget": residency.budgets["device"],
@@ -105,9 +118,11 @@ def _held(note: dict[str, Any]) -> str:
 def told(note: dict[str, Any]) -> str:
     """Return a note in words."""
     rate = note["hit_rate"]
+    where = "" if note["device"] == "cpu" else f" of {note['device']}"
+    fallen = f"; {note['fallen']}: computed on {note['device']}" if note["fallen"] else ""
     return (
         f"experts{_held(note)}: {format_bytes(note['expert_budget'])} of {format_bytes(note['expert_bytes'])} "
-        "in memory, "
+        f"in memory{where}, "
         f"{'-' if rate is None else f'{rate:.1%}'} found there, {note['loads']} loads of "
-        f"{format_bytes(note['loaded_bytes'])}, waited {note['waited_s']:.2f} s for them"
+        f"{format_bytes(note['loaded_bytes'])}, waited {note['waited_s']:.2f} s for them{fallen}"
     )

@@ -116,7 +116,14 @@ def _on_signal(handle: Callable[..., object]) -> None:
     "--trace-file", type=click.Path(path_type=Path),
     help="With --local: write steps, layers and loads for a trace viewer (ui.perfetto.dev).",
 )  # fmt: skip
+@click.option(
+    "--torch-device", metavar="DEVICE", default="cpu", show_default=True,
+    help="With --local: where to compute, cuda or cuda:1 say; on the processor where that cannot be.",
+)  # fmt: skip
 @click.option("--device-budget", metavar="SIZE", help="With --local: memory for trunk, KV cache and experts.")
+@click.option(
+    "--host-budget", metavar="SIZE", help="With --torch-device cuda: pinned host memory for experts beyond the budget.",
+)  # fmt: skip
 @click.option(
     "--precision", type=click.Choice(get_args(Precision)), default="checkpoint", show_default=True,
     help="With --local: execute every expert in this; a store made with it is read faster.",
@@ -138,7 +145,9 @@ def generate(
     *,
     node: str | None,
     local: Path | None,
+    torch_device: str,
     device_budget: str | None,
+    host_budget: str | None,
     trace_file: Path | None,
     precision: Precision,
     coordinator: str,
@@ -148,17 +157,26 @@ def generate(
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    is_special = device_budget or trace_file or precision != "checkpoint"
+    is_special = device_budget or host_budget or torch_device != "cpu" or trace_file or precision != "checkpoint"
     if (node is None) == (local is None) or (is_special and local is None):
         raise click.UsageError(
-            "give --node, or --local MODEL and perhaps --device-budget SIZE, --precision and --trace-file FILE"
+            "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
+            "--precision and --trace-file FILE"
         )
     answer = Answer()
     if local is not None:
         from agent.alone import stream_alone
 
-        size = _size(device_budget) if device_budget else None
-        pieces = stream_alone(local, answer, budget=size, precision=precision, trace_file=trace_file, **wanted)
+        pieces = stream_alone(
+            local,
+            answer,
+            device=torch_device,
+            budget=_size(device_budget) if device_budget else None,
+            host_budget=_size(host_budget) if host_budget else None,
+            precision=precision,
+            trace_file=trace_file,
+            **wanted,
+        )
     else:
         pieces = stream(str(node), coordinator, answer, **wanted)
     try:

@@ -1,13 +1,19 @@
 """One machine alone: a whole model whose experts are loaded from disk as they are asked for, within a budget.
 
-Decides what a budget must have room for: trunk, KV cache and one layer's experts of one token. Flow: directory → trunk
-and residency that executes every expert from its record → `Segment`. Must not know who wants text.
+Decides what a budget must have room for: trunk, KV cache and one layer's experts of one token; and that an answer goes
+on on the processor when its device is lost. Flow: directory → trunk and residency that executes every expert from its
+record → `Segment`. Must not know who wants text.
 """
 
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Final
 
-from runtime.engine import Segment
-from runtime.errors import BudgetTooSmall, InvalidStore
+from runtime.cuda.devices import first_words, free_bytes, is_device_fault, usable_device
+from runtime.engine import Segment, generate
+from runtime.errors import BudgetTooSmall, InvalidStore, RuntimeFault
 from runtime.loading import load_trunk
 from runtime.models import Model, open_model
 from runtime.packed import Repacked, Unpacked
@@ -21,12 +27,77 @@ from schemas.precision import LowPrecision, Precision
 from schemas.store import RECORDS_NAME
 from schemas.units import format_bytes
 
+log = logging.getLogger(__name__)
+
+_SPARE_DEVICE: Final = 0.9  # of what is free: activations, captured graphs and kernels need some
+_SPARE_HOST: Final = 0.7
+
+
+class Alone:
+    """A model on this machine, on a device for as long as that lasts, and on the processor then.
+
+    Parameters
+    ----------
+    device
+        A CUDA device, or cpu.
+    options
+        Of `open_alone`.
+
+    Attributes
+    ----------
+    segment
+        Runs the model now.
+    fallen
+        Why it is not run on the device that was asked for; "" where it is.
+    """
+
+    def __init__(self, path: Path, *, device: str = "cpu", **options: Any) -> None:
+        self._path = path
+        self._options = options
+        self._device, self.fallen = usable_device(device)
+        self.segment = self._open()
+
+    def _open(self) -> Segment:
+        try:
+            return open_alone(self._path, device=self._device, **self._options)
+        except (RuntimeFault, RuntimeError) as error:
+            if not self._falls(error):
+                raise
+        return open_alone(self._path, **self._options)
+
+    def _falls(self, error: BaseException) -> bool:
+        """Whether an error is the device's, so that the processor takes over. Modifies."""
+        cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
+        if self._device == "cpu" or not is_device_fault(cause):
+            return False
+        self.fallen = f"{self._device} failed: {first_words(cause)}"
+        log.warning("%s; the processor computes instead", self.fallen)
+        self._device = "cpu"
+        return True
+
+    def generate(self, prompt_ids: Sequence[int], *, max_tokens: int, **options: Any) -> Iterator[int]:
+        """Yield tokens as `generate` does; what was said before a device was lost is read again, and goes on."""
+        made: list[int] = []
+        while True:
+            try:
+                for token in generate(self.segment, [*prompt_ids, *made], max_tokens=max_tokens - len(made), **options):
+                    made.append(token)
+                    yield token
+            except (RuntimeFault, RuntimeError) as error:
+                if not self._falls(error):
+                    raise
+            else:
+                return
+            self.segment = open_alone(self._path, **self._options)
+
 
 def open_alone(
     path: Path,
     *,
+    device: str = "cpu",
     dtype: HeldDtype = "checkpoint",
     budget: int | None = None,
+    host_budget: int | None = None,
     max_tokens: int,
     precision: Precision = "checkpoint",
     is_packed: bool | None = None,
@@ -38,8 +109,14 @@ def open_alone(
 
     Parameters
     ----------
+    device
+        Where trunk, KV cache and experts are computed: cpu or a CUDA device that can be used.
     budget
-        Bytes that trunk, KV cache and experts may take; all that the model needs if None.
+        Bytes of the device that trunk, KV cache and experts may take; all that the model needs if None, of a CUDA
+        device as much of that as is free.
+    host_budget
+        Bytes of host memory that keep experts for a CUDA device, pinned; those that it has no room for, as far as there
+        is memory, if None.
     max_tokens
         That the KV cache has room for.
     precision
@@ -57,15 +134,24 @@ def open_alone(
     spec = model.spec
     decoder = range(spec.num_decoder_layers)
     trunk_bytes = spec.range_bytes(decoder) + spec.kv_bytes_per_token_layer * len(decoder) * max_tokens
-    budget = trunk_bytes + spec.total_expert_bytes if budget is None else budget
+    if budget is None:
+        budget = trunk_bytes + spec.total_expert_bytes
+        if device != "cpu":
+            budget = min(budget, int(_SPARE_DEVICE * free_bytes(device)))
     low = None if precision == "checkpoint" else packed_layout(model.layout, precision)
     if is_packed is None:
         is_packed = budget < trunk_bytes + spec.total_expert_bytes
     held = low if low is not None and is_packed else None
     _require(spec, budget, trunk_bytes, held.bytes if held is not None else spec.expert_bytes)
+    in_host = 0
+    if device != "cpu":
+        lacking = max(0, trunk_bytes + spec.total_expert_bytes - budget)
+        wanted = spec.total_expert_bytes if lacking else 0
+        in_host = min(wanted, int(_SPARE_HOST * _available_bytes())) if host_budget is None else host_budget
     residency = Residency(
         model.layout,
-        {"device": budget - trunk_bytes},
+        {"device": budget - trunk_bytes, "host": in_host},
+        device=device,
         max_slots=spec.layers * spec.experts,
         caching=Caching(spec.layers, spec.experts, eviction=eviction, prefetch=prefetch, workers=workers),
         precision=held.precision if held is not None else None,
@@ -84,7 +170,11 @@ def open_alone(
         residency.place(key, remade if stored is None else Unpacked(stored, model.layout, low))
         residency.add_source(key, remade)
     board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
-    return Segment(load_trunk(path, dtype=dtype), residency, board)
+    return Segment(load_trunk(path, dtype=dtype, device=device), residency, board)
+
+
+def _available_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _require(spec: ModelSpec, budget: int, trunk_bytes: int, expert_bytes: int) -> None:
