@@ -85,6 +85,7 @@ def node_status(
         tokens=served.tokens,
         last_heartbeat_s=now - view.heard_at,
         progress=beat.progress if beat else 0,
+        ran_tokens=ran,
         hops_per_token=(served.hops - since.hops) / ran if ran else None,
         calls_per_token=(served.calls - since.calls) / ran if ran else None,
         call_wait_per_token_s=(served.call_wait_s - since.call_wait_s) / ran if ran else None,

@@ -54,9 +54,9 @@ class NodeStatus(FrozenModel):
         ``stopped``: its agent said goodbye.
     any_remote_share
         Of (token, layer) pairs that ran here, those that waited for another node's experts.
-    hops_per_token, calls_per_token, call_wait_per_token_s
-        Of the tokens that ran through this node's layers in this epoch: what left for the next node, expert calls,
-        waits for them. Tokens of a prompt leave together, in chunks.
+    ran_tokens, hops_per_token, calls_per_token, call_wait_per_token_s
+        Tokens that ran through this node's layers in this epoch (twice, if they passed twice), and of each: what left
+        for the next node, expert calls, waits for them. Tokens of a prompt leave together, in chunks.
     planned_hops_per_token, planned_calls_per_token, planned_wait_per_token_s
         What the plan in force expects of a token that is generated; None where it tells nothing of paths.
     """
@@ -77,6 +77,7 @@ class NodeStatus(FrozenModel):
     tokens: Count
     last_heartbeat_s: float | None
     progress: Count
+    ran_tokens: Count = 0
     hops_per_token: float | None = None
     calls_per_token: float | None = None
     call_wait_per_token_s: float | None = None
