@@ -25,6 +25,7 @@ from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
 from schemas.precision import Precision
 from schemas.topology import DEFAULT_COORDINATOR_PORT
+from schemas.tracing import MOST, TracePart
 from schemas.units import format_bytes, parse_bytes
 
 DEFAULT_COORDINATOR = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
@@ -114,7 +115,7 @@ def _on_signal(handle: Callable[..., object]) -> None:
 @click.option("--local", type=click.Path(path_type=Path), metavar="MODEL", help="No cluster: a checkpoint or a store.")
 @click.option(
     "--trace-file", type=click.Path(path_type=Path),
-    help="With --local: write steps, layers and loads for a trace viewer (ui.perfetto.dev).",
+    help="Write steps, layers, loads and hops, node by node, for a trace viewer (ui.perfetto.dev).",
 )  # fmt: skip
 @click.option(
     "--torch-device", metavar="DEVICE", default="cpu", show_default=True,
@@ -157,11 +158,11 @@ def generate(
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    is_special = device_budget or host_budget or torch_device != "cpu" or trace_file or precision != "checkpoint"
+    is_special = device_budget or host_budget or torch_device != "cpu" or precision != "checkpoint"
     if (node is None) == (local is None) or (is_special and local is None):
         raise click.UsageError(
             "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
-            "--precision and --trace-file FILE"
+            "--precision"
         )
     answer = Answer()
     if local is not None:
@@ -178,7 +179,7 @@ def generate(
             **wanted,
         )
     else:
-        pieces = stream(str(node), coordinator, answer, **wanted)
+        pieces = stream(str(node), coordinator, answer, trace=trace_file is not None, **wanted)
     try:
         for piece in pieces:
             if not as_json:
@@ -189,12 +190,27 @@ def generate(
     finally:
         if not as_json and answer.tokens:
             click.echo()
+    if node is not None and trace_file is not None:
+        _write_trace(trace_file, answer.trace, node)
     if as_json:
         click.echo(json.dumps(answer.document()))
     elif answer.note:
         from agent.alone import told
 
         click.echo(told(answer.note), err=True)
+
+
+def _write_trace(file: Path, parts: list[TracePart], ingress: str) -> None:
+    from agent.clocks import processes
+    from runtime.timeline import write_trace
+
+    write_trace(file, processes(parts, ingress))
+    silent = sorted({part.node for part in parts if part.is_silent})
+    missed = sum(part.missed for part in parts)
+    if silent:
+        click.echo(f"{file} is without {', '.join(silent)}: no answer in time", err=True)
+    if missed:
+        click.echo(f"{file} is without the {missed} last spans: a node keeps {MOST} of a request", err=True)
 
 
 for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *REPLAY_COMMANDS, *SCORE_COMMANDS):

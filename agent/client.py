@@ -29,9 +29,11 @@ from schemas.messages import (
     Message,
     Refusal,
     RemoteProtocolError,
+    Traced,
     decode,
     encode,
 )
+from schemas.tracing import TracePart
 from schemas.wire import SHUTDOWN_LINGER_MS
 
 FIRST_ANSWER_S: Final = 3.0
@@ -50,6 +52,7 @@ class Answer:
     nll: list[float] = field(default_factory=list)
     finished: Finished | None = None
     note: dict[str, Any] = field(default_factory=dict)
+    trace: list[TracePart] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """Return it as one JSON document."""
@@ -158,6 +161,9 @@ def _pieces(socket: Socket, node: str, request: str, answer: Answer) -> Iterator
                     answer.nll.append(nll)
                 answer.text += text
                 yield text
+            case Traced(part=part):
+                heard = now
+                answer.trace.append(part)
             case Finished():
                 answer.finished = message
                 answer.text += message.text

@@ -7,6 +7,7 @@ who reads the tokens, nor where they are computed.
 import queue
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, assert_never
 from uuid import uuid4
@@ -16,10 +17,12 @@ from agent.errors import AgentError, NoActivePlan, RequestCancelled
 from agent.plane import SessionPlane
 from runtime.errors import ContextFull
 from runtime.text import TextStream
-from schemas.messages import Finished, Generated, GenerateRequest
+from schemas.messages import Finished, Generated, GenerateRequest, Traced
 from schemas.outcome import ExitCode
 from schemas.sessions import CloseSession, SessionAlive
+from schemas.tracing import TracePart
 
+_TRACES_S: Final = 2.0  # how long nodes may take to tell what they noted
 TICK_S: Final = 0.05  # how soon a newer path, a cancelled request and the like are noticed
 
 
@@ -57,8 +60,10 @@ class Generator:
         self._way = way
         self._patience_s = patience_s
 
-    def generate(self, wanted: GenerateRequest, is_cancelled: Callable[[], bool]) -> Iterator[Generated | Finished]:
-        """Yield every token with the text that it completes, then how it ended."""
+    def generate(
+        self, wanted: GenerateRequest, is_cancelled: Callable[[], bool]
+    ) -> Iterator[Generated | Traced | Finished]:
+        """Yield every token with the text that it completes, what was noted meanwhile if asked for, and how it ended."""
         ingress, way = self._ingress(), self._way()
         if ingress is None or way.path is None:
             raise NoActivePlan(way.why_not)
@@ -67,7 +72,8 @@ class Generator:
             yield from self._score(wanted, prompt, ingress, is_cancelled)
             return
         _require_fit(prompt, wanted, ingress)
-        job = ring.Wanted(prompt, wanted.max_tokens, wanted.temperature, wanted.top_p, wanted.seed, wanted.combine)
+        drawn = (wanted.temperature, wanted.top_p, wanted.seed)
+        job = ring.Wanted(prompt, wanted.max_tokens, *drawn, wanted.combine, trace=wanted.trace)
         driven = self._drive(job)
         text = TextStream(ingress.tokenizer)
         began = first = time.monotonic()
@@ -75,6 +81,9 @@ class Generator:
             for index, emitted in enumerate(driven.run(self._way, is_cancelled)):
                 first = first if index else time.monotonic()
                 yield Generated(request=wanted.request, index=index, token=emitted.token, text=text.push(emitted.token))
+            seconds = time.monotonic() - began
+            for part in driven.noted():
+                yield Traced(request=wanted.request, part=part)
         finally:
             driven.close()
         yield Finished(
@@ -83,7 +92,7 @@ class Generator:
             prompt_tokens=len(prompt),
             tokens=len(driven.ring.tokens),
             text=text.end(),
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             prefill_s=first - began,
         )
 
@@ -129,6 +138,8 @@ class _Driven:
         self.reason: Any = "stop"
         self._plane = plane
         self._events: queue.SimpleQueue[ring.Event] = queue.SimpleQueue()
+        self._parts: queue.SimpleQueue[TracePart] = queue.SimpleQueue()
+        self._told_by: dict[str, set[str]] = {}  # session to the nodes that note it
         self._sent = 0
 
     def run(self, way: Callable[[], ring.Way], is_cancelled: Callable[[], bool]) -> Iterator[ring.Emit]:
@@ -165,25 +176,44 @@ class _Driven:
         plane = self._plane
         match instruction:
             case ring.Open(opening, nodes):
-                plane.attach(opening.session, opening.path, self._events.put)
+                put_trace = self._parts.put if opening.trace else None
+                plane.attach(opening.session, opening.path, self._events.put, put_trace)
                 plane.tell(nodes, opening)
+                if opening.trace:
+                    self._told_by[opening.session] = {*nodes}
             case ring.Feed(session, node, ids):
                 plane.feed(node, session, ids, fresh=len(ids) if not self._sent else 0)
                 self._sent = len(ids)
             case ring.KeepAlive(session, nodes):
                 plane.tell(nodes, SessionAlive(session=session))
             case ring.Close(session, nodes):
-                plane.detach(session)
+                if session not in self._told_by:
+                    plane.detach(session)
                 plane.tell(nodes, CloseSession(session=session))
             case _:
                 assert_never(instruction)
+
+    def noted(self) -> Iterator[TracePart]:
+        """Yield what nodes noted of the sessions of an answer that is over, where it was asked for; names the silent."""
+        here = {session: self._plane.trace_of(session) for session in self._told_by}
+        left = {(s, node) for s, nodes in self._told_by.items() for node in nodes - {p.node for p in here[s]}}
+        yield from (part for parts in here.values() for part in parts)
+        deadline = time.monotonic() + _TRACES_S
+        while left and (timeout_s := deadline - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                part = self._parts.get(timeout=timeout_s)
+                left -= {(part.session, part.node)} if part.is_last else set()
+                yield part
+        for session, node in sorted(left):
+            yield TracePart(node=node, session=session, is_silent=True, is_last=True)
 
     def close(self) -> None:
         """Free the session, however the answer ended."""
         for instruction in self.ring.handle(ring.Cancelled(), time.monotonic()):
             if isinstance(instruction, ring.Close):
                 self._perform(instruction)
-        self._plane.detach(self.ring.session)
+        for session in (self.ring.session, *self._told_by):
+            self._plane.detach(session)
 
 
 def _require_fit(prompt: tuple[int, ...], wanted: GenerateRequest, ingress: Ingress) -> None:

@@ -27,6 +27,7 @@ from agent.peers import PeerCaller
 from agent.segments import NO_SESSION, Offer, Segments, Traffic
 from agent.sessions import Objection, Range, Sender
 from agent.steps import frames_of, incoming, parse_sender, sender_name
+from agent.tracing import PutTrace
 from agent.transport import Context, Socket
 from agent.turns import Turn
 from agent.waiting import Port
@@ -44,6 +45,7 @@ from schemas.sessions import (
     parse_step,
     session_of_step,
 )
+from schemas.tracing import TracePart
 from schemas.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class SessionPlane:
         self._is_asleep = False
         self._looked_at = 0.0
         self._turn = Turn(self._wake)
-        self._segments = Segments(me, layers=layers, outside=_Outside(self._links))
+        self._segments = Segments(me, layers=layers, outside=_Outside(self._links), frame_bytes=limits.call_bytes)
 
     def workers(self, count: int) -> list[threading.Thread]:
         """Return `count` threads that do the work and one that listens, not yet started."""
@@ -125,13 +127,19 @@ class SessionPlane:
         """What went through, as counted."""
         return self._segments.traffic
 
-    def attach(self, session: str, path: TrunkPath, put: Callable[[ring.Event], None]) -> None:
-        """Send the events of a session of this ingress to `put`."""
-        self._segments.attach(session, path, put)
+    def attach(
+        self, session: str, path: TrunkPath, put: Callable[[ring.Event], None], put_trace: PutTrace | None = None
+    ) -> None:
+        """Send the events of a session of this ingress to `put`, and what other nodes note of it to `put_trace`."""
+        self._segments.attach(session, path, put, put_trace)
 
     def detach(self, session: str) -> None:
         """Send no more events."""
         self._segments.detach(session)
+
+    def trace_of(self, session: str) -> list[TracePart]:
+        """Return what was noted here of a session of this ingress, and forget it."""
+        return self._segments.trace_of(session)
 
     def tell(self, nodes: tuple[str, ...], message: OpenSession | SessionAlive | CloseSession) -> None:
         """Say something to nodes of a path; what cannot be said soon comes back as a fault."""

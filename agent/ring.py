@@ -42,6 +42,7 @@ class Wanted:
     seed: int = 0
     combine: Combine = "partial"
     forced: tuple[int, ...] = ()
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ class Ring:
             seed=wanted.seed,
             combine=wanted.combine,
             forced=wanted.forced,
+            trace=wanted.trace,
         )
 
     def _opened(self, node: str, now: float) -> Iterator[Instruction]:

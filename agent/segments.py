@@ -19,6 +19,7 @@ from agent.early import Early, EarlySteps, Reply
 from agent.errors import RequestCancelled
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
 from agent.steps import ids_of, name_of, require_fit
+from agent.tracing import PutTrace, Traces
 from agent.waiting import Port
 from runtime.engine import Keep, Sampling, Segment, prefill_chunks, sample
 from runtime.errors import ContextFull, ExpertUnavailable, KvBudgetExceeded, RuntimeFault, UnknownSession
@@ -34,12 +35,15 @@ from schemas.sessions import (
     SessionFault,
     SessionMessage,
     SessionStanding,
+    SessionTrace,
     StepHeader,
 )
+from schemas.tracing import TracePart
 
 log = logging.getLogger(__name__)
 
 NO_SESSION: Final = "0" * 32
+MOST_TRACE_BYTES: Final = 1 << 18  # of one message
 _LEAST_LIKELY: Final = 1e6  # nats: JSON has no infinity
 
 
@@ -76,6 +80,7 @@ class _Front:
 
     path: TrunkPath
     put: Callable[[ring.Event], None]
+    put_trace: PutTrace | None
 
     @property
     def nodes(self) -> set[str]:
@@ -105,25 +110,38 @@ class Segments:
     ----------
     layers
         Decoder layers of the model.
+    frame_bytes
+        The largest message that other nodes take.
     """
 
-    def __init__(self, me: Sender, *, layers: int, outside: Outside) -> None:
+    def __init__(self, me: Sender, *, layers: int, outside: Outside, frame_bytes: int = MOST_TRACE_BYTES) -> None:
         self.offer = Offer()
         self.traffic = Traffic()
         self.registry = Registry(me.node, layers=layers, cut=prefill_chunks)
         self._me = me
         self._outside = outside
+        self._traces = Traces(me.node)
+        self._trace_bytes = min(frame_bytes, MOST_TRACE_BYTES)
         self._open: dict[str, Segment] = {}  # by entry name: where its KV cache is
         self._fronts: dict[str, _Front] = {}
         self._early = EarlySteps()
 
-    def attach(self, session: str, path: TrunkPath, put: Callable[[ring.Event], None]) -> None:
-        """Send the events of a session of this ingress to `put`. Any thread may ask."""
-        self._fronts[session] = _Front(path, put)
+    def attach(
+        self, session: str, path: TrunkPath, put: Callable[[ring.Event], None], put_trace: PutTrace | None = None
+    ) -> None:
+        """Send the events of a session of this ingress to `put`, and what is noted of it elsewhere. Any thread may ask."""
+        self._fronts[session] = _Front(path, put, put_trace)
+        if put_trace is not None:
+            self._traces.begin(session, self._me)
 
     def detach(self, session: str) -> None:
         """Send no more events. Any thread may ask."""
         self._fronts.pop(session, None)
+        self._traces.forget(session)
+
+    def trace_of(self, session: str) -> list[TracePart]:
+        """Return what was noted here of a session of this ingress, and forget it. Any thread may ask."""
+        return self._traces.end(session, self._me, most_bytes=MOST_TRACE_BYTES)
 
     def ranges_of_own(self) -> frozenset[Range]:
         """Return ranges of sessions that entered here and run nowhere else. Any thread may ask."""
@@ -141,6 +159,7 @@ class Segments:
     def say(self, node: str, message: SessionMessage) -> None:
         """Say something to a node, this one included."""
         if node != self._me.node:
+            self._traces.sent(message.session, node, message.type)
             self._outside.send_message(node, message)
             return
         try:
@@ -152,6 +171,7 @@ class Segments:
         """Free sessions that nobody asks for."""
         for entry in self.registry.expire(now):
             log.info("session %s: its ingress %s is silent", entry.name, entry.owner.node)
+            self._traces.forget(entry.session)
             self._free(entry)
         for early in self._early.expire(now):
             self._take_late(early)
@@ -160,12 +180,17 @@ class Segments:
         """Take a message in, raising `Objection`; one without `reply` came back from a node that was sent something."""
         session, now = message.session, time.monotonic()
         match message:
-            case Opened() | SessionStanding() | Scored() | SessionFault():
+            case Opened() | SessionStanding() | Scored() | SessionTrace() | SessionFault():
+                self._traces.heard(session, sender.node, message.type)
                 self._hear(sender, message)
             case _ if reply is None:
                 log.info("session plane: %s sent a %s back", sender.node, message.type)
             case OpenSession():
                 self._open_here(sender, message, now)
+                if message.trace:
+                    self._traces.begin(session, sender)
+                    self._traces.heard(session, sender.node, message.type)
+                    self._traces.sent(session, sender.node, "opened")
                 reply(Opened(session=session))
                 for early in self._early.take(session):
                     self._take_late(early)
@@ -175,8 +200,15 @@ class Segments:
                 reply(SessionStanding(session=session, position=position, is_busy=is_busy))
             case CloseSession():
                 self._early.take(session)
+                self._tell_trace(sender, session, reply)
                 for entry in self.registry.close(sender, session):
                     self._free(entry)
+
+    def _tell_trace(self, sender: Sender, session: str, reply: Reply) -> None:
+        """Tell another node what was noted of its session."""
+        if sender.node != self._me.node:
+            for part in self._traces.end(session, sender, most_bytes=self._trace_bytes):
+                reply(SessionTrace(session=session, part=part))
 
     def _open_here(self, sender: Sender, message: OpenSession, now: float) -> None:
         offer = self.offer
@@ -197,7 +229,9 @@ class Segments:
             segment.close(entry.name)
         self._outside.forget(entry.session)
 
-    def _hear(self, sender: Sender, message: Opened | SessionStanding | Scored | SessionFault) -> None:
+    def _hear(
+        self, sender: Sender, message: Opened | SessionStanding | Scored | SessionTrace | SessionFault
+    ) -> None:
         """Hand what a node of a path says to whoever makes the answer; pass a fault on to the ingress if not here."""
         session, front = message.session, self._fronts.get(message.session)
         if front is None:
@@ -213,6 +247,10 @@ class Segments:
                 front.put(ring.Stood(session, sender.node, is_busy))
             case Scored(position=position, nll=nll):
                 front.put(ring.ScoreCame(session, position, nll))
+            case SessionTrace(part=part) if front.put_trace is not None:
+                front.put_trace(part.model_copy(update={"node": sender.node, "session": session}))
+            case SessionTrace():
+                pass  # nobody asked
             case SessionFault(node=node, code=code, message=text, exit_code=exit_code):
                 front.put(ring.Faulted(session, node, code, text, exit_code))
 
@@ -229,6 +267,7 @@ class Segments:
         The beginning of a prompt may come before its session is open: it is kept a while, and `reply` told otherwise.
         """
         front = self._fronts.get(header.session)
+        self._traces.step_heard(sender.node, header)
         if header.kind == "token" and front is not None and sender.node == front.path.segments[-1].node:
             self.traffic.entered += 1
             front.put(ring.TokenCame(header.session, header.position, int(payload[0]), header.end))
@@ -267,7 +306,8 @@ class Segments:
         port.begin_step(lambda: all(entry.is_closed for entry in entries))
         failed: Exception | None = None
         try:
-            output = _compute(segment, batch, port)
+            with self._traces.recorded(entry.session for entry in entries):
+                output = _compute(segment, batch, port)
         except (RequestCancelled, UnknownSession):
             output = None  # closed meanwhile
         except (RuntimeFault, RuntimeError, ValueError, IndexError, MemoryError) as error:
@@ -323,6 +363,7 @@ class Segments:
 
     def _send_step(self, node: str, header: StepHeader, payload: torch.Tensor) -> None:
         if node != self._me.node:
+            self._traces.step_sent(node, header)
             self._outside.send_step(node, header, payload)
             return
         try:
@@ -331,7 +372,7 @@ class Segments:
             self._hear_own(self.fault(header.session, error.code, error.message))
 
     def _hear_own(self, message: SessionMessage) -> None:
-        if isinstance(message, Opened | SessionStanding | Scored | SessionFault):
+        if isinstance(message, Opened | SessionStanding | Scored | SessionTrace | SessionFault):
             self._hear(self._me, message)
 
     def fault(self, session: str, code: SessionCode, text: str, exit_code: ExitCode = ExitCode.FAILED) -> SessionFault:

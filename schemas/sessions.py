@@ -17,6 +17,7 @@ from schemas.messages import Count, RemoteProtocolError
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
 from schemas.topology import NodeId
+from schemas.tracing import TracePart
 from schemas.wire import (
     DTYPE_CODE,
     DTYPES,
@@ -66,6 +67,8 @@ class OpenSession(FrozenModel):
         Of the whole sequence; the answer ends there.
     forced
         All that follows the prompt, instead of tokens that are drawn: how likely each was is told in `Scored`.
+    trace
+        Note what happens, and tell it when the session is closed, in `SessionTrace`.
     """
 
     type: Literal["open_session"] = "open_session"
@@ -80,6 +83,7 @@ class OpenSession(FrozenModel):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     combine: Combine = "partial"
     forced: tuple[Token, ...] = ()
+    trace: bool = False
 
     def forced_at(self, position: int) -> int | None:
         """Return the token that must stand at a position; None where tokens are drawn."""
@@ -125,6 +129,14 @@ class Scored(FrozenModel):
     nll: float
 
 
+class SessionTrace(FrozenModel):
+    """What a node noted of a session that was closed, or a part of it."""
+
+    type: Literal["session_trace"] = "session_trace"
+    session: SessionId
+    part: TracePart
+
+
 class SessionFault(FrozenModel):
     """Why a session cannot go on at a node.
 
@@ -140,7 +152,7 @@ class SessionFault(FrozenModel):
     exit_code: ExitCode = ExitCode.FAILED
 
 
-SessionMessage = OpenSession | Opened | CloseSession | SessionAlive | SessionStanding | Scored | SessionFault
+SessionMessage = OpenSession | Opened | CloseSession | SessionAlive | SessionStanding | Scored | SessionTrace | SessionFault
 
 _ADAPTER: Final[TypeAdapter[SessionMessage]] = TypeAdapter(Annotated[SessionMessage, Field(discriminator="type")])
 

@@ -33,6 +33,7 @@ from schemas.messages.client import (
     GenerateRequest,
     Located,
     LocateRequest,
+    Traced,
 )
 from schemas.messages.common import (
     Count,
@@ -127,6 +128,7 @@ __all__ = [
     "StatusRequest",
     "TierBytes",
     "TierCounts",
+    "Traced",
     "Unknown",
     "Welcome",
     "decode",
@@ -143,7 +145,7 @@ Message = (
     | Prepare | Commit | Retire | Abort | CatalogueRequest | CountsRequest
     | ApplyRequest | ApplyProgress | StatusRequest | StatusReport | CountersRequest | CountersReport
     | LocateRequest | Located | BudgetRequest | BudgetChanged
-    | GenerateRequest | Cancel | Alive | Generated | Finished | Failed
+    | GenerateRequest | Cancel | Alive | Generated | Traced | Finished | Failed
 )  # fmt: skip
 
 _ADAPTER: Final[TypeAdapter[Message]] = TypeAdapter(Annotated[Message, Field(discriminator="type")])

@@ -8,6 +8,7 @@ from schemas.base import FrozenModel
 from schemas.messages.common import Count, Peer
 from schemas.outcome import ExitCode
 from schemas.topology import NodeId
+from schemas.tracing import TracePart
 
 
 class LocateRequest(FrozenModel):
@@ -40,6 +41,15 @@ class GenerateRequest(FrozenModel):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     combine: Literal["partial", "ordered"] = "partial"
     score: bool = False
+    trace: bool = False
+
+
+class Traced(FrozenModel):
+    """A part of what a node noted while the answer was made; all of them come before `Finished`."""
+
+    type: Literal["traced"] = "traced"
+    request: str
+    part: TracePart
 
 
 class BudgetRequest(FrozenModel):
