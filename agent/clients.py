@@ -64,7 +64,9 @@ class Request:
 class TokenSource(Protocol):
     """Makes tokens in one worker thread."""
 
-    def generate(self, wanted: GenerateRequest, is_cancelled: Callable[[], bool]) -> Iterator[Generated | Traced | Finished]:
+    def generate(
+        self, wanted: GenerateRequest, is_cancelled: Callable[[], bool]
+    ) -> Iterator[Generated | Traced | Finished]:
         """Yield tokens and then how it ended; raises errors with an `exit_code`."""
 
     def close(self) -> None:

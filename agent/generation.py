@@ -63,7 +63,7 @@ class Generator:
     def generate(
         self, wanted: GenerateRequest, is_cancelled: Callable[[], bool]
     ) -> Iterator[Generated | Traced | Finished]:
-        """Yield every token with the text that it completes, what was noted meanwhile if asked for, and how it ended."""
+        """Yield every token with the text that it completes, what was noted meanwhile where asked for, how it ended."""
         ingress, way = self._ingress(), self._way()
         if ingress is None or way.path is None:
             raise NoActivePlan(way.why_not)
@@ -194,7 +194,7 @@ class _Driven:
                 assert_never(instruction)
 
     def noted(self) -> Iterator[TracePart]:
-        """Yield what nodes noted of the sessions of an answer that is over, where it was asked for; names the silent."""
+        """Yield what nodes noted of the sessions of an answer that is over, and who did not tell."""
         here = {session: self._plane.trace_of(session) for session in self._told_by}
         left = {(s, node) for s, nodes in self._told_by.items() for node in nodes - {p.node for p in here[s]}}
         yield from (part for parts in here.values() for part in parts)

@@ -129,7 +129,7 @@ class Segments:
     def attach(
         self, session: str, path: TrunkPath, put: Callable[[ring.Event], None], put_trace: PutTrace | None = None
     ) -> None:
-        """Send the events of a session of this ingress to `put`, and what is noted of it elsewhere. Any thread may ask."""
+        """Send the events of a session of this ingress to `put`, and its traces. Any thread may ask."""
         self._fronts[session] = _Front(path, put, put_trace)
         if put_trace is not None:
             self._traces.begin(session, self._me)
@@ -229,9 +229,7 @@ class Segments:
             segment.close(entry.name)
         self._outside.forget(entry.session)
 
-    def _hear(
-        self, sender: Sender, message: Opened | SessionStanding | Scored | SessionTrace | SessionFault
-    ) -> None:
+    def _hear(self, sender: Sender, message: Opened | SessionStanding | Scored | SessionTrace | SessionFault) -> None:
         """Hand what a node of a path says to whoever makes the answer; pass a fault on to the ingress if not here."""
         session, front = message.session, self._fronts.get(message.session)
         if front is None:

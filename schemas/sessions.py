@@ -152,7 +152,9 @@ class SessionFault(FrozenModel):
     exit_code: ExitCode = ExitCode.FAILED
 
 
-SessionMessage = OpenSession | Opened | CloseSession | SessionAlive | SessionStanding | Scored | SessionTrace | SessionFault
+SessionMessage = (
+    OpenSession | Opened | CloseSession | SessionAlive | SessionStanding | Scored | SessionTrace | SessionFault
+)
 
 _ADAPTER: Final[TypeAdapter[SessionMessage]] = TypeAdapter(Annotated[SessionMessage, Field(discriminator="type")])
 
