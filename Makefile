@@ -15,7 +15,7 @@ demo: venv
 	$(BIN)/python examples/quickstart/demo.py
 
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .
