@@ -93,6 +93,19 @@ def over_budget(assignments: Iterable[Assignment], budget: Budget) -> str:
     return ""
 
 
+def short_context(assignment: Assignment, budget: Budget) -> str:
+    """Say how much more context an assignment was planned for than this node is set to; empty if no more."""
+    planned, own = assignment.context, budget.context
+    if planned is None or not (assignment.ingress or assignment.paths):
+        return ""
+    if planned.tokens <= own.tokens and planned.sessions <= own.sessions:
+        return ""
+    return (
+        f"was planned for {planned.sessions} sessions of {planned.tokens} tokens, this agent is set to "
+        f"{own.sessions} of {own.tokens}; set context in the agent's config to the topology's, or solve with less context"
+    )
+
+
 def _trunk_excess(budget: Budget, trunk: PathMemory, tier: Tier, excess: int) -> str:
     context = budget.context
     return (

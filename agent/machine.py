@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from agent.budget import Budget, over_budget
+from agent.budget import Budget, over_budget, short_context
 from schemas.base import FrozenModel
 from schemas.messages import Assignment, PrepareFault, Standing
 from schemas.outcome import ExitCode
@@ -249,6 +249,8 @@ class AgentMachine:
         if self.state.cluster not in {"", assignment.cluster}:
             return ExitCode.REFUSED, f"belongs to cluster {self.state.cluster!r}, not to {assignment.cluster!r}"
         held = (*self.state.kept, *((self.state.active,) if self.state.active else ()), assignment)
+        if shortage := short_context(assignment, self.budget):
+            return ExitCode.REFUSED, shortage
         if excess := over_budget(held, self.budget):
             return ExitCode.INFEASIBLE, excess
         return None

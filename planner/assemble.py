@@ -87,6 +87,7 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         trunk=trunk,
         trunk_stage=trunk_stage,
         quality_budget=quality,
+        context=topology.context,
         steps=steps,
         summary=summarise(solved),
     )

@@ -71,7 +71,7 @@ def load_inputs(path: Path, counters: Path | None = None) -> Inputs:
     """
     topology = load_topology(path)
     model = load_model(path, topology)
-    if faults := [*_pin_faults(topology, model), *_rate_faults(topology)]:
+    if faults := [*_pin_faults(topology, model), *_rate_faults(topology), *_context_faults(path, topology)]:
         raise InvalidFile(path, faults)
     workloads = dict.fromkeys(node.ingress.workload for node in topology.nodes if node.ingress)
     traces = {name: read_trace(path.parent / topology.workloads[name], model) for name in workloads}
@@ -108,6 +108,17 @@ def _pin_faults(topology: Topology, model: ModelSpec) -> Iterator[Fault]:
                 f"layer {pin.layer} expert {pin.expert} is not in {model.id}: layers with experts are 0 … "
                 f"{model.layers - 1}, experts 0 … {model.experts - 1}",
             )
+
+
+def _context_faults(path: Path, topology: Topology) -> Iterator[Fault]:
+    """Refuse a context longer than the model's own, where it is a checkpoint that says how long that is."""
+    target, tokens = path.parent / topology.model, topology.context.tokens
+    most = read_checkpoint(target).max_context if target.is_dir() else None
+    if most is not None and tokens > most:
+        yield Fault(
+            "context.tokens",
+            f"{tokens} tokens are above the {most} that {topology.model} has positions for; plan for {most} at most",
+        )
 
 
 def _rate_faults(topology: Topology) -> Iterator[Fault]:

@@ -29,12 +29,10 @@ def path_lines(paths: Sequence[PathSummary], *, why: bool = False) -> Iterator[s
 
 def _prompts(paths: Sequence[PathSummary]) -> str:
     """Write how long the first token takes behind prompts that were planned for."""
-    planned = [path for path in paths if path.prompt_tokens]
-    tokens, seconds = (
-        sorted(found) for found in ([path.prompt_tokens for path in planned], [path.prompt_s for path in planned])
-    )
+    planned = [(path.prompt_tokens, path.prompt_s) for path in paths if path.prompt_tokens and path.prompt_s]
     if not planned:
         return ""
+    tokens, seconds = (sorted(column) for column in zip(*planned, strict=True))
     sizes = dict.fromkeys((str(tokens[0]), str(tokens[-1])))
     times = dict.fromkeys(format_seconds(value) for value in (seconds[0], seconds[-1]))
     return f", the first one behind a prompt of {' … '.join(sizes)} tokens {' … '.join(times)}"

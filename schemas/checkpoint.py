@@ -64,6 +64,12 @@ class Checkpoint:
         """The Hugging Face ``model_type``."""
         return str(self.config["model_type"])
 
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of the longest context that the model's positions reach; None where the config does not say."""
+        most = self.config.get("max_position_embeddings")
+        return most if isinstance(most, int) else None
+
     @cached_property
     def expert_tensors(self) -> Mapping[tuple[int, int], Mapping[str, TensorEntry]]:
         """Tensors of each expert by (decoder layer, expert) and role.

@@ -15,11 +15,12 @@ from schemas.base import FrozenModel, canonical_json
 from schemas.files import Fault, load_json, write_atomic
 from schemas.model import HeldDtype, ModelSpec
 from schemas.placement import Replica, Route
-from schemas.topology import NodeId, Tier
+from schemas.topology import Context, NodeId, Tier
 
 _ADDED = frozenset(
     {"links", "movement", "survival", "utilisation", "queued_latency_s", "paths", "input_bytes", "head_bytes",
-     "trunk_stage", "quality_budget", "spared_any_remote_share"}
+     "trunk_stage", "quality_budget", "spared_any_remote_share", "context",
+     "prompt_tokens", "prompt_s"}
 )  # fmt: skip  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
 
@@ -57,14 +58,14 @@ class LayerCost(FrozenModel):
 class PathSummary(FrozenModel):
     """A token's way: what it costs by layer, and why it was chosen over running the trunk at the ingress.
 
-    A prompt of `prompt_tokens` is expected to take `prompt_s` until the first token; 0: none was planned for.
+    A prompt of `prompt_tokens` is expected to take `prompt_s` until the first token; None: none was planned for.
     """
 
     ingress: NodeId
     layers: tuple[LayerCost, ...]
     why: str = ""
-    prompt_tokens: int = 0
-    prompt_s: float = 0.0
+    prompt_tokens: int | None = None
+    prompt_s: float | None = None
 
 
 class Step(FrozenModel):
@@ -175,6 +176,8 @@ class Plan(FrozenModel):
         means the first, or that the trunk stays as it was.
     quality_budget
         Relative rise of perplexity that agents with a calibration may spend; nothing where None.
+    context
+        What KV caches were planned for at every ingress; None where a plan does not say.
     """
 
     format: Literal["expertmesh-plan-1"] = FORMAT
@@ -189,6 +192,7 @@ class Plan(FrozenModel):
     trunk: tuple[TrunkPath, ...]
     trunk_stage: Annotated[int, Field(ge=1)] | None = None
     quality_budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    context: Context | None = None
     steps: tuple[Step, ...]
     summary: Summary
     digest: str = ""
@@ -200,7 +204,8 @@ class Plan(FrozenModel):
     def computed_digest(self) -> str:
         """Digest of the plan's canonical JSON without the digest itself, nor fields that older plans do not have."""
         document = self.model_dump(mode="json", exclude={"digest"})
-        for record in (document, document["model"], document["summary"], *document["summary"]["nodes"]):
+        summary = document["summary"]
+        for record in (document, document["model"], summary, *summary["nodes"], *(summary.get("paths") or ())):
             for name in _ADDED & record.keys():
                 if record[name] is None:
                     del record[name]

@@ -247,6 +247,14 @@ def _ingress_faults(topology: Topology) -> Iterator[Fault]:
                 f"nodes[{index}].ingress.workload",
                 f"workload {node.ingress.workload!r} has no trace; workloads with one: {known}",
             )
+        if node.ingress and node.ingress.prompt_tokens:
+            together = node.ingress.prompt_tokens + node.ingress.answer_tokens
+            if together > topology.context.tokens:
+                yield Fault(
+                    f"nodes[{index}].ingress",
+                    f"prompt_tokens and answer_tokens together are {together}, above context.tokens "
+                    f"{topology.context.tokens}; raise that, or lower them",
+                )
 
 
 def _replica_faults(topology: Topology) -> Iterator[Fault]:

@@ -180,6 +180,7 @@ def assign(
             paths=tuple(path for path in paths if node in path_nodes((path,))),
             trunk=tuple(_trunk_parts(node, paths, catalogue, stored)),
             quality_budget=plan.quality_budget or 0.0,
+            context=plan.context,
         )
         for node in sorted(nodes)
     }

@@ -24,8 +24,8 @@ def path_summaries(problem: Problem, routing: Routing, trials: Sequence[Trial] =
             ingress=problem.node_ids[node],
             layers=_layer_costs(problem, problem.trunk_node[row], waits[row], calls[row]),
             why=_why(problem, row, waits[row], float(prompt_s[row]), trials),
-            prompt_tokens=0 if prompts is None else int(prompts.tokens[row]),
-            prompt_s=float(prompt_s[row]),
+            prompt_tokens=None if prompts is None else int(prompts.tokens[row]),
+            prompt_s=None if prompts is None else float(prompt_s[row]),
         )
         for row, node in enumerate(problem.ingress_node.tolist())
     )

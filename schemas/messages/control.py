@@ -9,7 +9,7 @@ from schemas.messages.common import Count, Digest, Peer, Record
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
 from schemas.store import RecordLayout, Sha256, TrunkPart
-from schemas.topology import NodeId, Tier
+from schemas.topology import Context, NodeId, Tier
 
 
 class Welcome(FrozenModel):
@@ -88,6 +88,8 @@ class Assignment(FrozenModel):
         The parts of the trunk that its segments of `paths` need, as far as a store has them.
     quality_budget
         Relative rise of perplexity that substitution may cost, where a calibration says how.
+    context
+        What KV caches were planned for at every ingress; None where the plan does not say.
     """
 
     cluster: str
@@ -100,6 +102,7 @@ class Assignment(FrozenModel):
     paths: tuple[TrunkPath, ...] = ()
     trunk: tuple[AssignedTrunkPart, ...] = ()
     quality_budget: Annotated[float, Field(ge=0)] = 0.0
+    context: Context | None = None
 
 
 class Prepare(FrozenModel):

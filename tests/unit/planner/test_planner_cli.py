@@ -1,12 +1,16 @@
 """The command line: what it writes, prints and ends with, for good input and every kind of bad."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from planner.solvers.choose import SOLVERS
 from schemas.plan import load_plan
 from tests.planning import EXPERT_BYTES, line, node, write_trace
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def test_solve_writes_a_sealed_plan_beside_a_short_summary(planner, workspace, tmp_path):
@@ -187,6 +191,17 @@ def test_a_spoiled_topology_is_one_message(planner, workspace, tmp_path, changes
     assert message in ran.err
     assert "Traceback" not in ran.err
     assert ran.out == ""
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_context_that_the_model_has_no_positions_for_is_refused(planner, tmp_path):
+    document = yaml.safe_load((EXAMPLES / "quickstart" / "topology.yaml").read_text())
+    document |= {"model": str(EXAMPLES / "models" / "tinymoe-demo"), "context": {"tokens": 4096}}
+    (tmp_path / "topology.yaml").write_text(yaml.safe_dump(document))
+    ran = planner("solve", tmp_path / "topology.yaml")
+    assert ran.code == 2
+    assert "context.tokens: 4096 tokens are above the 2048" in " ".join(ran.err.split())
+    assert "plan for 2048 at most" in " ".join(ran.err.split())
     assert not (tmp_path / "plan.json").exists()
 
 

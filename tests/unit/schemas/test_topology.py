@@ -76,6 +76,12 @@ def test_every_fault_is_told_at_once_with_its_line(tmp_path):
     assert "unknown key" in by_key["surprise"].message
 
 
+LONG_PROMPTS = {
+    **GOOD["nodes"][0],
+    "ingress": {**GOOD["nodes"][0]["ingress"], "prompt_tokens": 500, "answer_tokens": 32},
+}
+
+
 @pytest.mark.parametrize(
     ("updates", "words"),
     [
@@ -99,6 +105,10 @@ def test_every_fault_is_told_at_once_with_its_line(tmp_path):
         ({"pins": [{"layer": 0, "expert": 0, "node": n, "ban": True} for n in ("gateway", "press")]}, "lift a ban"),
         ({"nodes": [{"id": "two words", "memory": {}}]}, "pattern"),
         ({"context": {"tokens": 0}}, "greater than or equal to 1"),
+        (
+            {"context": {"tokens": 500}, "nodes": [LONG_PROMPTS, *GOOD["nodes"][1:]]},
+            "prompt_tokens and answer_tokens together are 532, above context.tokens 500",
+        ),
     ],
 )
 def test_contradictions_are_refused(tmp_path, updates, words):
