@@ -1,5 +1,6 @@
 """Tokens that move: real agents whose hidden states go from node to node, one of them without a checkpoint."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,35 @@ def test_whole_layers_on_three_nodes_give_one_node_tokens(cluster: Cluster, refe
         assert node["hops_per_token"] == pytest.approx(1.0, abs=0.5)
         assert node["calls_per_token"] == 0
     cluster.require_budgets()
+
+
+def test_a_trace_file_shows_every_node_of_the_path_on_one_clock(
+    cluster: Cluster, reference: Reference, tmp_path: Path
+) -> None:
+    """Clocks of processes of one machine are the same, so that what is found out about them can be judged."""
+    file = tmp_path / "trace.json"
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(ask, cluster, PROMPTS[1])
+        answer = cluster.generate("n0", PROMPTS[0], "--max-tokens", str(NUM_TOKENS), "--trace-file", str(file))
+        assert other.result() == reference[PROMPTS[1]]
+    assert answer["tokens"] == reference[PROMPTS[0]]
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert [name.partition(" ")[0] for name in names.values()] == ["n0", "n1", "n2"]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert all(e["dur"] >= 0 for e in spans)
+    tokens = [e for e in spans if "token" in e["name"] and e["name"].startswith("from n2")]
+    assert len(tokens) == NUM_TOKENS
+    for pid in names:
+        steps = [e for e in spans if e["pid"] == pid and "trunk_ms" in e["args"]]
+        assert len(steps) == NUM_TOKENS  # the prompt's, and one for each token but the last
+        hops = [e for e in spans if e["pid"] == pid and e["name"].startswith("from ")]
+        assert len(hops) >= NUM_TOKENS
+    rows = {pid: next(e["ts"] for e in spans if e["pid"] == pid and "trunk_ms" in e["args"]) for pid in names}
+    assert rows[1] < rows[2] < rows[3]
+    error_ms = [float(name.split()[3]) for name in names.values() if "±" in name]
+    assert len(error_ms) == 2
+    assert max(error_ms) < 50
 
 
 def test_four_answers_at_a_time(cluster: Cluster, reference: Reference) -> None:
