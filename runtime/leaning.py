@@ -181,6 +181,8 @@ def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
     if len(tensors) < len(parts):
         return None
     first, ends = tensors[0], tensors[0].data_ptr()
+    if len({part.untyped_storage().data_ptr() for part in tensors}) > 1:
+        return None  # neighbours by chance
     for part in tensors:
         if part.data_ptr() != ends or not part.is_contiguous():
             return None

@@ -123,7 +123,8 @@ def _joined(projections: list[Any]) -> torch.Tensor:
     weights = [each.weight.detach() for each in projections]
     rows, columns = sum(map(len, weights)), weights[0].shape[1]
     ends = [weight.data_ptr() + weight.nbytes for weight in weights]
-    if all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False)):
+    is_one = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if is_one and all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False)):
         return weights[0].as_strided((rows, columns), (columns, 1))
     whole = torch.cat(weights)
     for projection, part in zip(projections, whole.split([len(weight) for weight in weights]), strict=True):
