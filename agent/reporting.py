@@ -13,7 +13,7 @@ from agent.quality import QualityBudget
 from agent.segments import Traffic
 from agent.serving import Work
 from agent.settings import Settings
-from runtime.counters import Counters
+from runtime.counters import LAYER_FIGURES, Counters, Counts, TierCounts
 from runtime.routing import EpochBoard
 from runtime.slots import Residency
 from schemas import messages as msg
@@ -136,7 +136,10 @@ class Reporter:
         """Return the routing counted since the start."""
         counts = self._counters.snapshot()
         routed = tuple(tuple(int(count) for count in layer) for layer in counts.routed)
-        return msg.Counts(counts=NodeCounts(node=self._node, tokens=counts.tokens, counts=routed))
+        return msg.Counts(
+            counts=NodeCounts(node=self._node, tokens=counts.tokens, counts=routed),
+            layers=_layers(self._node, counts, self._holdings.residency.counts),
+        )
 
 
 def _cache_use(residency: Residency) -> msg.CacheUse | None:
@@ -152,6 +155,18 @@ def _cache_use(residency: Residency) -> msg.CacheUse | None:
         prefetched=sum(counts.prefetched),
         prefetch_hits=sum(counts.prefetch_hits),
     )
+
+
+def _layers(node: str, counts: Counts, found: TierCounts) -> msg.NodeLayers:
+    """Return what was counted layer by layer."""
+    loaded = list(zip(found.loads, found.load_bytes, found.waited_s, strict=True)) or [(0, 0, 0.0)] * len(counts.layers)
+    layers = []
+    for figures, (loads, load_bytes, load_wait_s) in zip(counts.layers, loaded, strict=True):
+        by_name = dict(zip(LAYER_FIGURES, figures.tolist(), strict=True))
+        seconds = {name: max(0.0, by_name.pop(name)) for name in ("local_s", "wait_s")}
+        rows = {name: round(value) for name, value in by_name.items()}
+        layers.append(msg.LayerUse(**rows, **seconds, loads=loads, load_bytes=load_bytes, load_wait_s=load_wait_s))
+    return msg.NodeLayers(node=node, tokens=counts.tokens, trunk_s=max(0.0, counts.trunk_s), layers=tuple(layers))
 
 
 class _Rate:

@@ -6,12 +6,17 @@ who reads them. Times are seconds.
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from schemas.topology import Tier
+
+LAYER_FIGURES: Final = (
+    *("tokens", "device_rows", "host_rows", "disk_rows", "remote_rows", "calls", "local_s", "wait_s"),
+    "replaced_rows",
+)
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Counts:
         Groups of evaluations computed at once: by layer here, by layer and holder elsewhere.
     trunk_s, local_s, wait_s
         Time in the trunk, in local experts, and waiting for answers after that.
+    layers
+        [L, figures] float64: what of it fell to each layer, a column for each of `LAYER_FIGURES`.
     """
 
     routed: NDArray[np.int64]
@@ -56,6 +63,12 @@ class Counts:
     local_s: float = 0.0
     wait_s: float = 0.0
     _chosen: list[NDArray[np.integer[Any]]] = field(default_factory=list, repr=False, compare=False)
+    layers: NDArray[np.float64] = field(init=False, repr=False, compare=False)
+    _marks: list[tuple[float, ...]] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing."""
+        self.layers = np.zeros((len(self.routed), len(LAYER_FIGURES)))
 
     @property
     def hit_rate(self) -> float | None:
@@ -87,8 +100,24 @@ class Counts:
         self.rows += len(expert)
         self.remote_rows += remote_rows
 
+    def end_layer(self, layer: int) -> None:
+        """Note the sums so far: what was added since the last layer ended fell to this one. Modifies."""
+        tiers = self.tier_rows
+        device, host, disk = tiers.get("device", 0), tiers.get("host", 0), tiers.get("disk", 0)
+        calls = self.remote_calls
+        self._marks.append((layer, self.events, device, host, disk, self.remote_rows, calls, self.local_s, self.wait_s))
+
+    def count_replaced(self, layer: int, rows: int) -> None:
+        """Count evaluations of a layer that another expert made, or none. Modifies."""
+        self.replaced_rows += rows
+        self.layers[layer, -1] += rows
+
     def settle(self) -> None:
-        """Bring `routed` up to date: layers only note what was chosen, since counting at once is cheaper. Modifies."""
+        """Bring `routed` and `layers` up to date: it is cheaper at once than layer by layer. Modifies."""
+        if self._marks:
+            marks = np.array(self._marks)  # [marks, 1 + figures]
+            np.add.at(self.layers[:, :-1], marks[:, 0].astype(np.intp), np.diff(marks[:, 1:], axis=0, prepend=0.0))
+            self._marks.clear()
         if self._chosen:
             flat = np.bincount(np.concatenate(self._chosen), minlength=self.routed.size)
             self.routed += flat.reshape(self.routed.shape)
@@ -97,6 +126,7 @@ class Counts:
     def add(self, other: "Counts") -> None:
         """Add other sums, which are settled, to these. Modifies."""
         self.routed += other.routed
+        self.layers += other.layers
         for tier, rows in other.tier_rows.items():
             self.tier_rows[tier] = self.tier_rows.get(tier, 0) + rows
         for name in _PLAIN:
@@ -165,6 +195,8 @@ class Counters:
     def snapshot(self) -> Counts:
         """Return a copy of the sums so far. Does not modify."""
         with self._lock:
-            return replace(
+            copied = replace(
                 self._total, routed=self._total.routed.copy(), tier_rows=dict(self._total.tier_rows), _chosen=[]
             )
+            copied.layers += self._total.layers
+            return copied

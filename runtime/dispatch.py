@@ -131,6 +131,7 @@ class Dispatcher:
             self.residency.prefetch(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
         combined = self._combine(layer, hidden, rows, holder, sent)
         self.spent_s += perf_counter() - began
+        self.counts.end_layer(layer)
         return combined
 
     def _quickest(self, layer: int, expert: NDArray[np.integer[Any]], holder: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -50,7 +50,7 @@ class Substitution:
     policy: Routing
     is_whole: bool
     lost: dict[int, float] = field(default_factory=dict)
-    replaced: int = 0
+    replaced: dict[int, int] = field(default_factory=dict)
     spared: int = 0
     _seen: tuple[Any, torch.Tensor] | None = None
 
@@ -81,7 +81,7 @@ class Substitution:
         for token, choice in enumerate(choices):
             changed = np.isin(chosen[token], choice.experts, invert=True)
             if changed.any():
-                self.replaced += int(changed.sum())
+                self.replaced[layer] = self.replaced.get(layer, 0) + int(changed.sum())
                 self.spared += bool(resident[choice.experts].all() and not here[token])
                 self.lost[layer] = self.lost.get(layer, 0.0) + choice.lost
                 mass = float(ranked[1][token, : chosen.shape[1]].sum())
@@ -90,7 +90,8 @@ class Substitution:
 
     def count(self, counts: Counts) -> None:
         """Add the sums to a step's counts, which are modified."""
-        counts.replaced_rows += self.replaced
+        for layer, rows in self.replaced.items():
+            counts.count_replaced(layer, rows)
         counts.spared_events += self.spared
         counts.lost_mass += sum(self.lost.values())
 

@@ -38,6 +38,7 @@ from schemas.units import format_bytes
 DEFAULT_COORDINATOR: Final = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
 WATCH_S: Final = 1.0
 _REPEAT_S: Final = 3.0
+_ALL: Final = "*"
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _coordinator_option = click.option(
@@ -170,12 +171,18 @@ def _progresses(client: ControlClient, request: msg.ApplyRequest) -> Iterator[ms
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Show it again every second until interrupted.")
+@click.option(
+    "--layers", is_flag=False, flag_value=_ALL, metavar="[NODE]",
+    help="Show what each layer met, at one node or all: hits, loads, calls, substitutions, times.",
+)  # fmt: skip
 @_coordinator_option
 @_json_option
-def status(watch: bool, coordinator: str | None, as_json: bool) -> None:
+def status(watch: bool, layers: str | None, coordinator: str | None, as_json: bool) -> None:
     """Show the nodes of the running cluster and how far its plan is."""
     with ControlClient(coordinator or DEFAULT_COORDINATOR) as client:
         report = _status(client)
+        if layers is not None:
+            report = report.model_copy(update={"layers": _layers(client, report, layers)})
         if as_json:
             click.echo(report.model_dump_json(indent=1))
         elif watch:
@@ -192,6 +199,17 @@ def _watch(client: ControlClient, report: msg.StatusReport) -> None:
                 time.sleep(WATCH_S)
     except KeyboardInterrupt:
         return
+
+
+def _layers(client: ControlClient, report: msg.StatusReport, wanted: str) -> tuple[msg.NodeLayers, ...]:
+    """Ask the agents for what they counted layer by layer."""
+    names = [node.id for node in report.nodes]
+    if wanted not in {_ALL, *names}:
+        raise Refused(f"there is no node {wanted!r}; nodes are {', '.join(names)}", ExitCode.INVALID)
+    counted = client.ask(msg.CountersRequest(), timeout_s=6.0)
+    if not isinstance(counted, msg.CountersReport):
+        raise CoordinatorAbsent("whoever answers there is no coordinator of this version")
+    return tuple(each for each in counted.layers if wanted in {_ALL, each.node})
 
 
 def _status(client: ControlClient) -> msg.StatusReport:

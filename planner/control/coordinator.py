@@ -20,7 +20,6 @@ from planner.control.state import Accept, Refuse, judge
 from planner.control.status import AWAY_S, AgentView, node_status, plan_status, promises_in_force
 from planner.control.transport import CoordinatorSocket
 from schemas import messages as msg
-from schemas.activation import NodeCounts
 from schemas.address import InvalidAddress, require_loopback
 from schemas.messages import Message
 from schemas.model import ModelSpec
@@ -42,7 +41,7 @@ class _Collection:
     client: bytes
     deadline: float
     missing: set[str]
-    counts: dict[str, NodeCounts]
+    counts: dict[str, msg.Counts]
 
 
 class Coordinator:
@@ -99,7 +98,7 @@ class Coordinator:
                 self._take_catalogue(identity, message)
             case msg.Counts():
                 if message.counts.node.encode() == identity:
-                    self._collect(message.counts)
+                    self._collect(message)
             case msg.ApplyRequest():
                 self._apply(identity, message)
             case msg.StatusRequest():
@@ -348,17 +347,18 @@ class Coordinator:
             self._socket.send(node.encode(), msg.CountsRequest())
         self._collections.append(_Collection(client, self._clock() + COUNTS_S, set(present), {}))
 
-    def _collect(self, counts: NodeCounts) -> None:
+    def _collect(self, said: msg.Counts) -> None:
         for collection in self._collections:
-            collection.counts[counts.node] = counts
-            collection.missing.discard(counts.node)
+            collection.counts[said.counts.node] = said
+            collection.missing.discard(said.counts.node)
 
     def _finish(self, collection: _Collection) -> None:
         self._collections.remove(collection)
         report = msg.CountersReport(
             cluster=self._topology.cluster,
             model=self._model,
-            nodes=tuple(counts for _, counts in sorted(collection.counts.items())),
+            nodes=tuple(said.counts for _, said in sorted(collection.counts.items())),
+            layers=tuple(said.layers for _, said in sorted(collection.counts.items()) if said.layers is not None),
             missing=tuple(sorted({n.id for n in self._topology.nodes} - collection.counts.keys())),
         )
         self._socket.send(collection.client, report)

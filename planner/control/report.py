@@ -3,13 +3,14 @@
 Must not know where the figures come from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from schemas.messages import NodeStatus, PlanStatus, StatusReport
+from schemas.messages import LayerUse, NodeLayers, NodeStatus, PlanStatus, StatusReport
 from schemas.topology import TIERS, Tier
 from schemas.units import format_bytes, format_seconds
 
@@ -31,7 +32,63 @@ def status_view(report: StatusReport) -> RenderableType:
     notes = [Text(f"{node.id}: {node.quality.note}") for node in report.nodes if node.quality and node.quality.note]
     running = [node for node in report.nodes if node.hops_per_token is not None]
     paths = (Text(), path_table(running)) if running else ()
-    return Group(head, table, *notes, *paths)
+    layers = [part for node in report.layers for part in (Text(), layer_table(node), Text(time_line(node)))]
+    return Group(head, table, *notes, *paths, *layers)
+
+
+def layer_table(node: NodeLayers) -> Table:
+    """Return what each layer met at a node; tiers, loads and substitutions only where there were any."""
+    columns = [(title, tell) for title, tell in _LAYER_COLUMNS if any(tell(layer) for layer in node.layers)]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(f"layers at {node.node}", no_wrap=True)
+    for title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for number, layer in enumerate(node.layers):
+        table.add_row(str(number), *(_shown(title, tell(layer)) for title, tell in columns))
+    return table
+
+
+def time_line(node: NodeLayers) -> str:
+    """Return how a node's time with tokens was split, as one line."""
+    loads_s = sum(layer.load_wait_s for layer in node.layers)
+    local_s, wait_s = (sum(getattr(layer, name) for layer in node.layers) for name in ("local_s", "wait_s"))
+    parts = {
+        "trunk": node.trunk_s,
+        "resident experts": max(0.0, local_s - loads_s),
+        "loads": loads_s,
+        "other nodes": wait_s,
+    }
+    split = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+    return f"time of {node.tokens} tokens: {split}"
+
+
+def _rows(layer: LayerUse) -> int:
+    return layer.device_rows + layer.host_rows + layer.disk_rows + layer.remote_rows
+
+
+_LAYER_COLUMNS: Final[tuple[tuple[str, Callable[[LayerUse], float]], ...]] = (
+    ("tokens", lambda layer: layer.tokens),
+    *(
+        (name, lambda layer, field=f"{name}_rows": getattr(layer, field) / max(1, _rows(layer)))
+        for name in (*TIERS, "remote")
+    ),
+    ("subst.", lambda layer: layer.replaced_rows / max(1, _rows(layer))),
+    ("calls", lambda layer: layer.calls),
+    ("loads", lambda layer: layer.loads),
+    ("bytes", lambda layer: layer.load_bytes),
+    ("experts for", lambda layer: max(0.0, layer.local_s - layer.load_wait_s)),
+    ("loads for", lambda layer: layer.load_wait_s),
+    ("others for", lambda layer: layer.wait_s),
+)
+_COUNTED: Final = frozenset({"tokens", "calls", "loads"})
+
+
+def _shown(title: str, value: float) -> str:
+    if title.endswith(" for"):
+        return format_seconds(value)
+    if title == "bytes":
+        return format_bytes(round(value))
+    return f"{value:.0f}" if title in _COUNTED else f"{value:.1%}"
 
 
 def path_table(nodes: Sequence[NodeStatus]) -> Table:

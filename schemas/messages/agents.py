@@ -199,8 +199,49 @@ class Catalogue(FrozenModel):
     trunk: tuple[TrunkPart, ...] = ()
 
 
+class LayerUse(FrozenModel):
+    """What an agent counted at one of the layers with experts since it started.
+
+    Attributes
+    ----------
+    tokens
+        That ran through the layer here.
+    device_rows, host_rows, disk_rows, remote_rows, replaced_rows
+        Evaluations for them from each tier, by other nodes, and by another expert than the router chose, or none.
+    calls, wait_s
+        Calls of other nodes, and what was waited for them beyond local work.
+    local_s
+        Time in local experts, loads that it waited for included.
+    loads, load_bytes, load_wait_s
+        Experts read into memory, for tokens of any node, and what was waited for that.
+    """
+
+    tokens: Count = 0
+    device_rows: Count = 0
+    host_rows: Count = 0
+    disk_rows: Count = 0
+    remote_rows: Count = 0
+    replaced_rows: Count = 0
+    calls: Count = 0
+    wait_s: Annotated[float, Field(ge=0)] = 0.0
+    local_s: Annotated[float, Field(ge=0)] = 0.0
+    loads: Count = 0
+    load_bytes: Count = 0
+    load_wait_s: Annotated[float, Field(ge=0)] = 0.0
+
+
+class NodeLayers(FrozenModel):
+    """What an agent counted layer by layer, and its time in everything but experts."""
+
+    node: NodeId
+    tokens: Count = 0
+    trunk_s: Annotated[float, Field(ge=0)] = 0.0
+    layers: tuple[LayerUse, ...] = ()
+
+
 class Counts(FrozenModel):
-    """Routing that an agent counted since it started."""
+    """Routing that an agent counted since it started, and what else it counted layer by layer."""
 
     type: Literal["counts"] = "counts"
     counts: NodeCounts
+    layers: NodeLayers | None = None

@@ -4,7 +4,7 @@ from typing import Literal
 
 from schemas.activation import NodeCounts
 from schemas.base import FrozenModel
-from schemas.messages.agents import CacheUse, QualityUse
+from schemas.messages.agents import CacheUse, NodeLayers, QualityUse
 from schemas.messages.common import Count, Digest, TierBytes, TierCounts
 from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
@@ -100,13 +100,14 @@ class PlanStatus(FrozenModel):
 
 
 class StatusReport(FrozenModel):
-    """The state of the cluster."""
+    """The state of the cluster; `layers` are filled in by who asks, from a `CountersReport`."""
 
     type: Literal["status_report"] = "status_report"
     cluster: str
     epoch: Count
     plan: PlanStatus
     nodes: tuple[NodeStatus, ...]
+    layers: tuple[NodeLayers, ...] = ()
 
 
 class CountersRequest(FrozenModel):
@@ -123,3 +124,4 @@ class CountersReport(FrozenModel):
     model: ModelSpec
     nodes: tuple[NodeCounts, ...]
     missing: tuple[NodeId, ...] = ()
+    layers: tuple[NodeLayers, ...] = ()
