@@ -22,7 +22,7 @@ from planner.demand import Trace
 from planner.problem import Bools, Floats, Problem
 from schemas.topology import TIERS
 
-SHARE_OF_BUDGET: Final = 2.0
+SHARE_OF_BUDGET: Final = 4.0
 """Share of the top-K mass that a rise of perplexity buys, per unit of it: what calibrations of small models found."""
 _MOST_TOKENS: Final = 4096  # of each ingress: a table takes as long as there are tokens, and is made hundreds of times
 _DISK: Final = TIERS.index("disk")
@@ -50,18 +50,10 @@ class Ranked:
     def waiting(self, resident: Bools, share: float) -> Floats:
         """Share of events that wait where a layer has these residents, float64 ``[V]``, from bool ``[V, E]``."""
         here = resident[:, self.ids]  # [V, T, C]
-        missing = ~here[..., : self.top_k]
-        behind, mass = here[..., self.top_k :], self.mass[:, self.top_k :]
-        place = behind.cumsum(axis=-1)
-        spare = np.full((*here.shape[:2], self.top_k + 1), -np.inf, dtype=np.float32)  # [..., j]: of the j-th best
-        for j in range(min(self.top_k, mass.shape[1])):
-            found = behind & (place == j + 1)
-            spare[..., j] = np.where(found.any(axis=-1), (found * mass).sum(axis=-1), -np.inf)
-        turn = missing[..., ::-1].cumsum(axis=-1)[..., ::-1] - 1  # the lowest score chooses first
-        stand_in = np.take_along_axis(spare, turn, axis=-1)  # where nothing is missing yet: the last column
-        own = self.mass[:, : self.top_k]
-        cost = np.where(missing, np.maximum(own - stand_in, 0) * own, 0.0).sum(axis=-1)
-        return np.asarray((cost > share).mean(axis=1), dtype=np.float64)
+        missing, spare = ~here[..., : self.top_k], here[..., self.top_k :]
+        lost = (missing * self.mass[:, : self.top_k] ** 2).sum(axis=-1)
+        has_stand_ins = missing.sum(axis=-1) <= spare.sum(axis=-1)
+        return np.asarray((missing.any(axis=-1) & ~(has_stand_ins & (lost <= share))).mean(axis=1), dtype=np.float64)
 
 
 class Sparing:
