@@ -102,7 +102,7 @@ def short_context(assignment: Assignment, budget: Budget) -> str:
         return ""
     return (
         f"was planned for {planned.sessions} sessions of {planned.tokens} tokens, this agent is set to "
-        f"{own.sessions} of {own.tokens}; set context in the agent's config to the topology's, or solve with less context"
+        f"{own.sessions} of {own.tokens}; set context in the agent's config to the topology's, or solve with less"
     )
 
 

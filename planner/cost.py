@@ -1,9 +1,7 @@
 """Seconds that calling an expert elsewhere adds to a token, and the links such a call crosses.
 
 Decides the path between any two nodes and the cost ``c[n, p]`` of FORMULATION's table, from declared links and
-measured compute and software. A token that waits for another node leaves its own idle, so both ends of a call begin
-after idling, and so does the node where a hop ends; where many sessions keep nodes busy this is too much. Must not know
-demand nor placements.
+measured compute and software. Must not know demand nor placements.
 """
 
 from dataclasses import dataclass
@@ -114,7 +112,7 @@ def call_seconds(topology: Topology, model: ModelSpec, paths: Paths) -> Floats:
     """Seconds that a call of an expert adds to a token, float64 ``[N, N, 3]`` by caller, holder and holder's tier.
 
     Own device 0; own slower tier what it takes longer than the device; elsewhere the round trip, the bytes over the
-    narrowest link, software and waking, and the evaluation there.
+    narrowest link, software, and the evaluation there.
     """
     service = service_seconds(topology, model)
     network = call_fixed_seconds(topology, paths) + call_bytes(model) / paths.bandwidth
@@ -125,15 +123,13 @@ def call_seconds(topology: Topology, model: ModelSpec, paths: Paths) -> Floats:
 
 
 def call_fixed_seconds(topology: Topology, paths: Paths) -> Floats:
-    """Seconds of a call of no bytes: round trip, software, both ends waking, float64 ``[N, N]``; 0 to oneself."""
-    wake = wake_seconds(topology)
-    software = call_software_seconds(topology)[None, :] + wake[None, :] + wake[:, None]
-    return _elsewhere(2 * paths.latency_s + software)
+    """Seconds of a call of no bytes: round trip and software, float64 ``[N, N]``; 0 to oneself."""
+    return _elsewhere(2 * paths.latency_s + call_software_seconds(topology)[None, :])
 
 
 def hop_fixed_seconds(topology: Topology, paths: Paths) -> Floats:
-    """Seconds of a hop of no bytes: one way, software, waking there, float64 ``[N, N]``; 0 to oneself."""
-    return _elsewhere(paths.latency_s + (hop_software_seconds(topology) + wake_seconds(topology))[None, :])
+    """Seconds of a hop of no bytes: one way and software, float64 ``[N, N]``; 0 to oneself."""
+    return _elsewhere(paths.latency_s + hop_software_seconds(topology)[None, :])
 
 
 def _elsewhere(seconds: Floats) -> Floats:
@@ -148,11 +144,6 @@ def call_software_seconds(topology: Topology) -> Floats:
 def hop_software_seconds(topology: Topology) -> Floats:
     """Seconds of software of a hop, by the node where it ends, float64 ``[N]``."""
     return np.array([node.compute.hop_us for node in topology.nodes]) * 1e-6
-
-
-def wake_seconds(topology: Topology) -> Floats:
-    """Seconds that a step takes longer where the node idled before, float64 ``[N]``."""
-    return np.array([node.compute.wake_us for node in topology.nodes]) * 1e-6
 
 
 def hop_bytes(model: ModelSpec) -> int:

@@ -40,8 +40,9 @@ class Compute(FrozenModel):
     call_overhead_us, hop_overhead_us
         What a call to an expert of this node takes in software, and what a token takes that goes on here, beside link
         and compute. A hop is one message, a call is two: where only the call was measured, a hop takes half of it.
-    wake_us
-        What a step takes longer that begins after this node idled: clocks and caches are cold.
+    idle_factor
+        How many times as long compute takes where it begins after this node idled for some ms: clocks and caches are
+        cold. Matters to simulation only.
     prompt_layer_us, prompt_expert_us
         As `trunk_layer_us` and `expert_us`, for one token of a prompt, which is computed in chunks of many; like a
         token of an answer where they were not measured.
@@ -53,7 +54,7 @@ class Compute(FrozenModel):
     trunk_layer_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     call_overhead_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     hop_overhead_us: Annotated[float, Field(ge=0, le=1e9)] | None = None
-    wake_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    idle_factor: Annotated[float, Field(ge=1, le=100)] = 1.0
     prompt_layer_us: Annotated[float, Field(ge=0, le=1e9)] | None = None
     prompt_expert_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
 

@@ -10,7 +10,7 @@ from tests.planning import EXPERT_BYTES, model_spec, node, random_events, topolo
 
 LATENCIES_MS = (0.1, 1, 5, 20)
 SLOWNESS_US = (20, 200, 2000)
-SOFTWARE = ("call_overhead_us", "hop_overhead_us", "wake_us")
+SOFTWARE = ("call_overhead_us", "hop_overhead_us")
 
 
 def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12, prompt_tokens=0):

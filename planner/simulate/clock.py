@@ -2,10 +2,10 @@
 
 Decides what waits for what. At each layer the trunk runs at its node; then one call goes to each holder at once while
 local experts compute; the layer ends with the slowest. A node computes one thing at a time, in order of arrival; a
-directed link sends one message at a time, in order of arrival of its head. A step that begins at a node that idled
-takes longer, by no more than it idled. Where a request has a prompt, its chunks walk the layers first, each setting out
-when the one before has computed all that it could without waiting; the answer begins when the last has ended. Must not
-know placements or topologies, only `Script` and `Requests`.
+directed link sends one message at a time, in order of arrival of its head. What begins at a node that idled takes
+longer, the more so the longer it idled up to `COOLING_S`, until the token leaves or waits. Where a request has a
+prompt, its chunks walk the layers first, each setting out when the one before has computed all that it could without
+waiting; the answer begins when the last has ended. Must not know placements or topologies, only script and requests.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from planner.simulate.work import Call, Work
 # Kinds of event, in the order in which one layer goes through them.
 _ARRIVE, _START, _SEND, _OUT, _SERVE, _BACK, _END, _HOP, _NEXT = range(9)
 _LOCAL: Final = Call(holder=-1, service_s=0.0, out=(), back=(), network_s=0.0, overhead_s=0.0)
+COOLING_S: Final = 10e-3  # idling after which compute is as slow as it gets
 Event = tuple[float, int, int, Call, int, float]  # when, what, request, call, link of the path, when its tail is there
 
 
@@ -36,8 +37,8 @@ class TokenTimes:
     start_s, end_s
         A token starts when its request arrives or the token before it ended. float64 ``[T]``.
     network_s, compute_s, overhead_s
-        Of each layer's slowest part, summed over layers: links when free, evaluation, software and waking. float64
-        ``[T]``. The rest of a token's time was spent in queues.
+        Of each layer's slowest part, summed over layers: links when free, evaluation, software. float64 ``[T]``. The
+        rest of a token's time was spent in queues.
     prompt_request, prompt_s
         Requests that had a prompt, int64 ``[R]``, and the seconds until its first token, float64 ``[R]``.
     """
@@ -124,10 +125,11 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
     count, total = len(arrival), len(ring_of)
     cursor = [token * num_layers for token in requests.first_token.tolist()] + [0] * (total - count)
     tokens_left, layer = requests.num_tokens.tolist(), [0] * total
-    node_free, link_free, wake = [0.0] * script.num_nodes, [0.0] * script.num_links, script.wake_s.tolist()
+    node_free, link_free = [0.0] * script.num_nodes, [0.0] * script.num_links
+    slower = (script.idle_factor - 1).tolist()
     waiting, latest, slowest = [0] * total, [0.0] * total, [_LOCAL] * total
     began, network, compute, overhead = ([0.0] * total for _ in range(4))
-    arrived, woke = [0.0] * count, [0.0] * total
+    arrived, cold, longer = [0.0] * count, [0.0] * total, [0.0] * total
     ended: list[tuple[int, float, float, float, float, float]] = []
     prompted: list[tuple[int, float]] = []
 
@@ -137,14 +139,15 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
         now, what, request, call, position, tail = event
         event = None
         if what == _SERVE:
-            free = node_free[call[0]]
+            free, served = node_free[call[0]], call[1]
             if free < now:
-                idle, rise = now - free, wake[call[0]]
-                woke[request] = idle = rise if rise < idle else idle
-                free = now + idle
+                if slower[call[0]]:
+                    served *= 1 + slower[call[0]] * min((now - free) / COOLING_S, 1.0)
+                    longer[request] = served - call[1]
+                free = now
             else:
-                woke[request] = 0.0
-            node_free[call[0]] = end = free + call[1]
+                longer[request] = 0.0
+            node_free[call[0]] = end = free + served
             event = (end, _BACK, request, call, 0, end)
         elif what == _BACK:
             link, occupied, latency = call[3][position]
@@ -187,10 +190,11 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
             if what == _END:
                 ring, at = ring_of[request], cursor[request]
                 work, last = ring[at], slowest[request]
-                compute[request] += work[1] + (work[2] if last is _LOCAL else last[1])
+                took = 1 + cold[request]
+                compute[request] += work[1] * took
+                compute[request] += work[2] * took if last is _LOCAL else last[1] + longer[request]
                 network[request] += last[4]
-                if last is not _LOCAL:
-                    overhead[request] += last[5] + woke[request]
+                overhead[request] += last[5]
                 at += 1
                 cursor[request] = at if at < len(ring) else 0
                 number = layer[request]
@@ -232,13 +236,11 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
                 if request >= count and not trunk_s and not local_s:
                     ready = latest[request] = end = now  # a chunk that has computed this layer with an earlier one
                 else:
-                    if free < now:
-                        idle, rise = now - free, wake[node]
-                        idle = rise if rise < idle else idle
-                        overhead[request] += idle
-                        free = now + idle
-                    ready = free + trunk_s
-                    node_free[node] = latest[request] = end = ready + local_s
+                    if free != now:  # else it goes on where it was
+                        cold[request] = slower[node] * min((now - free) / COOLING_S, 1.0) if free < now else 0.0
+                    took = 1 + cold[request]
+                    ready = (free if free > now else now) + trunk_s * took
+                    node_free[node] = latest[request] = end = ready + local_s * took
                 if onward[request] >= 0:
                     heappush(heap, (end, _ARRIVE, onward[request], _LOCAL, 0, 0.0))
                     onward[request] = -1

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.cost import call_software_seconds, hop_software_seconds, trunk_seconds, wake_seconds
+from planner.cost import call_software_seconds, hop_software_seconds, trunk_seconds
 from planner.problem import Floats, Ints, Problem
 from schemas.topology import Topology
 
@@ -31,8 +31,8 @@ class Network:
     call_s, hop_s
         Software time of a call and of a hop, by the node that is called or where the hop ends, float64 ``[N]``. It
         delays and occupies nothing.
-    wake_s
-        What a step takes longer at a node that idled before, float64 ``[N]``.
+    idle_factor
+        How many times as long compute takes at a node that idled before, float64 ``[N]``.
     """
 
     link_latency_s: Floats
@@ -40,7 +40,7 @@ class Network:
     trunk_s: Floats
     call_s: Floats
     hop_s: Floats
-    wake_s: Floats
+    idle_factor: Floats
 
 
 def build_network(topology: Topology) -> Network:
@@ -51,7 +51,7 @@ def build_network(topology: Topology) -> Network:
         trunk_s=trunk_seconds(topology),
         call_s=call_software_seconds(topology),
         hop_s=hop_software_seconds(topology),
-        wake_s=wake_seconds(topology),
+        idle_factor=np.array([node.compute.idle_factor for node in topology.nodes]),
     )
 
 

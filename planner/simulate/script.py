@@ -31,8 +31,8 @@ class Script:
         By ingress and layer: the hop after it (after the last layer: back to the first); None where the trunk stays.
     chunks
         By ingress: those of the prompt that comes before an answer.
-    wake_s
-        What a step takes longer at a node that idled before, float64 ``[N]``.
+    idle_factor
+        How many times as long compute takes at a node that idled before, float64 ``[N]``.
     num_nodes, num_links
         N and directed links 2U.
     """
@@ -41,7 +41,7 @@ class Script:
     work_of: tuple[Ints, ...]
     hops: tuple[tuple[Hop | None, ...], ...]
     chunks: tuple[tuple[Chunk, ...], ...]
-    wake_s: Floats
+    idle_factor: Floats
     num_nodes: int
     num_links: int
     message_bytes: float
@@ -91,7 +91,7 @@ def build_script(
         work_of=work_of,
         hops=tuple(_hops(problem, network, trunk) for trunk in problem.trunk_node),
         chunks=prompt_chunks(problem, routing, network),
-        wake_s=network.wake_s,
+        idle_factor=network.idle_factor,
         num_nodes=problem.num_nodes,
         num_links=2 * len(problem.link_ends),
         message_bytes=problem.call_bytes / 2,

@@ -152,15 +152,27 @@ def test_a_moving_trunk_sends_a_hidden_state_on_and_a_token_back():
     assert found.total.p50_s == pytest.approx(unloaded, rel=0.01)  # the plan counts the token as a hidden state
 
 
-def test_a_step_after_idling_takes_longer_but_no_more_than_its_node_idled():
-    topology, problem, routing = ring(compute=Compute(expert_us=100, trunk_layer_us=300, wake_us=900))
-    found = simulate(problem, routing, build_network(topology), Arrivals(tokens=2000, rate_scale=0.01))
-    assert found.total.waits.overhead_s == pytest.approx(2 * 900e-6, rel=0.02)
-    assert found.total.p50_s == pytest.approx(judge(problem, routing).predicted_latency_s, rel=0.01)
+def test_compute_after_idling_takes_longer_until_the_token_leaves():
+    compute = Compute(expert_us=100, trunk_layer_us=300, idle_factor=1.5)
+    topology, problem, routing = ring(compute=compute)
+    network = build_network(topology)
+    found = simulate(problem, routing, network, Arrivals(tokens=2000, pattern="closed"))
+    each = 300e-6 + problem.top_k * 100e-6
+    assert found.total.waits.compute_s == pytest.approx(3 * each * 1.5)  # each end idles for 10 ms and more
+    assert found.total.waits.queue_s == pytest.approx(0)
     alone = dataclasses.replace(problem, trunk_node=np.zeros_like(problem.trunk_node))
     here = dataclasses.replace(routing, holder=np.zeros_like(routing.holder))
-    busy = simulate(alone, here, build_network(topology), Arrivals(tokens=2000, pattern="closed"))
-    assert busy.total.waits.overhead_s == 0
+    busy = simulate(alone, here, network, Arrivals(tokens=2000, pattern="closed"))
+    assert busy.total.waits.compute_s == pytest.approx(3 * each)
+    there = nearest(alone, held_elsewhere(alone), "additive-latency")
+    calling = simulate(alone, there, network, Arrivals(tokens=2000, pattern="closed"))
+    assert calling.total.waits.compute_s == pytest.approx(3 * each * 1.5)
+
+
+def held_elsewhere(problem):
+    placed = np.zeros((problem.num_places, problem.layers, problem.experts), dtype=bool)
+    placed[problem.place_node == 1] = True
+    return placed
 
 
 @pytest.mark.parametrize("tokens", [200, 512, 700])
