@@ -16,6 +16,7 @@ from schemas.files import write_atomic
 from schemas.model import ModelSpec
 from schemas.paths import layers_run, path_nodes
 from schemas.plan import Plan, load_plan
+from schemas.precision import LOW_PRECISIONS
 from schemas.units import format_share, parse_share
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class Budget(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
 )
 @click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Context in tokens.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="To compute in.")
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice([*LOW_PRECISIONS, "none"]), default=LOW_PRECISIONS,
+    show_default=True, help="Measure too what executing every expert in this costs.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def calibrate(
     *,
@@ -73,11 +78,13 @@ def calibrate(
     tokens: int,
     window: int,
     dtype: Any,
+    precisions: tuple[Any, ...],
     as_json: bool,
 ) -> None:
     """Measure on text how much of its routers' choice MODEL may give up for a budget of quality."""
     from runtime.calibrate import BUDGETS
     from runtime.calibrate import calibrate as measure
+    from runtime.degrading import precision_costs
     from runtime.errors import InvalidInput
     from runtime.forcing import Bench
     from runtime.loading import load_whole
@@ -95,6 +102,11 @@ def calibrate(
     bench = Bench(loaded, pieces, supply, spec.top_k)
     with progress_bar("Calibrating", "runs") as progress:
         found = measure(bench, model=spec.id, situation=situation, budgets=budgets or BUDGETS, progress=progress)
+    wanted = [each for each in LOW_PRECISIONS if each in precisions]
+    if wanted:
+        with progress_bar("Rounding", "runs") as progress:
+            costs = precision_costs(bench, wanted, progress=progress)
+        found = found.model_copy(update={"precisions": tuple(costs)})
     write_atomic(output, found.model_dump_json(indent=1) + "\n")
     click.echo(json.dumps({"calibration": str(output), **found.model_dump()}) if as_json else _shown(output, found))
 
@@ -195,6 +207,9 @@ def _shown(output: Path, found: Calibration) -> str:
             f"  budget {format_share(each.budget)}: perplexity {each.rise:+.2%} ({interval}), "
             f"{format_share(each.waits_share)} of the {what} of exact routing"
         )
+    for cost in found.precisions:
+        interval = f"{cost.low:+.2%} … {cost.high:+.2%}"
+        lines.append(f"  every expert in {cost.precision}: perplexity {cost.rise:+.2%} ({interval})")
     return "\n".join(lines)
 
 

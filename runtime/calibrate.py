@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidInput
@@ -72,6 +73,16 @@ def require_text(error: float, budget: float, *, tokens: int) -> None:
         )
 
 
+def require_pieces(pieces: torch.Tensor) -> None:
+    """Refuse text of which nothing can be said; raises InvalidInput with how many tokens are needed."""
+    count, window = pieces.shape[0], pieces.shape[1] - 1
+    if count < _FEWEST:
+        raise InvalidInput(
+            f"{count} pieces of {window} tokens are too few to tell cost from chance; give {_FEWEST * window + 1} "
+            "tokens at least"
+        )
+
+
 def calibrate(
     bench: Bench,
     *,
@@ -89,11 +100,7 @@ def calibrate(
     """
     layers, experts = bench.supply.layers, bench.supply.experts
     count, window = bench.pieces.shape[0], bench.pieces.shape[1] - 1
-    if count < _FEWEST:
-        raise InvalidInput(
-            f"{count} pieces of {window} tokens are too few to tell cost from chance; give {_FEWEST * window + 1} "
-            "tokens at least"
-        )
+    require_pieces(bench.pieces)
     done, total = 0, 1 + layers + len(_SCALES) + len(budgets)
 
     def report() -> None:

@@ -18,8 +18,8 @@ import torch
 from runtime.errors import InvalidInput
 from runtime.tensors import torch_dtype
 from schemas.model import DTYPE_ITEMSIZE
-from schemas.precision import LowPrecision, PackedLayout, PackedPart, part_sizes
-from schemas.store import Part, RecordLayout
+from schemas.precision import LowPrecision, PackedLayout, PackedPart, PartName, part_sizes
+from schemas.store import RecordLayout
 
 GROUP: Final = 32
 """Weights of an int4 group."""
@@ -32,10 +32,10 @@ Buffer = bytes | bytearray | memoryview
 class UnfitPrecision(InvalidInput):
     """Weights whose shape has no place for the groups of a precision."""
 
-    def __init__(self, precision: LowPrecision, part: Part, *, size: int, group: int) -> None:
-        self.precision, self.part, self.size, self.group = precision, part.name, size, group
+    def __init__(self, precision: LowPrecision, name: str, shape: Sequence[int], *, size: int, group: int) -> None:
+        self.precision, self.part, self.size, self.group = precision, name, size, group
         super().__init__(
-            f"{precision} does not fit this model: {part.name} {list(part.shape)} has an input axis of {size}, which "
+            f"{precision} does not fit this model: {name} {list(shape)} has an input axis of {size}, which "
             f"groups of {group} do not divide; use int8, which needs no groups, or the checkpoint's dtype"
         )
 
@@ -52,15 +52,36 @@ def packed_layout(layout: RecordLayout, precision: LowPrecision) -> PackedLayout
     offset = 0
     for part in layout.parts:
         axis = None if part.name in _BIASES else 0 if layout.form.kind == "gpt_oss" else 1
-        group = None
-        if axis is not None:
-            group = part.shape[axis] if precision == "int8" else GROUP
-            if part.shape[axis] % group:
-                raise UnfitPrecision(precision, part, size=part.shape[axis], group=group)
-        packed = PackedPart(name=part.name, shape=part.shape, offset=offset, axis=axis, group=group)
+        packed = _packed_part(part.name, part.shape, axis=axis, precision=precision, offset=offset)
         parts.append(packed)
         offset += sum(part_sizes(packed, precision, layout.dtype))
     return PackedLayout(precision=precision, dtype=layout.dtype, bytes=offset, parts=tuple(parts))
+
+
+def _packed_part(
+    name: PartName, shape: tuple[int, ...], *, axis: int | None, precision: LowPrecision, offset: int = 0
+) -> PackedPart:
+    group = None
+    if axis is not None:
+        group = shape[axis] if precision == "int8" else GROUP
+        if shape[axis] % group:
+            raise UnfitPrecision(precision, name, shape, size=shape[axis], group=group)
+    return PackedPart(name=name, shape=shape, offset=offset, axis=axis, group=group)
+
+
+def rounded(weights: torch.Tensor, *, name: PartName, axis: int, precision: LowPrecision) -> torch.Tensor:
+    """Return a weight matrix as it comes back from codes; `axis` is its input axis.
+
+    Raises
+    ------
+    UnfitPrecision
+        Groups do not divide that axis.
+    """
+    part = _packed_part(name, tuple(weights.shape), axis=axis, precision=precision)
+    codes, *groups = (piece.contiguous().view(-1).view(torch.uint8) for piece in quantise(weights, part, precision))
+    out = torch.empty(part.shape, dtype=weights.dtype)
+    _dequantise(codes, torch.cat(groups), part, precision, out)
+    return out
 
 
 def pack_record(record: Buffer, packed: PackedLayout) -> bytes:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_json
+from schemas.precision import LowPrecision
 
 Number = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -74,8 +75,38 @@ class Setting(FrozenModel):
     waits_share: Number
 
 
+class PrecisionCost(FrozenModel):
+    """What it costs to execute every expert in a low precision.
+
+    Attributes
+    ----------
+    rise, low, high
+        Relative rise of perplexity, and its 95 % confidence interval over text pieces.
+    divergence
+        Mean KL divergence from exact next-token distributions; nats.
+    nll_per_row
+        Rise of negative log-likelihood for each (token, expert) computed so, by layer; nats. From the upper end of the
+        interval, divided among layers as their divergences are when each is alone in this precision.
+    """
+
+    precision: LowPrecision
+    rise: float
+    low: float
+    high: float
+    divergence: Number
+    nll_per_row: tuple[Number, ...]
+
+
 class Calibration(FrozenModel):
-    """A calibration file."""
+    """A calibration file.
+
+    Attributes
+    ----------
+    settings
+        By budget.
+    precisions
+        Each at most once; none where they were not measured.
+    """
 
     format: Literal["expertmesh-calibration-1"] = "expertmesh-calibration-1"
     model: str
@@ -87,6 +118,7 @@ class Calibration(FrozenModel):
     warmup: Annotated[int, Field(ge=0)]
     situation: Situation
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
+    precisions: tuple[PrecisionCost, ...] = ()
 
     def setting(self, budget: float) -> Setting | None:
         """Return the setting of the largest budget that is not above `budget`; None if all are."""
@@ -117,3 +149,9 @@ def calibration_faults(calibration: Calibration) -> Iterator[Fault]:
                 yield Fault(
                     f"settings[{number}].{name}", f"has {count} numbers, the model has {calibration.layers} layers"
                 )
+    for number, cost in enumerate(calibration.precisions):
+        if len(cost.nll_per_row) != calibration.layers:
+            yield Fault(
+                f"precisions[{number}].nll_per_row",
+                f"has {len(cost.nll_per_row)} numbers, the model has {calibration.layers} layers",
+            )

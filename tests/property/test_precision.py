@@ -13,6 +13,7 @@ from runtime.precision import (
     pack_record,
     packed_layout,
     quantise,
+    rounded,
     unpack_parts,
     views_of,
 )
@@ -74,6 +75,7 @@ def test_a_weight_comes_back_within_half_a_scale(data, precision, dtype, kind, h
         if part.group is None:
             assert torch.equal(was, now)  # biases
             continue
+        assert torch.equal(now, rounded(was, name=part.name, axis=part.axis, precision=precision))
         _, scale, *minimum = quantise(was, part, precision)
         size = was.float().abs().max() + sum(float(each.float().abs().max()) for each in minimum)
         off = (now.float() - was.float()).reshape(part.grouped()).abs()

@@ -123,6 +123,7 @@ def test_too_little_text_is_refused_with_how_much_is_needed(bench):
 def test_the_command_writes_what_agents_read(tmp_path):
     output = tmp_path / "c.json"
     options = ["--text", str(CODE), "--capacity", "6", "--budget", "50 %", "--window", "64", "--tokens", "1024"]
+    options += ["--precision", "none"]
     result = CliRunner().invoke(command, [str(DEMO), *options, "-o", str(output), "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
@@ -141,6 +142,7 @@ def test_the_command_takes_what_a_plan_places(tmp_path):
     plan = plan.model_copy(update={"model": read_checkpoint(DEMO).model_spec}).sealed()
     write_plan(tmp_path / "p.json", plan)
     options = ["--text", str(CODE), "--budget", "100 %", "--window", "64", "--tokens", "1024"]
+    options += ["--precision", "none"]
     base = [str(DEMO), *options, "--plan", str(tmp_path / "p.json"), "-o", str(tmp_path / "c.json")]
     result = CliRunner().invoke(command, [*base, "--node", "a"])
     assert result.exit_code == 0, result.output
