@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import zmq
 
-from agent.transport import Buffer, Context, Socket, connect, make_socket
+from agent.transport import Context, Socket, connect, make_socket
 from schemas.messages import Endpoints
 
 LIMBO_S: Final = 0.4  # for messages that are repeated anyway
@@ -24,7 +24,7 @@ class Parcel:
 
     node: str
     session: str
-    frames: list[Buffer]
+    frame: bytes
     expires_at: float
 
 
@@ -75,17 +75,17 @@ class Links:
         """Whether something of a session could not be sent yet."""
         return any(parcel.session == session for line in self._waiting.values() for parcel in line)
 
-    def send(self, node: str, session: str, frames: list[Buffer], *, expires_at: float) -> None:
+    def send(self, node: str, session: str, frame: bytes, *, expires_at: float) -> None:
         """Send at once, or keep it behind what waits for that node already."""
         line = self._waiting.get(node)
-        if line is not None or not self._try(node, frames):
-            self._waiting.setdefault(node, deque()).append(Parcel(node, session, frames, expires_at))
+        if line is not None or not self._try(node, frame):
+            self._waiting.setdefault(node, deque()).append(Parcel(node, session, frame, expires_at))
 
     def retry(self, now: float) -> list[Parcel]:
         """Send what can be sent now; return what is given up."""
         given_up = []
         for node, line in list(self._waiting.items()):
-            while line and self._try(node, line[0].frames):
+            while line and self._try(node, line[0].frame):
                 line.popleft()
             while line and line[0].expires_at < now:
                 given_up.append(line.popleft())
@@ -117,12 +117,12 @@ class Links:
             link.socket.close(linger=FAREWELL_MS)
         self._links.clear()
 
-    def _try(self, node: str, frames: list[Buffer]) -> bool:
+    def _try(self, node: str, frame: bytes) -> bool:
         link = self._link(node)
         if link is None:
             return False
         try:
-            link.socket.send_multipart(frames, zmq.NOBLOCK)
+            link.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             return False  # not connected
         return True
@@ -130,7 +130,7 @@ class Links:
     def _link(self, node: str) -> _Link | None:
         """Return the connection to a node, made anew where its address has changed; None if it is not known."""
         where, known = self._endpoints().get(node), self._links.get(node)
-        if where is None or (known is not None and known.where == where):
+        if where is None or (known is not None and (known.where is where or known.where == where)):
             return known
         if known is not None:
             self._poller.unregister(known.socket)

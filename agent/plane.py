@@ -26,7 +26,7 @@ from agent.links import LIMBO_S, Links
 from agent.peers import PeerCaller
 from agent.segments import NO_SESSION, Offer, Segments, Traffic
 from agent.sessions import Objection, Range, Sender
-from agent.steps import frames_of, incoming, parse_sender, sender_name
+from agent.steps import frame_of, incoming, parse_sender, sender_name
 from agent.tracing import PutTrace
 from agent.transport import Context, Socket
 from agent.turns import Turn
@@ -42,6 +42,7 @@ from schemas.sessions import (
     StepHeader,
     decode_session,
     encode_session,
+    is_step,
     parse_step,
     session_of_step,
 )
@@ -209,7 +210,7 @@ class SessionPlane:
         if self._socket in ready:
             self._receive_all()
         for node, frames in self._links.receive(ready):
-            self._take(Sender(node, ""), [memoryview(frame) for frame in frames], reply=None)
+            self._take(Sender(node, ""), memoryview(frames[0] if len(frames) == 1 else b""), reply=None)
         self._look()
 
     def _receive_all(self) -> None:
@@ -226,7 +227,9 @@ class SessionPlane:
                 except zmq.ZMQError:
                     log.info("session plane: %s left before its answer", parse_sender(name).node or "somebody")
 
-            self._take(parse_sender(name), [frame.buffer for frame in frames], reply)
+            self._take(parse_sender(name), frames[0].buffer if len(frames) == 1 else memoryview(b""), reply)
+            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+                return  # quicker than to be told by an exception
 
     def _look(self) -> None:
         """Do what time asks for."""
@@ -238,16 +241,16 @@ class SessionPlane:
             self._looked_at = now
             self._segments.expire(now)
 
-    def _take(self, sender: Sender, frames: list[memoryview], reply: Reply | None) -> None:
+    def _take(self, sender: Sender, frame: memoryview, reply: Reply | None) -> None:
         """Take one message in, whatever it is. Without `reply` it came back from a node that was sent something."""
         session = NO_SESSION
         try:
-            if len(frames) == 2 and reply is not None:
-                session = session_of_step(frames[0]) or NO_SESSION
-                header = parse_step(frames, self._limits)
-                self._segments.take_step(sender, header, incoming(header, frames[1]), reply)
+            if is_step(frame) and reply is not None:
+                session = session_of_step(frame) or NO_SESSION
+                header = parse_step(frame, self._limits)
+                self._segments.take_step(sender, header, incoming(header, frame), reply)
                 return
-            message = decode_session(frames[0] if len(frames) == 1 else b"")
+            message = decode_session(frame)
             session = message.session
             self._segments.take_message(sender, message, reply)
         except (RemoteProtocolError, Objection) as error:
@@ -268,9 +271,9 @@ class _Outside:
     def send_step(self, node: str, header: StepHeader, payload: torch.Tensor) -> None:
         """Send a step on; the ingress is told if it cannot be sent for a while."""
         expires_at = time.monotonic() + STEP_PATIENCE_S
-        self._links.send(node, header.session, frames_of(header, payload), expires_at=expires_at)
+        self._links.send(node, header.session, frame_of(header, payload), expires_at=expires_at)
 
     def send_message(self, node: str, message: SessionMessage) -> None:
         """Say something; all but faults are repeated anyway."""
         expires_at = time.monotonic() + (STEP_PATIENCE_S if isinstance(message, SessionFault) else LIMBO_S)
-        self._links.send(node, message.session, [encode_session(message)], expires_at=expires_at)
+        self._links.send(node, message.session, encode_session(message), expires_at=expires_at)

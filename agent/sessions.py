@@ -317,14 +317,21 @@ class Registry:
         """Take the next steps out of line: a piece of a prompt and tokens of answers by turns. Modifies."""
         if not self._line:
             return None
-        prefills = [entry for entry in self._line if entry.is_prefill(entry.in_line[0])]
         first = self._line[0]
+        if len(self._line) == 1:
+            self._was_prefill = first.is_prefill(first.in_line[0])
+            return self._begun([first])
+        prefills = [entry for entry in self._line if entry.is_prefill(entry.in_line[0])]
         if prefills and (not self._was_prefill or len(prefills) == len(self._line)):
             chosen = [prefills[0]]
         else:
             first = next(entry for entry in self._line if not entry.is_prefill(entry.in_line[0]))
             chosen = self._together(first)
         self._was_prefill = bool(prefills) and chosen[0] is prefills[0]
+        return self._begun(chosen)
+
+    def _begun(self, chosen: list[Entry]) -> Batch:
+        """Take the next step of each out of line."""
         batch = Batch(tuple(chosen), tuple(entry.in_line.popleft() for entry in chosen))
         for entry in chosen:
             self._line.remove(entry)

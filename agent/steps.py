@@ -5,14 +5,14 @@ dtype and token ids are held against the trunk. Must not know sockets or session
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import torch
 
 from agent.sessions import Objection, Sender
-from agent.transport import Buffer
 from runtime.loading import Trunk, torch_dtype
-from schemas.sessions import StepHeader, pack_step
+from schemas.sessions import STEP_HEADER_BYTES, StepHeader, pack_step
 
 _NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _SEPARATOR: Final = "/"  # no node's id has one
@@ -23,6 +23,7 @@ def sender_name(sender: Sender) -> bytes:
     return f"{sender.node}{_SEPARATOR}{sender.incarnation}".encode()
 
 
+@lru_cache(maxsize=1024)
 def parse_sender(identity: bytes) -> Sender:
     """Return who an identity says it is; a sender without a name where it says nothing."""
     node, _, incarnation = identity.decode(errors="replace").partition(_SEPARATOR)
@@ -39,21 +40,22 @@ def ids_of(tokens: Sequence[int]) -> torch.Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
 
 
-def frames_of(header: StepHeader, payload: torch.Tensor) -> list[Buffer]:
-    """Return a step's frames; ids [T] travel as int32, hidden states [T, D] as they are."""
+def frame_of(header: StepHeader, payload: torch.Tensor) -> bytes:
+    """Return a step's frame; ids [T] travel as int32, hidden states [T, D] as they are."""
     if header.kind != "hidden":
-        return [pack_step(header), payload.to(torch.int32).numpy()]
-    return [pack_step(header), payload.cpu().contiguous().view(torch.uint8).numpy()]
+        return pack_step(header, payload.to(torch.int32).numpy().data)
+    return pack_step(header, payload.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def incoming(header: StepHeader, frame: memoryview) -> torch.Tensor:
-    """Return the tensor of a checked frame: ids [T] int64, or hidden states [T, D].
+    """Return the tensor of a checked step: ids [T] int64, or hidden states [T, D].
 
     They are copied, since where bytes lie in a frame decides in which order a sum over them is made.
     """
     if header.kind != "hidden":
-        return torch.frombuffer(frame, dtype=torch.int32).to(torch.int64)
-    return torch.frombuffer(frame, dtype=torch_dtype(header.dtype)).view(header.count, header.hidden_size).clone()
+        return torch.frombuffer(frame, dtype=torch.int32, offset=STEP_HEADER_BYTES).to(torch.int64)
+    flat = torch.frombuffer(frame, dtype=torch_dtype(header.dtype), offset=STEP_HEADER_BYTES)
+    return flat.view(header.count, header.hidden_size).clone()
 
 
 def require_fit(header: StepHeader, payload: torch.Tensor, trunk: Trunk) -> None:

@@ -1,9 +1,9 @@
 """The session plane: what the nodes of a token's path say to each other.
 
 Decides the vocabulary: small JSON messages (one frame) by which an ingress opens, keeps and closes a session at the
-segments of its path, and binary steps (header and one tensor frame) that go from segment to segment. Both travel in
-the same sockets, so that their order holds. Steps are checked against limits and frames before anyone makes a tensor
-of them. Must not know sockets or tensors.
+segments of its path, and binary steps (a header and a tensor in one frame: a second one would cost as much as the step
+itself) that go from segment to segment. Both travel in the same sockets, so that their order holds. Steps are checked
+against limits and their own length before anyone makes a tensor of them. Must not know sockets or tensors.
 """
 
 import struct
@@ -25,10 +25,8 @@ from schemas.wire import (
     MAGIC,
     VERSION,
     Combine,
-    Frames,
     Limits,
     require,
-    require_sizes,
     unpack_header,
 )
 
@@ -50,6 +48,8 @@ _ENDS: Final[tuple[Literal["", "length", "stop"], ...]] = ("", "length", "stop")
 
 # magic, version, type | session | position, count, hidden size | segment | kind, dtype, end
 _STEP_HEADER: Final = struct.Struct("<2sBB16sIIIHBBBxxx")
+STEP_HEADER_BYTES: Final = _STEP_HEADER.size
+"""Where the tensor of a step begins in its frame."""
 
 
 class OpenSession(FrozenModel):
@@ -204,22 +204,28 @@ def decode_session(frame: bytes | memoryview) -> SessionMessage:
         raise RemoteProtocolError(f"not a session message: {where}: {first['msg']}") from error
 
 
-def pack_step(header: StepHeader) -> bytes:
-    """Return the header frame of a step; its tensor follows."""
-    return _STEP_HEADER.pack(
+def pack_step(header: StepHeader, tensor: bytes | memoryview) -> bytes:
+    """Return a step as one frame."""
+    packed = _STEP_HEADER.pack(
         MAGIC, VERSION, _STEP, bytes.fromhex(header.session), header.position, header.count, header.hidden_size,
         header.segment, _KIND_CODE[header.kind], DTYPE_CODE[header.dtype], _ENDS.index(header.end),
     )  # fmt: skip
+    return b"".join((packed, tensor))
+
+
+def is_step(frame: bytes | memoryview) -> bool:
+    """Whether a frame says that it is binary; messages begin otherwise."""
+    return frame[:2] == MAGIC
 
 
 def session_of_step(frame: bytes | memoryview) -> str | None:
     """Return the session that a header names, without trusting the rest of it; None where it is too short for one."""
-    return _STEP_HEADER.unpack_from(frame)[3].hex() if len(frame) >= _STEP_HEADER.size else None
+    return _STEP_HEADER.unpack_from(frame)[3].hex() if len(frame) >= STEP_HEADER_BYTES else None
 
 
-def parse_step(frames: Frames, limits: Limits) -> StepHeader:
-    """Check the two frames of a step and return its header; raises `RemoteProtocolError`."""
-    fields = unpack_header(frames, _STEP_HEADER, _STEP, count=2, what="step")
+def parse_step(frame: bytes | memoryview, limits: Limits) -> StepHeader:
+    """Check the frame of a step and return its header; raises `RemoteProtocolError`."""
+    fields = unpack_header([frame[:STEP_HEADER_BYTES]], _STEP_HEADER, _STEP, count=1, what="step")
     session, position, count, hidden, segment, kind, dtype, end = fields
     require(kind < len(_KINDS) and dtype < len(DTYPES) and end < len(_ENDS), f"codes {kind}, {dtype} and {end}")
     require(position <= MAX_POSITION, f"position {position}, the limit is {MAX_POSITION}")
@@ -229,5 +235,7 @@ def parse_step(frames: Frames, limits: Limits) -> StepHeader:
     require(name == "token" or end == _NO_END, "an end without a token")
     wanted = limits.hidden_size if name == "hidden" else 0
     require(hidden == wanted, f"hidden size {hidden}, expected {wanted}")
-    require_sizes(frames, (count * (hidden * ITEMSIZE[DTYPES[dtype]] if name == "hidden" else 4),))
+    size = count * (hidden * ITEMSIZE[DTYPES[dtype]] if name == "hidden" else 4)
+    found = len(frame) - STEP_HEADER_BYTES
+    require(found == size, f"a tensor of {found} bytes, its shape and dtype need {size}")
     return StepHeader(session.hex(), segment, position, count, name, hidden, DTYPES[dtype], _ENDS[end])

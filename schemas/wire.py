@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from schemas.base import FrozenModel
 from schemas.messages import RemoteProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"XM"
 CHUNK_BYTES: Final = 1 << 20
 WINDOW: Final = 8  # chunks asked for ahead: credit, so that a puller decides how much is under way

@@ -12,7 +12,7 @@ from schemas.outcome import ExitCode
 from schemas.store import RecordLayout, TrunkPart
 from schemas.topology import NodeId
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 
 
 class PrepareFault(FrozenModel):

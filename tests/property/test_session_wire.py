@@ -8,6 +8,7 @@ from schemas.messages import RemoteProtocolError
 from schemas.plan import Segment, TrunkPath
 from schemas.sessions import (
     MAX_POSITION,
+    STEP_HEADER_BYTES,
     CloseSession,
     Opened,
     OpenSession,
@@ -18,6 +19,7 @@ from schemas.sessions import (
     StepHeader,
     decode_session,
     encode_session,
+    is_step,
     pack_step,
     parse_step,
 )
@@ -30,7 +32,7 @@ PATH = TrunkPath(ingress="a", segments=(Segment(node="b", first_layer=0, last_la
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[StepHeader, list[bytes]]:
+def steps(draw: st.DrawFn) -> tuple[StepHeader, bytes]:
     kind = draw(st.sampled_from(["ids", "hidden", "token"]))
     count = 1 if kind == "token" else draw(st.integers(1, LIMITS.tokens))
     header = StepHeader(
@@ -44,43 +46,44 @@ def steps(draw: st.DrawFn) -> tuple[StepHeader, list[bytes]]:
         end=draw(st.sampled_from(["", "length", "stop"])) if kind == "token" else "",
     )
     size = count * (LIMITS.hidden_size * SIZES[header.dtype] if kind == "hidden" else 4)
-    return header, [pack_step(header), bytes(size)]
+    return header, pack_step(header, bytes(size))
 
 
 @given(steps())
-def test_steps_round_trip(step: tuple[StepHeader, list[bytes]]) -> None:
-    header, frames = step
-    assert parse_step(frames, LIMITS) == header
+def test_steps_round_trip(step: tuple[StepHeader, bytes]) -> None:
+    header, frame = step
+    assert parse_step(frame, LIMITS) == header
+    assert is_step(frame)
+    assert not is_step(encode_session(Opened(session="0" * 32)))
 
 
-@given(st.lists(st.binary(max_size=200), max_size=4))
-def test_noise_is_refused(frames: list[bytes]) -> None:
+@given(st.binary(max_size=200))
+def test_noise_is_refused(frame: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
-        parse_step(frames, LIMITS)
+        parse_step(frame, LIMITS)
     with pytest.raises(RemoteProtocolError):
-        decode_session(frames[0] if frames else b"")
+        decode_session(frame)
 
 
 @given(steps(), st.data())
-def test_a_damaged_step_is_refused_or_is_another_sound_one(
-    step: tuple[StepHeader, list[bytes]], data: st.DataObject
-) -> None:
-    _, frames = step
-    header = bytearray(frames[0])
-    header[data.draw(st.integers(0, len(header) - 1))] ^= data.draw(st.integers(1, 255))
+def test_a_damaged_step_is_refused_or_is_another_sound_one(step: tuple[StepHeader, bytes], data: st.DataObject) -> None:
+    damaged = bytearray(step[1])
+    damaged[data.draw(st.integers(0, STEP_HEADER_BYTES - 1))] ^= data.draw(st.integers(1, 255))
     try:
-        parsed = parse_step([bytes(header), frames[1]], LIMITS)
+        parsed = parse_step(bytes(damaged), LIMITS)
     except RemoteProtocolError:
         return
-    assert len(frames[1]) == parsed.count * (8 * SIZES[parsed.dtype] if parsed.kind == "hidden" else 4)
+    assert len(damaged) - STEP_HEADER_BYTES == parsed.count * (
+        8 * SIZES[parsed.dtype] if parsed.kind == "hidden" else 4
+    )
     assert parsed.position <= MAX_POSITION
 
 
 @given(steps(), st.integers(-40, 40).filter(bool))
-def test_lengths_must_be_those_of_the_shape(step: tuple[StepHeader, list[bytes]], more: int) -> None:
-    _, frames = step
+def test_lengths_must_be_those_of_the_shape(step: tuple[StepHeader, bytes], more: int) -> None:
+    _, frame = step
     with pytest.raises(RemoteProtocolError):
-        parse_step([frames[0], bytes(max(0, len(frames[1]) + more))], LIMITS)
+        parse_step(frame + bytes(more) if more > 0 else frame[:more], LIMITS)
 
 
 @given(session=ids, number=st.integers(1, 1000), text=st.text(max_size=200))
