@@ -174,7 +174,7 @@ def assign(
             ingress=node in ingresses,
             layout=catalogue.layout,
             replicas=tuple(held[node]),
-            routing=_routing(node, holders_after, routes, final=final)
+            routing=_routing(node, holders_after, routes, records, final=final)
             if node in on_path or node not in planned
             else (),
             paths=tuple(path for path in paths if node in path_nodes((path,))),
@@ -219,7 +219,12 @@ def _routes(routes: Iterable[Route]) -> Mapping[tuple[str, int, int], list[Route
 
 
 def _routing(
-    node: str, holders: Mapping[Key, list[str]], routes: Mapping[tuple[str, int, int], list[Route]], *, final: bool
+    node: str,
+    holders: Mapping[Key, list[str]],
+    routes: Mapping[tuple[str, int, int], list[Route]],
+    records: Mapping[Key, Record],
+    *,
+    final: bool,
 ) -> tuple[Hop, ...]:
     """Who computes each expert for `node`, where that is not simply itself.
 
@@ -233,5 +238,6 @@ def _routing(
             continue
         names = tuple(dict.fromkeys([*(r.holder for r in chosen), *holding]))
         split = tuple(r.share for r in chosen) if len(chosen) > 1 else ()
-        hops.append(Hop(layer=layer, expert=expert, holders=names, shares=split))
+        name = records[layer, expert].sha256
+        hops.append(Hop(layer=layer, expert=expert, holders=names, shares=split, sha256=name))
     return tuple(hops)

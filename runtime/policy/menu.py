@@ -6,11 +6,13 @@ the exact result are not here: whether they may be taken is `routing`'s and `qua
 what the ways are, beyond what they take. `Rates` are measured while a node runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 _FADE: Final = 0.9
+_MEMORY: Final = 4096  # uses that are remembered before all count half
+_UNKNOWN_S: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,58 @@ def choose(missing: Sequence[Sequence[Way]]) -> list[int]:
 def _done_s(way: Way, busy_s: dict[str, float]) -> float:
     before = busy_s.get(way.link, 0.0)
     return max(before, way.seconds) if way.is_shared else before + way.seconds
+
+
+class Rent:
+    """When an expert that is called over and over is worth bringing here: rent or buy.
+
+    It is brought when calls for it have cost as much time as bringing it takes, so that all together it never costs
+    more than twice what whoever knew the future would have paid. Experts that were asked for most often lately stay.
+    What could not be brought costs twice as much from then on. Not thread-safe.
+
+    Attributes
+    ----------
+    bring_s
+        What it takes to bring one; 0 before the first.
+    """
+
+    def __init__(self) -> None:
+        self.bring_s = 0.0
+        self._paid: dict[Hashable, float] = {}
+        self._uses: dict[Hashable, float] = {}
+        self._penalty: dict[Hashable, float] = {}
+        self._total = 0
+
+    def pay(self, key: Hashable, seconds: float) -> bool:
+        """Note a call for an expert; returns whether it is time to bring it. Modifies."""
+        self.use(key)
+        self._paid[key] = self._paid.get(key, 0.0) + seconds
+        return self._paid[key] >= self.bring_s * self._penalty.get(key, 1.0)
+
+    def use(self, key: Hashable) -> None:
+        """Note that an expert was asked for. Modifies; what is long ago counts less and less."""
+        self._uses[key] = self._uses.get(key, 0.0) + 1
+        self._total += 1
+        if self._total >= _MEMORY:
+            self._total //= 2
+            self._uses = {each: count / 2 for each, count in self._uses.items() if count > 1}
+            self._paid = {each: paid / 2 for each, paid in self._paid.items() if each in self._uses}
+
+    def uses(self, key: Hashable) -> float:
+        """Return how often an expert was asked for lately."""
+        return self._uses.get(key, 0.0)
+
+    def brought(self, key: Hashable, seconds: float) -> None:
+        """Note that an expert is here, and what that took. Modifies."""
+        self._paid.pop(key, None)
+        self._penalty.pop(key, None)
+        self.bring_s = seconds if not self.bring_s else _FADE * self.bring_s + (1 - _FADE) * seconds
+
+    def failed(self, key: Hashable) -> None:
+        """Note that an expert could not be brought. Modifies."""
+        self._paid.pop(key, None)
+        self._penalty[key] = 2 * self._penalty.get(key, 1.0)
+        self.bring_s = self.bring_s or _UNKNOWN_S
 
 
 class Rates:

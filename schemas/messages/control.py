@@ -56,12 +56,16 @@ class AssignedReplica(FrozenModel):
 
 
 class Hop(FrozenModel):
-    """Who computes an expert for a node, best first, itself included; `shares` of the rows where they are split."""
+    """Who computes an expert for a node, best first, itself included; `shares` of the rows where they are split.
+
+    `sha256` names its record, which the node may cache where it has room.
+    """
 
     layer: Count
     expert: Count
     holders: Annotated[tuple[NodeId, ...], Field(min_length=1)]
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    sha256: Digest = ""
 
 
 class AssignedTrunkPart(FrozenModel):

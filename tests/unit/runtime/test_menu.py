@@ -1,11 +1,13 @@
 """What is not at hand goes the way that is done first; what is in memory here is computed here."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
 from runtime.counters import Counters
 from runtime.dispatch import Dispatcher
-from runtime.policy.menu import Rates, Way, choose
+from runtime.policy.menu import Rates, Rent, Way, choose
 from runtime.routing import Routing
 from runtime.slots import Caching, Residency
 from schemas.placement import Route
@@ -74,3 +76,35 @@ def test_slow_disks_call_and_caches_answer(store):
     got, called = dispatch(held, caller, routing, rates)
     assert called == [("n1", [0, 1])]
     assert torch.equal(got, want)
+
+
+def test_what_is_called_over_and_over_is_brought_when_calls_have_cost_as_much():
+    rent = Rent()
+    assert rent.pay("a", 0.001), "what was never tried is tried"
+    rent.brought("a", 0.010)
+    assert [rent.pay("b", 0.004) for _ in range(3)] == [False, False, True]
+    rent.brought("b", 0.010)
+    assert not rent.pay("b", 0.004), "it was sent away, and is paid for anew"
+
+
+def test_what_cannot_be_brought_is_tried_less_and_less():
+    rent = Rent()
+    tries = []
+    for call in range(400):
+        if rent.pay("a", 0.01):
+            rent.failed("a")
+            tries.append(call)
+    assert len(tries) <= 6
+    assert all(later - sooner >= 10 for sooner, later in pairwise(tries))
+
+
+def test_old_uses_count_less():
+    rent = Rent()
+    for _ in range(3000):
+        rent.use("old")
+    for _ in range(3000):
+        rent.use("new")
+    assert rent.uses("new") > rent.uses("old") > 0
+    for number in range(10_000):
+        rent.use(number)
+    assert rent.uses("old") < 400
