@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from runtime.alone import open_alone
+from runtime.engine import generate
 from runtime.experts import ExpertCall, execute_call
 from runtime.slots import Residency
 from runtime.store import Store
@@ -117,6 +119,23 @@ class Experts:
                         execute_call(residency, call)
                         self.seconds[tier, count].append(time.perf_counter() - began)
 
+    def prompt_expert_s(self, tokens: int = 256) -> float:
+        """Seconds of one token at one expert from the device, where a prompt asks each expert for many at once."""
+        model, generator = self.model, torch.Generator().manual_seed(0)
+        hidden = torch.randn(tokens, model.hidden_size, generator=generator)
+        expert = np.sort(np.random.default_rng(0).integers(model.experts, size=tokens * model.top_k)).astype(np.int32)
+        token = np.resize(np.arange(tokens, dtype=np.int32), len(expert))
+        took = []
+        for layer in range(model.layers):
+            call = ExpertCall(
+                holder="", epoch=1, layer=layer, combine="partial", hidden=hidden, token=token, expert=expert,
+                weight=torch.full((len(expert),), 1 / model.top_k),
+            )  # fmt: skip
+            began = time.perf_counter()
+            execute_call(self._held["device"], call)
+            took.append(time.perf_counter() - began)
+        return statistics.median(took) / len(expert)
+
     def by_tier(self) -> dict[Tier, float]:
         """Seconds that one more expert of a tier adds to a call.
 
@@ -125,6 +144,23 @@ class Experts:
         took = {key: statistics.median(each) for key, each in self.seconds.items()}
         device = max(took["device", 2] - took["device", 1], 1e-6)
         return {tier: device + max(took[tier, 1] - took["device", 1], 0.0) for tier in TIERS}
+
+
+def idle_factor(model: Path, prompt: Sequence[int], *, pause_s: float = 0.015, steps: int = 120) -> float:
+    """How many times as long a step of a whole model takes after a pause as after another step; both in turn."""
+    segment = open_alone(model, dtype="float32", max_tokens=len(prompt) + steps + 2)
+    tokens = generate(segment, prompt, max_tokens=steps + 1, stop_ids=frozenset())
+    took: dict[bool, list[float]] = {True: [], False: []}
+    next(tokens)
+    for step in range(steps):
+        paused = step % 2 == 0
+        if paused:
+            time.sleep(pause_s)
+        began = time.perf_counter()
+        next(tokens)
+        took[paused].append(time.perf_counter() - began)
+    tokens.close()
+    return max(statistics.median(took[True]) / statistics.median(took[False]), 1.0)
 
 
 def _call(layer: int, experts: Sequence[int], hidden: torch.Tensor) -> ExpertCall:

@@ -74,7 +74,8 @@ class Site:
         Parameters
         ----------
         changes
-            `compute` in place of every node's; `only`, the one ingress where tokens enter.
+            `compute` in place of every node's; `only`, the one ingress where tokens enter; `prompts`, what an ingress
+            says of them.
         """
         document = yaml.safe_load((self.scene.path / "topology.yaml").read_text())
         document["model"] = str(self.scene.model)
@@ -83,6 +84,8 @@ class Site:
         for node in document["nodes"]:
             node["address"] = address(self.nodes[node["id"]])
             node["compute"] = changes.get("compute", node["compute"])
+            if "ingress" in node:
+                node["ingress"] |= changes.get("prompts", {})
             if changes.get("only", node["id"]) != node["id"] and "ingress" in node:
                 node["ingress"]["tokens_per_s"] = 0
         path = self.path / name
@@ -154,10 +157,24 @@ class Site:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def simulate(self, node: str, compute: dict[str, Any], trace: tuple[str, Path] | None) -> dict[str, Any]:
-        """Run `planner simulate` with one session at `node` and nothing else; return that ingress's figures."""
-        topology = self.write_topology(f"simulated-{node}.yaml", compute=compute, only=node)
+    def simulate(
+        self,
+        node: str,
+        compute: dict[str, Any],
+        trace: tuple[str, Path] | None,
+        prompts: dict[str, int] | None = None,
+    ) -> dict[str, Any]:
+        """Run `planner simulate` with one session at `node` and nothing else; return that ingress's figures.
+
+        Parameters
+        ----------
+        prompts
+            `prompt_tokens` and `answer_tokens`; then the figures have a `first_token`.
+        """
+        asked = {"prompts": prompts} if prompts else {}
+        topology = self.write_topology(f"simulated-{node}.yaml", compute=compute, only=node, **asked)
         replaced = ("--trace", f"{trace[0]}={trace[1]}") if trace else ()
+        replaced += ("--request-tokens", str(prompts["answer_tokens"])) if prompts else ()
         found = json.loads(
             run_here(
                 *PLANNER, "simulate", str(self.plan), "--topology", str(topology), *replaced,
@@ -165,7 +182,8 @@ class Site:
             )
         )  # fmt: skip
         figures: dict[str, Any] = next(each for each in found["ingresses"] if each["id"] == node)
-        return figures
+        first = [each for each in found["first_tokens"] if each["id"] == node]
+        return {**figures, **({"first_token": first[0]} if first else {})}
 
     def logs(self) -> str:
         return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.path.glob("*.log")))
