@@ -1,5 +1,6 @@
 """A device budget below what the plan gives a node: the same tokens, within the budget, changed while it runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_a_budget_below_the_plan_and_a_live_change(
         cache = cluster.status()["nodes"][0]["cache"]
         assert cache["load_bytes"] == cache["loads"] * spec().expert_bytes > 0
         assert cache["found"] > cache["loads"]
+        report = cluster.planner("status", "--coordinator", cluster.coordinator, "--layers", "--json").stdout
+        layers = json.loads(report)["layers"][0]["layers"]
+        assert sum(layer["loads"] for layer in layers) >= cache["loads"]
+        assert all(layer["load_bytes"] == layer["loads"] * spec().expert_bytes > 0 for layer in layers)
+        assert all(layer["local_s"] >= layer["load_wait_s"] > 0 for layer in layers)
         with pytest.raises(Refused, match=r"n0: device budget of 6 MiB is too small: at least .* are needed") as caught:
             change_budget("n0", cluster.coordinator, 6 * MIB)
         assert caught.value.exit_code == ExitCode.INFEASIBLE

@@ -74,7 +74,9 @@ def test_a_budget_is_spent_and_told(tmp_path: Path, store: Path, reference: dict
         assert 0 < used["lost_mass"] < 1
         assert 0 < used["rise"] < 0.5
         assert cluster.node_status("n0")["substitution_share"] > 0
-        said = json.loads(cluster.planner("status", "--coordinator", cluster.coordinator, "--json").stdout)
+        status = ("status", "--coordinator", cluster.coordinator, "--json", "--layers", "n0")
+        said = json.loads(cluster.planner(*status).stdout)
+        assert all(layer["replaced_rows"] > 0 for layer in said["layers"][0]["layers"])
         assert {node["id"]: node["quality"] and node["quality"]["budget"] for node in said["nodes"]} == {
             "n0": 0.5,
             "n1": None,

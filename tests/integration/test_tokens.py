@@ -69,6 +69,31 @@ def test_status_tells_what_was_served(cluster: Cluster) -> None:
     assert "n0" in cluster.planner("status", "--coordinator", cluster.coordinator).stdout
 
 
+def test_status_tells_what_each_layer_met(cluster: Cluster) -> None:
+    ask(cluster, PROMPTS[0])
+    options = ("--coordinator", cluster.coordinator)
+    said = json.loads(cluster.planner("status", *options, "--layers", "--json").stdout)
+    by_node = {each["node"]: each for each in said["layers"]}
+    assert set(by_node) == set(cluster.nodes)
+    here = by_node["n0"]
+    assert here["trunk_s"] > 0
+    assert [each["tokens"] for each in here["layers"]] == [here["tokens"]] * 4
+    for each in here["layers"]:
+        assert each["device_rows"] + each["host_rows"] + each["disk_rows"] + each["remote_rows"] == 2 * here["tokens"]
+        assert each["calls"] > 0
+        assert each["local_s"] > 0
+    node = cluster.node_status("n0")
+    rows = sum(each["remote_rows"] for each in here["layers"])
+    assert rows / (8 * here["tokens"]) == pytest.approx(node["remote_share"], abs=0.02)  # the heartbeat is older
+    shown = cluster.planner("status", *options, "--layers", "n0").stdout
+    assert "layers at n0" in shown
+    assert "layers at n1" not in shown
+    assert "other nodes" in shown.splitlines()[-1]
+    nowhere = cluster.planner("status", *options, "--layers", "elsewhere")
+    assert nowhere.returncode == 2
+    assert "n0, n1" in nowhere.stderr
+
+
 def test_sampling_is_repeatable(cluster: Cluster, reference: Reference) -> None:
     options = ("--temperature", "0.9", "--top-p", "0.9", "--seed")
     first, again, other = (ask(cluster, PROMPTS[2], *options, seed) for seed in ("7", "7", "8"))

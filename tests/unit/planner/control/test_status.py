@@ -30,6 +30,23 @@ def view(node, **served):
     return AgentView(hello, beat, heard_at=0.0, progressed_at=0.0)
 
 
+def test_layers_are_shown_with_what_they_met_and_where_the_time_went():
+    layers = (
+        msg.LayerUse(tokens=9, device_rows=12, remote_rows=6, calls=5, local_s=0.5, wait_s=0.25),
+        msg.LayerUse(tokens=9, device_rows=9, disk_rows=9, loads=8, load_bytes=8 << 20, local_s=1.5, load_wait_s=1.0),
+    )
+    none = msg.PlanStatus(digest="", phase="idle", epoch=0, target=0, moved=0, to_move=0)
+    used = msg.NodeLayers(node="a", tokens=9, trunk_s=2.0, layers=layers)
+    report = msg.StatusReport(cluster="c", epoch=0, plan=none, nodes=(), layers=(used,))
+    out = io.StringIO()
+    Console(file=out, width=160).print(status_view(report))
+    head, first, second, times = (line.split() for line in out.getvalue().splitlines()[-4:])
+    assert " ".join(head) == "layers at a tokens device disk remote calls loads bytes experts for loads for others for"
+    assert first[:7] == ["0", "9", "66.7%", "0.0%", "33.3%", "5", "0"]
+    assert second[:9] == ["1", "9", "50.0%", "50.0%", "0.0%", "0", "8", "8", "MiB"]
+    assert " ".join(times) == "time of 9 tokens: trunk 2 s, resident experts 1 s, loads 1 s, other nodes 250 ms"
+
+
 @pytest.fixture
 def state():
     plan = plan_through(replicas(all_on("a")), trunk=[path("a", "a", "b")])
