@@ -5,6 +5,7 @@ depend on which slot it is. Must not know which expert is where.
 """
 
 import mmap
+import weakref
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -91,6 +92,8 @@ class SlotPool:
         if int(error) != 0:
             raise RuntimeError(f"host memory cannot be pinned: {error}")
         self._is_pinned = True
+        # the same addresses may be mapped again later, and be pinned then
+        weakref.finalize(self, cudart.cudaHostUnregister, memory.data_ptr())
 
     def weights(self, slot: int) -> ExpertWeights:
         """Return the views of a slot's parts; of a packed one, weights in memory of their own."""

@@ -61,7 +61,7 @@ class Buffers:
     Attributes
     ----------
     control
-        [2 + 3 B + 2 L B] int64: stamp, an unused word, tokens, positions, strides, addresses; written before a step.
+        [2 + 2 B + 2 L B] int64: stamp, an unused word, positions, strides, addresses; written before a step.
     news
         [L E + 2 B K] int32: the slot table, and the host's answer to a layer that lacked experts (slots, and weights
         as float32).
@@ -87,16 +87,11 @@ class Buffers:
         return self.control[:1]
 
     @property
-    def tokens(self) -> torch.Tensor:
-        """[B] int64."""
-        return self.control[2 : 2 + self.slots.shape[1]]
-
-    @property
     def key_values(self) -> KeyValues:
         """Where keys and values lie."""
         layers, rows = self.slots.shape[:2]
-        positions, strides = (self.control[2 + n * rows : 2 + (n + 1) * rows] for n in (1, 2))
-        return KeyValues(self.control[2 + 3 * rows :].view(layers, rows, 2), strides, positions)
+        positions, strides = (self.control[2 + n * rows : 2 + (n + 1) * rows] for n in (0, 1))
+        return KeyValues(self.control[2 + 2 * rows :].view(layers, rows, 2), strides, positions)
 
     @property
     def table(self) -> torch.Tensor:
@@ -144,7 +139,7 @@ def make_buffers(device: torch.device, *, layers: int, rows: int, experts: int, 
 
 def control_size(layers: int, rows: int) -> int:
     """Return the words of `Buffers.control`."""
-    return 2 + 3 * rows + 2 * layers * rows
+    return 2 + 2 * rows + 2 * layers * rows
 
 
 def arrived(words: NDArray[np.int64], stamp: int) -> NDArray[np.int64] | None:

@@ -194,9 +194,8 @@ class CapturedDecode:
             self._note_waits(runner, dispatcher)
             step = _Step(self, runner, dispatcher, self._stamp)
             states = [[cache.layers[index].memory for cache in caches] for index in range(layers)]
-            if not self._parts.trunk.has_embedding:
-                runner.step.hidden.copy_(inputs)
-            control = self._control(inputs, states, seen)
+            runner.step.inputs.copy_(inputs)
+            control = self._control(states, seen)
             news = step.news() if self.table.is_new else None
             answer = runner.run(control, news, states, waits=not covers(self.table.slots), serve=step.serve)
             for cache in caches:
@@ -231,13 +230,11 @@ class CapturedDecode:
             self.table.is_new = True
         return found
 
-    def _control(self, inputs: torch.Tensor, states: Caches, seen: Sequence[int]) -> Ints:
-        """Return the words of `Buffers.control`."""
-        rows = len(seen)
-        tokens = inputs.tolist() if self._parts.trunk.has_embedding else [0] * rows
+    def _control(self, states: Caches, seen: Sequence[int]) -> Ints:
+        """Return the words of `Buffers.control`; tokens come by themselves."""
         strides = [keys.stride(0) for keys, _ in states[0]]
         addresses = [state.data_ptr() for layer in states for pair in layer for state in pair]
-        return np.array([self._stamp, 0, *tokens, *seen, *strides, *addresses], dtype=np.int64)
+        return np.array([self._stamp, 0, *seen, *strides, *addresses], dtype=np.int64)
 
     def _note_waits(self, runner: Runner, dispatcher: Dispatcher) -> None:
         """Count what the device waited in the step before, which is over."""

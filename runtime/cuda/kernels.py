@@ -10,10 +10,12 @@ from typing import Any, Final
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
 from runtime.cuda.buffers import Buffers, KeyValues
-from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Lanes, RouterShape
+from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Lanes, RouterShape, Scale
 
+_FEW_ROWS: Final = 2  # so many products with a vector each read their weight faster than one with a matrix
 _SPIN_LIMIT: Final = 1 << 26  # some 30 s: a host that died must not hold the device for ever
 
 
@@ -46,6 +48,86 @@ def add_norm(
         BLOCK=block, HAS_DELTA=delta is not None, num_warps=8,
     )  # fmt: skip
     return out, total
+
+
+@triton.jit
+def _product(
+    x, weight, out, rows, columns,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = at < rows
+    base = weight + at.to(tl.int64)[:, None] * columns
+    sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, columns, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        is_col = cols < columns
+        value = tl.load(x + row * columns + cols, mask=is_col, other=0.0).to(tl.float32)
+        both = is_row[:, None] & is_col[None, :]
+        sums += tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
+    tl.store(out + row * rows + at, tl.sum(sums, axis=1).to(out.dtype.element_ty), mask=is_row)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x times the transpose of a weight [N, D]: [B, N]."""
+    if len(x) > _FEW_ROWS:
+        return functional.linear(x, weight)
+    rows, columns = weight.shape
+    out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
+    block = 4 if rows <= 4096 else 8
+    _product[(len(x), triton.cdiv(rows, block))](
+        x, weight, out, rows, columns,
+        BLOCK_N=block, BLOCK_D=min(1024, triton.next_power_of_2(columns)), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _normed_product(
+    x, delta, scale, weight, total, normed, out, eps, rows, columns,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    cols = tl.arange(0, BLOCK_D)
+    is_col = cols < columns
+    at = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = at < rows
+    both = is_row[:, None] & is_col[None, :]
+    weights = tl.load(weight + at[:, None] * columns + cols[None, :], mask=both, other=0.0)
+    value = tl.load(x + row * columns + cols, mask=is_col, other=0.0)
+    dtype = value.dtype
+    if HAS_DELTA:
+        added = tl.load(delta + row * columns + cols, mask=is_col, other=0.0)
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(dtype)
+    wide = value.to(tl.float32)
+    root = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
+    scaled = (wide * root).to(dtype).to(tl.float32)
+    scaled = (scaled * tl.load(scale + cols, mask=is_col, other=0.0).to(tl.float32)).to(dtype)
+    if part == 0:
+        tl.store(total + row * columns + cols, value, mask=is_col)
+        tl.store(normed + row * columns + cols, scaled, mask=is_col)
+    sums = tl.sum(weights.to(tl.float32) * scaled.to(tl.float32)[None, :], axis=1)
+    tl.store(out + row * rows + at, sums.to(dtype), mask=is_row)
+
+
+def normed_product(
+    residual: torch.Tensor, delta: torch.Tensor | None, norm: Scale, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the product [B, N] of the RMS norm of residual + delta with a weight [N, D], that norm, and that sum."""
+    if len(residual) > _FEW_ROWS:
+        normed, total = add_norm(residual, delta, *norm)
+        return functional.linear(normed, weight), normed, total
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
+    rows, columns = weight.shape
+    out = torch.empty((len(residual), rows), dtype=residual.dtype, device=residual.device)
+    block = 1 if rows <= 512 else 4
+    _normed_product[(len(residual), triton.cdiv(rows, block))](
+        residual, residual if delta is None else delta, norm.weight, weight, total, normed, out, norm.eps, rows,
+        columns, BLOCK_N=block, BLOCK_D=triton.next_power_of_2(columns), HAS_DELTA=delta is not None, num_warps=4,
+    )  # fmt: skip
+    return out, normed, total
 
 
 @triton.jit

@@ -7,13 +7,13 @@ know who brings them. Axes: B tokens, D hidden, F ffn, K top-k.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
 from runtime.cuda.buffers import Buffers
-from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
 from runtime.loading import Trunk
 from runtime.pool import SlotPool
 from runtime.skeleton import RoutedExperts
@@ -21,13 +21,6 @@ from schemas.store import RecordLayout
 
 _ROUNDED_WEIGHTS: Final = {"qwen3_moe": True, "mixtral": False}  # of families whose layers are made of these parts
 _CHANGING_ROTARY: Final = ("dynamic", "longrope")  # their angles depend on how long the sequence is
-
-
-class Scale(NamedTuple):
-    """An RMS norm."""
-
-    weight: torch.Tensor
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -148,8 +141,8 @@ class Step:
 
     Attributes
     ----------
-    hidden
-        [B, D]: what goes in where the range does not begin with tokens.
+    inputs
+        What goes in: tokens [B] int64, or hidden states [B, D] where the range does not begin with tokens.
     """
 
     def __init__(self, parts: StepParts, lanes: Lanes, buffers: Buffers, ops: Any) -> None:
@@ -158,7 +151,9 @@ class Step:
         self._buffers = buffers
         self._ops = ops
         rows, device = buffers.slots.shape[1], buffers.control.device
-        self.hidden = torch.zeros((rows, lanes.hidden), dtype=parts.trunk.dtype, device=device)
+        is_first = parts.trunk.has_embedding
+        size, dtype = ((rows,), torch.int64) if is_first else ((rows, lanes.hidden), parts.trunk.dtype)
+        self.inputs = torch.zeros(size, dtype=dtype, device=device)
         self._active = torch.zeros((*buffers.slots.shape[1:], lanes.ffn), dtype=parts.trunk.dtype, device=device)
 
     def run(self, kv: Any, *, waits: bool, lacking: Callable[[int], None] | None = None) -> torch.Tensor:
@@ -171,18 +166,17 @@ class Step:
         lacking
             Called in each layer before it waits, where the host runs the operations itself.
         """
-        ops, buffers, inner = self._ops, self._buffers, self._parts.trunk.model.model
-        trunk = self._parts.trunk
-        total = functional.embedding(buffers.tokens, inner.embed_tokens.weight) if trunk.has_embedding else self.hidden
+        ops, trunk = self._ops, self._parts.trunk
+        inner = trunk.model.model
+        total = functional.embedding(self.inputs, inner.embed_tokens.weight) if trunk.has_embedding else self.inputs
         cos, sin = inner.rotary_emb(total[:, None], position_ids=kv.positions[:, None])
         delta = None
         for index, layer in enumerate(self._parts.layers):
-            normed, total = ops.add_norm(total, delta, *layer.first_norm)
-            qkv = functional.linear(normed, layer.qkv)
+            qkv, _, total = ops.normed_product(total, delta, layer.first_norm, layer.qkv)
             queries = ops.rotate_store(qkv, cos, sin, layer.norms, layer.heads, kv, index)
-            attended = functional.linear(ops.attend(queries, layer.heads, kv, index), layer.output)
-            normed, total = ops.add_norm(total, attended, *layer.second_norm)
-            delta = self._experts(index, normed, functional.linear(normed, layer.router), waits, lacking)
+            attended = ops.product(ops.attend(queries, layer.heads, kv, index), layer.output)
+            logits, normed, total = ops.normed_product(total, attended, layer.second_norm, layer.router)
+            delta = self._experts(index, normed, logits, waits, lacking)
         if not trunk.has_head:
             return total if delta is None else total + delta
         return ops.add_norm(total, delta, *_scale(inner.norm))[0]  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from runtime.cuda.buffers import Buffers, KeyValues
-from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -24,6 +24,19 @@ def add_norm(
     """Return the RMS norm of residual + delta, and that sum, [B, D] each."""
     total = residual if delta is None else residual + delta
     return _norm(total, weight, eps), total
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x times the transpose of a weight [N, D]: [B, N]."""
+    return functional.linear(x, weight)
+
+
+def normed_product(
+    residual: torch.Tensor, delta: torch.Tensor | None, norm: Scale, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the product [B, N] of the RMS norm of residual + delta with a weight [N, D], that norm, and that sum."""
+    normed, total = add_norm(residual, delta, *norm)
+    return functional.linear(normed, weight), normed, total
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

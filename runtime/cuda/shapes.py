@@ -10,6 +10,13 @@ import torch
 ATTENTION_SPLITS: Final = 16  # so many programs share the tokens that one head attends to; a power of two
 
 
+class Scale(NamedTuple):
+    """An RMS norm."""
+
+    weight: torch.Tensor
+    eps: float
+
+
 class Heads(NamedTuple):
     """Attention heads of a layer."""
 

@@ -9,7 +9,7 @@ import torch
 
 from runtime.cuda import reference
 from runtime.cuda.buffers import Buffers, KeyValues, make_buffers
-from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
@@ -63,6 +63,16 @@ def test_norm_of_a_sum(kernels: Any, dtype: torch.dtype) -> None:
         got, want = (each.add_norm(x, added, weight[0], 1e-6) for each in (kernels, reference))
         assert close(got[0], want[0])
         assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_products(kernels: Any, dtype: torch.dtype, rows: int) -> None:
+    x, delta = (drawn(rows, HIDDEN, dtype=dtype, seed=n) for n in range(2))
+    weight, norm = drawn(50, HIDDEN, dtype=dtype, seed=2), Scale(drawn(HIDDEN, dtype=dtype, seed=3), 1e-6)
+    assert close(kernels.product(x, weight), reference.product(x, weight))
+    for added in (None, delta):
+        got, want = (each.normed_product(x, added, norm, weight) for each in (kernels, reference))
+        assert all(close(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("has_norm", [True, False])
