@@ -19,8 +19,9 @@ import zmq
 from agent.errors import HolderUnreachable, RequestCancelled
 from agent.routes import EpochRoutes
 from agent.transport import Buffer, Context, Socket, connect, is_connected, make_socket
-from runtime.experts import ExpertCall, execute_call
+from runtime.experts import ExpertCall
 from runtime.loading import torch_dtype
+from runtime.single import answer_call
 from runtime.slots import Residency
 from schemas.messages import Endpoints, RemoteProtocolError
 from schemas.wire import AnswerHeader, CallFault, CallHeader, FaultHeader, Limits, pack_call, parse_answer
@@ -259,7 +260,7 @@ class PeerCaller:
         parts = [(rows, self._regrouped(call, target, rows, routes.epoch, tried)) for target, rows in groups.items()]
         answer = torch.zeros(call.answer_shape, dtype=call.answer_dtype)
         for rows, (part, token, under_way) in parts:
-            got = under_way.result() if under_way is not None else execute_call(self._residency, part)
+            got = under_way.result() if under_way is not None else answer_call(self._residency, part)
             index = torch.tensor(rows) if call.combine == "ordered" else torch.from_numpy(token)
             answer.index_add_(0, index, got)
         return answer

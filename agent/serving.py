@@ -17,8 +17,9 @@ import zmq
 
 from agent.transport import Buffer, Socket
 from runtime.errors import ExpertUnavailable, RuntimeFault
-from runtime.experts import ExpertCall, execute_call
+from runtime.experts import ExpertCall
 from runtime.loading import torch_dtype
+from runtime.single import answer_call
 from runtime.slots import Residency
 from schemas.messages import RemoteProtocolError
 from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, pack_answer, pack_fault, parse_call
@@ -111,7 +112,7 @@ class ExpertServer(threading.Thread):
             call = call_of(header, frames)
             if header.tokens > 1 or not _is_plain(call):
                 call.check()
-            answer = execute_call(self._residency, call)
+            answer = answer_call(self._residency, call)
         except ExpertUnavailable as error:
             # an epoch retired since the call was let in is the better reason: the caller follows the newer one
             fault = self._work.fence.objection(header.epoch) or CallFault(code="not_held", message=str(error))

@@ -38,6 +38,8 @@ class Counts:
     replaced_rows, spared_events, lost_mass
         Evaluations that another expert made, or none; (token, layer) pairs that wait for nobody because of it; and the
         share of the router's top-K mass that was given up, summed over pairs.
+    low_rows
+        Evaluations in a lower precision than the node's own.
     local_calls, remote_calls
         Groups of evaluations computed at once: by layer here, by layer and holder elsewhere.
     trunk_s, local_s, wait_s
@@ -56,6 +58,7 @@ class Counts:
     replaced_rows: int = 0
     spared_events: int = 0
     lost_mass: float = 0.0
+    low_rows: int = 0
     tier_rows: dict[Tier, int] = field(default_factory=dict)
     local_calls: int = 0
     remote_calls: int = 0
@@ -64,6 +67,7 @@ class Counts:
     wait_s: float = 0.0
     _chosen: list[NDArray[np.integer[Any]]] = field(default_factory=list, repr=False, compare=False)
     layers: NDArray[np.float64] = field(init=False, repr=False, compare=False)
+    _few: list[int] = field(default_factory=list, repr=False, compare=False)
     _marks: list[tuple[float, ...]] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +104,15 @@ class Counts:
         self.rows += len(expert)
         self.remote_rows += remote_rows
 
+    def count_token(self, layer: int, experts: list[int], *, remote_rows: int) -> None:
+        """Count one layer of one token, as `count_layer` does. Modifies."""
+        first = layer * self.routed.shape[1]
+        self._few.extend([first + expert for expert in experts])
+        self.events += 1
+        self.remote_events += remote_rows > 0
+        self.rows += len(experts)
+        self.remote_rows += remote_rows
+
     def end_layer(self, layer: int) -> None:
         """Note the sums so far: what was added since the last layer ended fell to this one. Modifies."""
         tiers = self.tier_rows
@@ -118,6 +131,9 @@ class Counts:
             marks = np.array(self._marks)  # [marks, 1 + figures]
             np.add.at(self.layers[:, :-1], marks[:, 0].astype(np.intp), np.diff(marks[:, 1:], axis=0, prepend=0.0))
             self._marks.clear()
+        if self._few:
+            self._chosen.append(np.array(self._few))
+            self._few.clear()
         if self._chosen:
             flat = np.bincount(np.concatenate(self._chosen), minlength=self.routed.size)
             self.routed += flat.reshape(self.routed.shape)
@@ -144,6 +160,8 @@ class TierCounts:
         [L]: experts read into memory, their bytes, and seconds that steps waited for that.
     prefetched, prefetch_hits
         [L]: experts loaded ahead, and those of them that were asked for.
+    brought, brought_bytes, guest_hits
+        [L]: experts of other nodes that were brought here, their bytes, and how often such were found in memory.
     """
 
     def __init__(self, layers: int) -> None:
@@ -153,12 +171,20 @@ class TierCounts:
         self.waited_s = [0.0] * layers
         self.prefetched = [0] * layers
         self.prefetch_hits = [0] * layers
+        self.brought = [0] * layers
+        self.brought_bytes = [0] * layers
+        self.guest_hits = [0] * layers
         self.evictions = 0
 
     def load(self, layer: int, num_bytes: int) -> None:
         """Count a load. Modifies."""
         self.loads[layer] += 1
         self.load_bytes[layer] += num_bytes
+
+    def bring(self, layer: int, num_bytes: int) -> None:
+        """Count an expert of another node that was brought here. Modifies."""
+        self.brought[layer] += 1
+        self.brought_bytes[layer] += num_bytes
 
     @property
     def hit_rate(self) -> float | None:
@@ -170,7 +196,7 @@ class TierCounts:
 
 _PLAIN = (
     *("tokens", "steps", "events", "remote_events", "rows", "remote_rows", "local_calls", "remote_calls"),
-    *("replaced_rows", "spared_events", "lost_mass", "trunk_s", "local_s", "wait_s"),
+    *("replaced_rows", "spared_events", "lost_mass", "low_rows", "trunk_s", "local_s", "wait_s"),
 )
 
 
@@ -196,7 +222,11 @@ class Counters:
         """Return a copy of the sums so far. Does not modify."""
         with self._lock:
             copied = replace(
-                self._total, routed=self._total.routed.copy(), tier_rows=dict(self._total.tier_rows), _chosen=[]
+                self._total,
+                routed=self._total.routed.copy(),
+                tier_rows=dict(self._total.tier_rows),
+                _chosen=[],
+                _few=[],
             )
             copied.layers += self._total.layers
             return copied

@@ -18,8 +18,11 @@ from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
 from runtime.importance import NOBODY, Substitution
-from runtime.policy.menu import Rates, Way, choose
+from runtime.lending import Low
+from runtime.menu import Menu
+from runtime.policy.menu import Rates
 from runtime.routing import LOCAL, Routing
+from runtime.single import Picked, compute_token, pick, shares, token_call
 from runtime.slots import Residency
 from runtime.timeline import Recorder, recorder
 
@@ -111,56 +114,96 @@ class Dispatcher:
             [T, D] in the dtype of `hidden`.
         """
         began = perf_counter()
+        combined = None
+        if len(hidden) == 1 and self.combine == "partial":
+            combined = self._run_token(layer, hidden, top_k_index, top_k_weights)
+        if combined is None:
+            combined = self._run_rows(layer, hidden, top_k_index, top_k_weights)
+        self.spent_s += perf_counter() - began
+        self.counts.end_layer(layer)
+        return combined
+
+    def _run_token(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Do what `_run_rows` does for one token, whose partial sums are added, where nothing is to be decided.
+
+        None, with nothing done, where an expert that is computed here is not at hand, or a policy has a say.
+        """
+        picked, planned = pick(layer, top_k_index, top_k_weights), self.routing.planned(self.turn + layer, layer)
+        if any(map(planned.__getitem__, picked.experts)):
+            return self._share_token(picked, planned, hidden)
+        self._look_ahead(layer, hidden)
+        local = self._run_token_here(picked, hidden)
+        if local is None:
+            return None
+        self.counts.count_token(layer, picked.experts, remote_rows=0)
+        self.counts.local_calls += 1
+        return local.to(hidden.dtype)
+
+    def _share_token(self, picked: Picked, planned: list[int], hidden: torch.Tensor) -> torch.Tensor | None:
+        """Call the holders of one token's experts, compute the rest here, add everything up; None as `_run_token`."""
+        layer, experts, others = picked.layer, picked.experts, shares(planned, picked.experts)
+        if self.substitution is not None or self.menu.is_open or others[0].holder < LOCAL:
+            return None
+        mine = others.pop(0).positions if others[0].holder == LOCAL else []
+        sent = []
+        for share in others:
+            name, theirs = self.routing.holders[share.holder - 1], picked.some(share.positions)
+            call = token_call(name, self.routing.epoch, theirs, hidden)
+            sent.append(_Sent(call, self.caller.begin(call), np.array(share.positions), call.token, perf_counter()))
+        self.counts.count_token(layer, experts, remote_rows=len(experts) - len(mine))
+        self.counts.remote_calls += len(sent)
+        self.counts.local_calls += bool(mine)
+        self._look_ahead(layer, hidden)
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if mine:
+            here = picked.some(mine)
+            local = self._run_token_here(here, hidden)
+            if local is None:
+                weight = torch.from_numpy(here.weights).to(hidden.device)
+                rows = Rows(np.zeros(len(mine), dtype=np.int64), np.array(here.experts), weight)
+                local = self._run_local(layer, hidden, rows, None)
+            total = local if local is not None else total
+        for each in sent:
+            total = total + self._answer(each)
+        return total.to(hidden.dtype)
+
+    def _run_token_here(self, picked: Picked, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Compute experts of one token here, [1, D] float32; None, with nothing done, if one is not at hand."""
+        began = perf_counter()
+        answer = compute_token(self.residency, picked, hidden, self.counts.tier_rows)
+        if answer is not None:
+            self._note_local(picked.layer, began, len(picked.experts))
+        return answer
+
+    def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
+        """Let what the next layer will probably ask for be loaded meanwhile."""
+        if self.ahead is not None and self.residency.is_caching and len(hidden) <= _FEW_TOKENS:
+            self.residency.prefetch(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
+
+    def _run_rows(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Do what `run` does for any number of tokens."""
         tables = self.routing.tables
         holders = tables[(self.turn + layer) % len(tables), layer]  # [E]
         if self.substitution is None:
             rows = _sorted_rows(top_k_index, top_k_weights)
         else:
-            at_hand = (holders == LOCAL) & self.residency.at_hand(layer, len(holders))
+            at_hand = self.menu.at_hand(layer, holders)
             rows = _present_rows(*self.substitution.apply(layer, top_k_index, top_k_weights, at_hand))
-        holder = holders[rows.expert]
-        if self.routing.others is not None and hidden.shape[0] <= _FEW_TOKENS and self.residency.is_caching:
-            holder = self._quickest(layer, rows.expert, holder)
+        planned = holder = holders[rows.expert]
+        if hidden.shape[0] <= _FEW_TOKENS and self.menu.is_open:
+            holder = np.array(self.menu.settle(layer, rows.expert.tolist(), planned.tolist()), dtype=np.int32)
         if not self.routing.is_complete and (holder < LOCAL).any():
             missing = int(rows.expert[holder < LOCAL][0])
             raise ExpertUnavailable(layer, missing, f"any node in epoch {self.routing.epoch}")
         local = not holder.any()
         sent = [] if local else self._begin(layer, hidden, rows, holder)
         self._count(layer, rows, holder, sent, tokens=hidden.shape[0])
-        if self.ahead is not None and self.residency.is_caching and hidden.shape[0] <= _FEW_TOKENS:
-            self.residency.prefetch(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
-        combined = self._combine(layer, hidden, rows, holder, sent)
-        self.spent_s += perf_counter() - began
-        self.counts.end_layer(layer)
-        return combined
-
-    def _quickest(self, layer: int, expert: NDArray[np.integer[Any]], holder: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return who computes each row, where this node could as well as another: [R] like `holder`.
-
-        What is in memory here is computed here; what would have to be loaded goes the way that is done first.
-        """
-        open_rows: dict[int, tuple[int, list[Way]]] = {}
-        holder = holder.copy()
-        for row, (each, planned) in enumerate(zip(expert.tolist(), holder.tolist(), strict=True)):
-            tier = self.residency.tier_of((layer, each))
-            if tier is None or self.routing.others is None:
-                continue
-            other = planned if planned > LOCAL else int(self.routing.others[layer, each])
-            if tier != "disk":
-                holder[row] = LOCAL
-            elif other > LOCAL:
-                name = self.routing.holders[other - 1]
-                open_rows[row] = (
-                    other,
-                    [
-                        Way("disk", self.residency.slack.load_s),
-                        Way(name, self.rates.seconds(name) or 0.0, is_shared=True),  # what was never tried is tried
-                    ],
-                )
-        ways = choose([ways for _, ways in open_rows.values()])
-        for (row, (other, _)), way in zip(open_rows.items(), ways, strict=True):
-            holder[row] = other if way else LOCAL
-        return holder
+        self._look_ahead(layer, hidden)
+        return self._combine(layer, hidden, rows, holder, sent)
 
     def _begin(self, layer: int, hidden: torch.Tensor, rows: Rows, holder: NDArray[np.int32]) -> list[_Sent]:
         """Begin one call per holder, in holder order."""
@@ -239,20 +282,39 @@ class Dispatcher:
         if mine is not None:
             rows = Rows(rows.token[mine], rows.expert[mine], rows.weight[torch.from_numpy(mine)])
         answer = compute_rows(
-            self.residency, layer, rows, hidden, combine=self.combine, tier_rows=self.counts.tier_rows
+            self.residency,
+            layer,
+            rows,
+            hidden,
+            combine=self.combine,
+            tier_rows=self.counts.tier_rows,
+            low=self._low(layer, rows),
         )
+        self._note_local(layer, began, len(rows.expert))
+        return answer
+
+    def _low(self, layer: int, rows: Rows) -> Low | None:
+        """Return which of the experts computed here may be had in low precision."""
+        given = self.substitution
+        if given is None or given.precision is None:
+            return None
+        return given.take_low(
+            layer, rows.expert, lambda expert: given.precision in self.residency.low_precisions((layer, expert))
+        )
+
+    def _note_local(self, layer: int, began: float, num_rows: int) -> None:
         now = perf_counter()
         self.counts.local_s += now - began
         if self.timeline is not None:
-            self.timeline.add("experts here", f"layer {layer}", began, now, rows=len(rows.expert))
-        return answer
+            self.timeline.add("experts here", f"layer {layer}", began, now, rows=num_rows)
 
     def _answer(self, sent: _Sent) -> torch.Tensor:
         began = perf_counter()
         answer = sent.pending.result()
         now = perf_counter()
         self.counts.wait_s += now - began
-        self.rates.observe(sent.call.holder, now - sent.began)
+        call = sent.call
+        self.menu.note_call(call.holder, call.layer, call.expert.tolist(), now - sent.began, now - began)
         if self.timeline is not None:
             about = f"layer {sent.call.layer} at {sent.call.holder}"
             self.timeline.add("waits for other nodes", about, began, now, rows=len(sent.rows))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from runtime.errors import InvalidInput, RuntimeFault
+from runtime.lending import Low
 from runtime.pool import ExpertWeights
 from runtime.slots import Residency
 from schemas.store import ExpertForm
@@ -116,8 +117,15 @@ def compute_rows(
     *,
     combine: Combine,
     tier_rows: TierRows | None = None,
+    low: Low | None = None,
 ) -> torch.Tensor:
-    """Compute rows of one layer from the replicas held here, as `execute_call` does; hidden is [T, D]."""
+    """Compute rows of one layer from the replicas held here, as `execute_call` does; hidden is [T, D].
+
+    Parameters
+    ----------
+    low
+        Experts that may be computed in low precision, see `Residency.lend`.
+    """
     bounds = _group_bounds(rows.expert)
     residency.observe(layer, rows.token, rows.expert, rows.weight)
     with torch.inference_mode():
@@ -126,7 +134,7 @@ def compute_rows(
         else:
             token = torch.from_numpy(rows.token).to(hidden.device)
             gathered = hidden[token]
-        answers = torch.cat(_answers(residency, layer, rows, gathered, bounds=bounds, tier_rows=tier_rows))
+        answers = torch.cat(_answers(residency, layer, rows, gathered, bounds=bounds, tier_rows=tier_rows, low=low))
         if combine == "ordered":
             return (answers * rows.weight.unsqueeze(1)).to(hidden.dtype)
         if token is None:
@@ -143,12 +151,13 @@ def _answers(
     *,
     bounds: list[int],
     tier_rows: TierRows | None,
+    low: Low | None,
 ) -> list[torch.Tensor]:
     """Return what each expert makes of its rows, [n, D] each, in the rows' order, however the experts come."""
     math = expert_math(residency.layout.form)
     experts = rows.expert[bounds[:-1]].tolist()
     answers: list[Any] = [None] * len(experts)
-    with closing(residency.lend(layer, experts)) as lending:
+    with closing(residency.lend(layer, experts, low)) as lending:
         for index, lent in lending:
             start, end = bounds[index], bounds[index + 1]
             answers[index] = math(lent.weights, gathered[start:end])
@@ -183,7 +192,7 @@ def expert_math(form: ExpertForm) -> ExpertMath:
 
 def _swiglu(form: ExpertForm) -> ExpertMath:
     """Gate and up in one product, then down: Mixtral, OLMoE, Qwen, DeepSeek."""
-    activation = _activation(form.activation)
+    activation = activation_of(form.activation)
 
     def forward(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
         gate, up = functional.linear(x, weights.gate_up).chunk(2, dim=-1)  # [n, F] each
@@ -212,7 +221,8 @@ def _present(bias: torch.Tensor | None) -> torch.Tensor:
     return bias
 
 
-def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def activation_of(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return an activation by its name in a config."""
     if name == "silu":
         return functional.silu
     from transformers.activations import ACT2FN

@@ -69,9 +69,28 @@ class Lender:
             for position, copy in enumerate(copies):
                 yield position, self._loader.borrowed(copy)
         finally:
-            self.give_back(copies)
-            if self._shelf.lacking:
-                self._count(layer, copies, 0.0)
+            self.end(layer, copies)
+
+    def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
+        """Begin to use experts that are all at hand, until `end`; None, with nothing done, if one is not. Modifies."""
+        ready, copies = self._shelf.ready, []
+        with self._changed:
+            for expert in experts:
+                copy = ready.get((layer, expert))
+                if copy is None:
+                    return None
+                copies.append(copy)
+            for copy in copies:
+                self._shelf.use(copy)
+        return copies
+
+    def end(self, layer: int, copies: Sequence[Copy]) -> None:
+        """End the use of copies that `take` gave. Modifies."""
+        self._loader.note_read(copies)
+        with self._changed:
+            self._shelf.end_use(copies)
+            if self._shelf.lacking or self._shelf.guests:
+                self._note(layer, copies, 0.0)
 
     def _keys(self, layer: int, experts: Sequence[int], low: Low) -> list[CopyKey]:
         """Return which copy of each expert is lent: one in low precision only where it will do and none better is here.
@@ -141,7 +160,8 @@ class Lender:
             for _, copy in coming:
                 self._promoter.run(copy)  # given up half-way: others may wait for it
             self.give_back(held)
-            self._count(layer, (), waited_s)
+            with self._changed:
+                self._note(layer, (), waited_s)
 
     def _begin(
         self, layer: int, keys: Sequence[CopyKey], absent: list[int], coming: list[tuple[int, Copy]], held: list[Copy]
@@ -194,17 +214,17 @@ class Lender:
         with self._changed:
             self._shelf.end_use(copies)
 
-    def _count(self, layer: int, copies: Sequence[Copy], waited_s: float) -> None:
+    def _note(self, layer: int, copies: Sequence[Copy], waited_s: float) -> None:
+        """Count what was found and waited for; whoever asks holds the lock."""
         if self._counts is None:
             return
-        with self._changed:
-            self._shelf.count_found(layer, copies)
-            self._shelf.forget_guesses(layer)
-            self._counts.waited_s[layer] += waited_s
-            now = perf_counter()
-            if self._lent_at:
-                self._shelf.slack.observe_layer(now - self._lent_at, waited_s)
-            self._lent_at = now
+        self._shelf.count_found(layer, copies)
+        self._shelf.forget_guesses(layer)
+        self._counts.waited_s[layer] += waited_s
+        now = perf_counter()
+        if self._lent_at:
+            self._shelf.slack.observe_layer(now - self._lent_at, waited_s)
+        self._lent_at = now
 
     def prefetch(self, layer: int, guess: Callable[[], Iterable[int]]) -> None:
         """Load experts that `layer` will probably ask for, in the background, as far as there is time. Modifies.
@@ -212,9 +232,9 @@ class Lender:
         Parameters
         ----------
         guess
-            Says which; not called where there is no time.
+            Says which; not called where there is no time, or nothing to load.
         """
-        room = self._shelf.slack.room
+        room = self._shelf.slack.room if self._shelf.absent[layer] else 0
         if self._counts is None or not self._is_ahead or not room or self._promoter.waiting:
             return
         jobs: list[Copy] = []

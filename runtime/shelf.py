@@ -17,11 +17,12 @@ import numpy as np
 
 from runtime.counters import TierCounts
 from runtime.policy.eviction import Eviction
+from runtime.policy.menu import Rent
 from runtime.policy.prefetch import Slack
 from runtime.records import Source
 from runtime.timeline import Recorder, recorder
 from schemas.precision import LOW_PRECISIONS, LowPrecision
-from schemas.topology import Tier
+from schemas.topology import TIERS, Tier
 
 Key = tuple[int, int]
 CopyKey = tuple[int, int] | tuple[int, int, LowPrecision]
@@ -48,6 +49,8 @@ class Copy:
         It is filled.
     is_guess
         It was loaded ahead, and its layer has not run yet.
+    is_guest
+        The plan gave it to other nodes; it makes room for all others.
     found
         Where its record came from.
     error
@@ -63,6 +66,7 @@ class Copy:
     is_ready: bool = False
     is_dropped: bool = False
     is_guess: bool = False
+    is_guest: bool = False
     users: int = 0
     found: Tier = "disk"
     error: Exception | None = None
@@ -97,6 +101,11 @@ class Shelf:
         The copy that an expert is computed from.
     lacking
         Experts that have no slot of their own.
+    guests, rent
+        Experts that other nodes hold, and where the records are of those that may be cached here all the same; and what
+        is known of their use.
+    absent
+        Those of them that are in no slot at all now, by layer.
     watchers
         Called with an expert and the copy that it is computed from now on, if any.
     """
@@ -127,6 +136,9 @@ class Shelf:
         self.copies: dict[Place, Copy] = {}
         self.ready: dict[CopyKey, Copy] = {}
         self.lacking: set[CopyKey] = set()
+        self.guests: dict[Key, list[Source]] = {}
+        self.rent = Rent()
+        self.absent: dict[int, set[CopyKey]] = defaultdict(set)
         self.evictable: dict[Copy, None] = {}
         self.guesses: dict[int, list[Copy]] = defaultdict(list)
         self.used: Counter[Tier] = Counter()
@@ -166,11 +178,14 @@ class Shelf:
 
     def end_use(self, copies: Iterable[Copy]) -> None:
         """End the use of copies."""
+        is_any_free = False
         for copy in copies:
             copy.users -= 1
             if not copy.users:
                 self.settle(copy)
-                self._notify()
+                is_any_free = True
+        if is_any_free:
+            self._notify()
 
     def settle(self, copy: Copy) -> None:
         """Draw the consequences of a change to a copy."""
@@ -208,6 +223,15 @@ class Shelf:
         copies = [copy for copy in self.evictable if copy.tier in tiers]
         if count <= 0 or not copies:
             return []
+        if self.guests and (guests := [copy for copy in copies if copy.is_guest]):
+            guests.sort(key=lambda copy: self.rent.uses(copy.key))
+            copies = [copy for copy in copies if not copy.is_guest]
+            if count <= len(guests) or not copies:
+                return guests[:count]
+            return guests + self._least(copies, layer, count - len(guests))
+        return self._least(copies, layer, count)
+
+    def _least(self, copies: list[Copy], layer: int, count: int) -> list[Copy]:
         if self.eviction is None:
             return copies[:count]
         keys = np.array([copy.key[0] * self._experts + copy.key[1] for copy in copies])
@@ -246,6 +270,36 @@ class Shelf:
             self.evict(victims[0])
             room = self.take(tier, 1)
         return room[0][1] if room else None
+
+    def is_assigned(self, key: CopyKey) -> bool:
+        """Whether an expert was put here, in any tier."""
+        return any((key, tier) in self.assigned for tier in TIERS)
+
+    def seat(self, key: Key) -> Copy | None:
+        """Make a copy of a guest that is to be filled, where a slot is free or a guest has one that is used less."""
+        if key in self.ready or self.is_coming(key) or self._is_frozen:
+            return None
+        for tier in self.cached_in:
+            if not (room := self.take(tier, 1)):
+                seated = [copy for copy in self.evictable if copy.is_guest and copy.tier == tier]
+                least = min(seated, key=lambda copy: self.rent.uses(copy.key), default=None)
+                if least is None or self.rent.uses(least.key) >= self.rent.uses(key):
+                    continue
+                self.evict(least)
+                room = self.take(tier, 1)
+            if room:
+                copy = self.occupy(key, *room[0])
+                copy.is_guest = True
+                return copy
+        return None
+
+    def send_away(self, key: Key) -> None:
+        """Cache an expert of other nodes no longer."""
+        self.guests.pop(key, None)
+        for tier in MEMORY:
+            copy = self.copies.get((key, tier))
+            if copy is not None and copy.is_guest:
+                self.remove((key, tier))
 
     def can_load(self, key: CopyKey) -> bool:
         """Whether an expert's record can be read somewhere."""
@@ -305,6 +359,10 @@ class Shelf:
         if (key, tier) not in self.assigned:
             self._num_assigned[tier] += 1
         self.assigned[key, tier] = own
+        self.guests.pop((key[0], key[1]), None)
+        for copy in (self.copies.get((key, each)) for each in MEMORY):
+            if copy is not None:
+                copy.is_guest = False
         self.note_lack(key)
         if self.is_yielding(tier) != was_yielding:
             self.review(tier)
@@ -332,6 +390,13 @@ class Shelf:
             self.lacking.add(key)
         else:
             self.lacking.discard(key)
+        self._note_absence(key)
+
+    def _note_absence(self, key: CopyKey) -> None:
+        if key in self.lacking and key not in self.ready:
+            self.absent[key[0]].add(key)
+        else:
+            self.absent[key[0]].discard(key)
 
     def add_source(self, key: CopyKey, source: Source) -> None:
         """Note where a record can be read, the next best after those known."""
@@ -352,6 +417,7 @@ class Shelf:
             self.ready.pop(key, None)
         else:
             self.ready[key] = copy
+        self._note_absence(key)
         if len(key) == 2:
             for watch in self.watchers:
                 watch(key, copy)
@@ -393,6 +459,9 @@ class Shelf:
         """Count copies that were at hand."""
         for copy in copies:
             self.counts.found[copy.tier][layer] += 1
+            if copy.is_guest:
+                self.counts.guest_hits[layer] += 1
+                self.rent.use(copy.key)
             self.redeem(copy)
 
     def redeem(self, copy: Copy) -> None:

@@ -8,7 +8,7 @@ for the expert maths. Bookkeeping is `shelf`'s, under one lock; `loads` reads ou
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from runtime.counters import TierCounts
 from runtime.errors import BudgetTooSmall, ExpertUnavailable, InvalidInput, OverBudget
+from runtime.guests import Guests
 from runtime.lending import Lender, Low
 from runtime.loads import Borrowed, Loader
 from runtime.packed import Repacked, Unpacked
-from runtime.policy.eviction import EVICTIONS
+from runtime.policy.eviction import EVICTIONS, Deferred
 from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool
 from runtime.precision import pack_record, packed_layout
@@ -127,13 +128,16 @@ class Residency:
         self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
         is_apart = self.device.type == "cuda"  # what is in host memory is brought to the device to be computed there
         computed_in: tuple[Tier, ...] = ("device",) if is_apart and slots["device"] else MEMORY
+        self._eviction = (
+            Deferred(EVICTIONS[caching.eviction](caching.layers, caching.experts)) if caching is not None else None
+        )
         self._shelf = Shelf(
             self._bytes,
             self.budgets,
             slots,
             cached_in=() if caching is None else computed_in,
             computed_in=computed_in,
-            eviction=EVICTIONS[caching.eviction](caching.layers, caching.experts) if caching else None,
+            eviction=self._eviction,
             experts=caching.experts if caching else 0,
             counts=self.counts,
             notify=self._changed.notify_all,
@@ -159,6 +163,7 @@ class Residency:
             is_ahead=caching is not None and caching.prefetch,
             workers=caching.workers if caching else 0,
         )
+        self._guests = Guests(self._shelf, self._loader, self._changed)
 
     def _slots(self, tier: Tier, most: int | None) -> int:
         slots = self.budgets[tier] // self._bytes[tier]
@@ -170,6 +175,11 @@ class Residency:
         return Inside(self._shelf, self._changed, self._loader, self._pools["device"])
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes that an expert takes in memory."""
+        return self._bytes["device"]
+
+    @property
     def slack(self) -> Slack:
         """What is known of loads and of the time for them."""
         return self._shelf.slack
@@ -177,6 +187,27 @@ class Residency:
     @slack.setter
     def slack(self, slack: Slack) -> None:
         self._shelf.slack = slack
+
+    def invite(self, guests: Mapping[Key, Sequence[Source]]) -> None:
+        """Let just these experts of other nodes be cached in room that nobody else needs. Modifies.
+
+        Parameters
+        ----------
+        guests
+            Where the record of each can be had, best first.
+        """
+        if self.caching is not None:
+            self._guests.invite(guests)
+
+    def note_call(self, keys: Sequence[Key], seconds: float) -> None:
+        """Note that experts of another node were called together, and waited for. May bring one here. Modifies."""
+        if self._shelf.guests:
+            self._guests.pay(keys, seconds)
+
+    @property
+    def guests(self) -> Collection[Key]:
+        """Experts of other nodes that may be cached here."""
+        return self._shelf.guests.keys()
 
     def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
         """Hold a replica of `key` in `tier`; holding it there already changes nothing. Modifies.
@@ -260,11 +291,11 @@ class Residency:
                 if (key, each) in self._shelf.assigned:
                     self._remove_file(self._shelf.unassign(key, each))
             if not any((key, each) in self._shelf.assigned for each in TIERS):
-                self._shelf.lacking.discard(key)
                 for copy_key in copy_keys(key):
                     self._shelf.sources.pop(copy_key, None)
                     for each in MEMORY:
                         self._shelf.remove((copy_key, each))
+                    self._shelf.note_lack(copy_key)
 
     def set_budget(self, tier: Tier, budget: int) -> None:
         """Let experts take so many bytes of a tier from now on; at most what was reserved in the beginning. Modifies.
@@ -330,6 +361,22 @@ class Residency:
         """
         return self._lender.lend(layer, experts, low)
 
+    def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
+        """Begin to use experts of one layer that are all at hand; None, with nothing done, if one is not. Modifies.
+
+        What `lend` does in the ordinary case, for those who need it most often: `weights` of the copies are valid until
+        `end` is called.
+        """
+        return self._lender.take(layer, experts)
+
+    def weights(self, copy: Copy) -> ExpertWeights:
+        """Return the weights of a copy that `take` gave."""
+        return self._loader.weights(copy)
+
+    def end(self, layer: int, copies: Sequence[Copy]) -> None:
+        """End the use of copies that `take` gave. Modifies."""
+        self._lender.end(layer, copies)
+
     def prefetch(self, layer: int, guess: Callable[[], Iterable[int]]) -> None:
         """Load experts that `layer` will probably ask for, in the background, as far as there is time. Modifies.
 
@@ -339,6 +386,11 @@ class Residency:
             Says which; not called where there is no time.
         """
         self._lender.prefetch(layer, guess)
+
+    def observe_token(self, layer: int, experts: list[int], weights: NDArray[np.float32]) -> None:
+        """Do what `observe` does for one token, with weights [R]. Modifies."""
+        if self._eviction is not None and self._shelf.lacking:
+            self._eviction.note(layer, experts, weights)
 
     def observe(self, layer: int, token: NDArray[Any], expert: NDArray[Any], weight: torch.Tensor) -> None:
         """Let the eviction policy learn which experts the tokens of a layer were routed to. Modifies.

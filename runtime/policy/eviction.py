@@ -6,6 +6,7 @@ know what an expert weighs or where it comes from. Flow: routing of each token a
 Axes: T tokens, L layers, E experts, K top-k, C candidates; keys are ``layer * E + expert``.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, Protocol
@@ -204,6 +205,39 @@ class Rates:
         chance = self._fast_share * self._rate[0, keys] + (1 - self._fast_share) * self._rate[1, keys]
         ahead = _ahead(keys, layer, self._layers, self._experts) / self._layers
         return np.asarray(chance / (ahead + _PATIENCE))
+
+
+class Deferred:
+    """A policy that learns of single tokens when it is asked: mostly nothing must go, and nobody asks.
+
+    Parameters
+    ----------
+    most
+        (token, layer) events that are kept for it; what lies further back is forgotten if nobody asked meanwhile.
+    """
+
+    def __init__(self, policy: Eviction, most: int = 4096) -> None:
+        self._policy = policy
+        self._noted: deque[tuple[int, list[int], NDArray[np.float32]]] = deque(maxlen=most)
+
+    def note(self, layer: int, experts: list[int], scores: NDArray[np.float32]) -> None:
+        """Learn later which experts one token used. Modifies; any thread may."""
+        self._noted.append((layer, experts, scores))
+
+    def observe(self, layer: int, ids: Ints, scores: Floats, top_k: int) -> None:
+        """Learn from some tokens, after those that were noted."""
+        self._catch_up()
+        self._policy.observe(layer, ids, scores, top_k)
+
+    def worth(self, keys: Ints, layer: int) -> Floats:
+        """Return what the policy says; learns what was noted."""
+        self._catch_up()
+        return self._policy.worth(keys, layer)
+
+    def _catch_up(self) -> None:
+        while self._noted:
+            layer, experts, scores = self._noted.popleft()
+            self._policy.observe(layer, np.array([experts]), scores[None].astype(np.float64), len(experts))
 
 
 class Belady:
