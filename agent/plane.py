@@ -184,6 +184,7 @@ class SessionPlane:
                 try:
                     while not (self._stopped() or self._turn.is_better_placed):
                         self._receive(may_run=False)
+                        self._segments.fronts.tell()
                 finally:
                     self._turn.give()
 
@@ -192,6 +193,7 @@ class SessionPlane:
             self._receive()
             if (batch := self._segments.registry.next_batch()) is not None:
                 self._segments.run(batch, port)
+            self._segments.fronts.tell()
 
     def _has_other_work(self) -> bool:
         return self._segments.registry.has_others or bool(self._orders)
@@ -228,7 +230,7 @@ class SessionPlane:
                     log.info("session plane: %s left before its answer", parse_sender(name).node or "somebody")
 
             self._take(parse_sender(name), frames[0].buffer if len(frames) == 1 else memoryview(b""), reply)
-            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return  # quicker than to be told by an exception
 
     def _look(self) -> None:

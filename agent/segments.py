@@ -17,6 +17,7 @@ import torch
 from agent import ring
 from agent.early import Early, EarlySteps, Reply
 from agent.errors import RequestCancelled
+from agent.fronts import Fronts, News
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
 from agent.steps import ids_of, name_of, require_fit
 from agent.tracing import PutTrace, Traces
@@ -74,19 +75,6 @@ class Traffic:
     hops: int = 0
 
 
-@dataclass(frozen=True)
-class _Front:
-    """An answer that is made for a client here: along which path, and where its events go."""
-
-    path: TrunkPath
-    put: Callable[[ring.Event], None]
-    put_trace: PutTrace | None
-
-    @property
-    def nodes(self) -> set[str]:
-        return {segment.node for segment in self.path.segments}
-
-
 class Outside(Protocol):
     """The way to other nodes, and what waits there."""
 
@@ -117,26 +105,26 @@ class Segments:
     def __init__(self, me: Sender, *, layers: int, outside: Outside, frame_bytes: int = MOST_TRACE_BYTES) -> None:
         self.offer = Offer()
         self.traffic = Traffic()
+        self.fronts = Fronts()
         self.registry = Registry(me.node, layers=layers, cut=prefill_chunks)
         self._me = me
         self._outside = outside
         self._traces = Traces(me.node)
         self._trace_bytes = min(frame_bytes, MOST_TRACE_BYTES)
         self._open: dict[str, Segment] = {}  # by entry name: where its KV cache is
-        self._fronts: dict[str, _Front] = {}
         self._early = EarlySteps()
 
     def attach(
         self, session: str, path: TrunkPath, put: Callable[[ring.Event], None], put_trace: PutTrace | None = None
     ) -> None:
         """Send the events of a session of this ingress to `put`, and its traces. Any thread may ask."""
-        self._fronts[session] = _Front(path, put, put_trace)
+        self.fronts.attach(session, path, put, put_trace)
         if put_trace is not None:
             self._traces.begin(session, self._me)
 
     def detach(self, session: str) -> None:
         """Send no more events. Any thread may ask."""
-        self._fronts.pop(session, None)
+        self.fronts.detach(session)
         self._traces.forget(session)
 
     def trace_of(self, session: str) -> list[TracePart]:
@@ -229,28 +217,14 @@ class Segments:
             segment.close(entry.name)
         self._outside.forget(entry.session)
 
-    def _hear(self, sender: Sender, message: Opened | SessionStanding | Scored | SessionTrace | SessionFault) -> None:
+    def _hear(self, sender: Sender, message: News) -> None:
         """Hand what a node of a path says to whoever makes the answer; pass a fault on to the ingress if not here."""
-        session, front = message.session, self._fronts.get(message.session)
+        front = self.fronts.find(message.session)
         if front is None:
             if isinstance(message, SessionFault):
                 self._pass_fault_on(sender, message)
             return
-        if sender.node not in front.nodes:
-            raise Objection("not_yours", f"{sender.node} has no part in this session")
-        match message:
-            case Opened():
-                front.put(ring.OpenedAt(session, sender.node))
-            case SessionStanding(is_busy=is_busy):
-                front.put(ring.Stood(session, sender.node, is_busy))
-            case Scored(position=position, nll=nll):
-                front.put(ring.ScoreCame(session, position, nll))
-            case SessionTrace(part=part) if front.put_trace is not None:
-                front.put_trace(part.model_copy(update={"node": sender.node, "session": session}))
-            case SessionTrace():
-                pass  # nobody asked
-            case SessionFault(node=node, code=code, message=text, exit_code=exit_code):
-                front.put(ring.Faulted(session, node, code, text, exit_code))
+        self.fronts.hear(front, sender, message)
 
     def _pass_fault_on(self, sender: Sender, fault: SessionFault) -> None:
         """Tell another node's ingress; one of this node that listens no more has closed the session."""
@@ -264,11 +238,12 @@ class Segments:
 
         The beginning of a prompt may come before its session is open: it is kept a while, and `reply` told otherwise.
         """
-        front = self._fronts.get(header.session)
+        front = self.fronts.find(header.session)
         self._traces.step_heard(sender.node, header)
         if header.kind == "token" and front is not None and sender.node == front.path.segments[-1].node:
             self.traffic.entered += 1
-            front.put(ring.TokenCame(header.session, header.position, int(payload[0]), header.end))
+            came = ring.TokenCame(header.session, header.position, int(payload[0]), header.end)
+            self.fronts.note(front, came)
             if header.end or self.registry.find(header.session, header.segment) is None:
                 return
         if not self._take_in(sender, header, payload) and not self._early.keep(sender, header, payload, reply):
@@ -408,8 +383,8 @@ class Segments:
 
     def unreachable(self, node: str, session: str) -> None:
         """Tell whoever makes the answer that a node of its path cannot be reached."""
-        if (front := self._fronts.get(session)) is not None:
-            front.put(ring.Faulted(session, node, "lost", "cannot be reached"))
+        if (front := self.fronts.find(session)) is not None:
+            self.fronts.note(front, ring.Faulted(session, node, "lost", "cannot be reached"))
         elif entries := self.registry.at(session):
             ingress = entries[0].opened.path.ingress
             text = f"cannot be reached from {self._me.node}"

@@ -151,7 +151,7 @@ class World:
 
         def left() -> list[object]:
             all_segments = [node.plane._segments for node in self.nodes.values()]
-            held = [(s.registry.snapshot(), s._open, s._fronts) for s in all_segments]
+            held = [(s.registry.snapshot(), s._open, len(s.fronts)) for s in all_segments]
             return [each for each in held if any(each)]
 
         wait_for(lambda: not self.kv_used() and not left(), timeout_s=10, what=lambda: f"nothing left of {left()}")
