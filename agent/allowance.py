@@ -70,12 +70,12 @@ class Allowance:
         return max(0, memory - taken)
 
     def _require(self, device: int) -> None:
-        spec = self._budget.spec
+        spec, expert_bytes = self._budget.spec, self._residency.slot_bytes
         trunk = self._budget.path_memory(self._assignments).total if self._budget.trunk_tier == "device" else 0
-        experts = spec.top_k * spec.expert_bytes
+        experts = spec.top_k * expert_bytes
         if device < trunk + experts:
             why = (
-                f"{spec.top_k} experts of {format_bytes(spec.expert_bytes)} that a token needs in a layer"
+                f"{spec.top_k} experts of {format_bytes(expert_bytes)} that a token needs in a layer"
                 f"{f', and {format_bytes(trunk)} for trunk and KV cache' if trunk else ''}"
             )
             raise BudgetTooSmall("device", budget=device, needed=trunk + experts, why=why)

@@ -19,12 +19,13 @@ from typing import Final
 
 from agent.budget import Held
 from agent.errors import CannotPrepare, DataUnusable
-from runtime.errors import ExpertUnavailable, RuntimeFault
+from runtime.errors import RuntimeFault
 from runtime.records import FetchedRecord, RecordFile, Source
 from runtime.slots import Key, Record, Residency
 from runtime.store import Store
 from schemas.messages import AssignedReplica
 from schemas.outcome import ExitCode
+from schemas.precision import LowPrecision
 from schemas.store import RECORDS_NAME
 from schemas.units import format_bytes
 
@@ -111,9 +112,16 @@ class Holdings:
         name, key = replica.record.sha256, (replica.record.layer, replica.record.expert)
         if (data := self._read_back(name)) is not None:
             return data
-        if self.residency.holds(key) and _is_intact(data := self.residency.record(key), name):
+        if (data := self._from_memory(key)) is not None and _is_intact(data, name):
             return data
         return self._from_store(name)
+
+    def _from_memory(self, key: Key) -> bytes | None:
+        """Return the record of a held expert; None where it is only held in a lower precision, or damaged."""
+        try:
+            return self.residency.record(key) if self.residency.holds(key) else None
+        except RuntimeFault:
+            return None
 
     def find_part(self, name: str) -> bytes | None:
         """Return a part of the trunk that is here already, verified; damaged files are removed."""
@@ -152,6 +160,8 @@ class Holdings:
         self.residency.put(key, replica.tier, record, source=sources[0] if sources else None)
         for source in sources:
             self.residency.add_source(key, source)
+        for precision, source in self._packed_sources(key, name):
+            self.residency.place_packed(key, precision, source)
         if self._fetch is not None and replica.sources and replica.tier == "disk":
             self.residency.add_source(key, FetchedRecord(name, partial(self._fetched, replica)))
         with self._lock:
@@ -165,6 +175,16 @@ class Holdings:
             offset = self.store.by_sha256[name].offset
             sources.append(RecordFile(self.store.path / RECORDS_NAME, name, offset))
         return sources
+
+    def _packed_sources(self, key: Key, name: str) -> list[tuple[LowPrecision, Source]]:
+        """Return where the store has this expert in low precisions."""
+        if self.store is None or name not in self.store.by_sha256:
+            return []
+        file, manifest = self.store.path / RECORDS_NAME, self.store.manifest
+        found = [
+            (each.layout.precision, each.records[key[0] * manifest.model.experts + key[1]]) for each in manifest.packed
+        ]
+        return [(precision, RecordFile(file, record.sha256, record.offset)) for precision, record in found]
 
     def _fetched(self, replica: AssignedReplica, name: str) -> Record:
         log.warning("record %s… is fetched from other nodes", name[:12])
@@ -214,7 +234,7 @@ class Holdings:
             raise KeyError(sha256)
         try:
             return self.residency.record(key)[offset : offset + length]
-        except (ExpertUnavailable, RuntimeFault) as error:
+        except RuntimeFault as error:
             raise KeyError(sha256) from error
 
     def _stored(self, sha256: str) -> Store:

@@ -108,6 +108,7 @@ class Node:
             caching=Caching(
                 self._spec.layers, self._spec.experts, eviction=settings.eviction, prefetch=settings.prefetch
             ),
+            precision=None if settings.precision == "checkpoint" else settings.precision,
         )
         self._allowance = Allowance(self._residency, budget, settings.device_budget)
         self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk, fetch=self._fetch)

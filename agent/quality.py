@@ -17,10 +17,12 @@ from runtime.calibrate import policy_of
 from runtime.counters import Counts
 from runtime.importance import Importance
 from runtime.policy.quality import Allowance, Controller
+from runtime.policy.routing import LowMissing, Routing
 from schemas.calibration import Calibration, layer_mask, load_calibration
 from schemas.files import Fault, InvalidFile
 from schemas.messages import QualityUse
 from schemas.model import ModelSpec
+from schemas.precision import LowPrecision
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ class QualityBudget:
             layers, plan = ", ".join(map(str, other)), calibration.situation.plan[:12]
             note = _OTHER_PLACEMENT.format(file=file.name, plan=plan, layers=layers)
             return Spending(budget=budget, standing="misplaced", note=note)
-        return Spending(importance_of(calibration, budget), calibration, budget)
+        importance = importance_of(calibration, budget, self._settings.low_precision)
+        return Spending(importance, calibration, budget)
 
     def _file(self) -> Path | None:
         """Return the calibration that is named, or else the first that is there."""
@@ -127,21 +130,38 @@ class QualityBudget:
         )
 
 
-def importance_of(calibration: Calibration, budget: float) -> Importance:
-    """Return the policy and the account of the largest setting within a budget; KeyError where there is none."""
-    setting = calibration.setting(budget)
+def importance_of(calibration: Calibration, budget: float, precision: LowPrecision | None = None) -> Importance:
+    """Return the policy and the account of the largest setting within a budget; KeyError where there is none.
+
+    Parameters
+    ----------
+    precision
+        In which missing experts may be loaded. What it would cost to have every expert in it is set aside, and other
+        experts stand in for what is left; where too little is left for that, missing experts are loaded as they are.
+    """
+    cost = next((each for each in calibration.precisions if each.precision == precision), None)
+    set_aside = max(cost.high, 0.0) if cost is not None else 0.0
+    setting = calibration.setting((1 + budget) / (1 + set_aside) - 1)
+    if cost is not None and setting is None:
+        log.warning("a budget of %.2f%% has no room for %s (%.2f%%)", 100 * budget, precision, 100 * set_aside)
+        return importance_of(calibration, budget)
     if setting is None:
         raise KeyError(budget)
     is_whole = calibration.situation.is_whole
+    low = cost.nll_per_row if cost is not None else (0.0,) * calibration.layers
     allowance = Allowance(
-        setting.budget,
-        setting.nll,
+        (1 + setting.budget) * (1 + set_aside) - 1,
+        tuple(nll + calibration.top_k * row for nll, row in zip(setting.nll, low, strict=True)),
         setting.nll_per_mass,
-        divergence=setting.divergence,
+        nll_per_low_row=low,
+        divergence=setting.divergence + (cost.divergence if cost is not None else 0.0),
         warmup=calibration.warmup,
         sample_every=SAMPLE_EVERY,
     )
-    return Importance(policy_of(setting.shares, is_whole=is_whole), Controller(allowance), is_whole=is_whole)
+    policy: Routing = policy_of(setting.shares, is_whole=is_whole)
+    if cost is not None:
+        policy = LowMissing(policy)
+    return Importance(policy, Controller(allowance), is_whole=is_whole, precision=precision if cost else None)
 
 
 def _load(file: Path, spec: ModelSpec, budget: float) -> Calibration:

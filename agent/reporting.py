@@ -111,6 +111,8 @@ class Reporter:
                 hops=self._traffic.hops,
                 tokens_per_s=self._rate.update(now, self._traffic.entered),
                 cache=_cache_use(self._holdings.residency),
+                precision=self._identity.settings.precision,
+                low_rows=counts.low_rows,
             ),
             moved=preparation.moved if preparation else 0,
             to_move=preparation.to_move if preparation else 0,

@@ -13,6 +13,7 @@ from schemas.address import InvalidAddress, parse_address, require_loopback
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_yaml
 from schemas.model import HeldDtype
+from schemas.precision import LowPrecision, Precision
 from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId
 from schemas.units import Bytes, Share
 
@@ -60,6 +61,12 @@ class Settings(FrozenModel):
         Less of the device than `memory` tells the planner: experts beyond it are loaded when they are asked for.
     eviction, prefetch
         Of experts that are cached in memory which the plan leaves free.
+    precision
+        In which this node holds and executes every expert, whoever asks for it: in int8 or int4 more of them fit into
+        the same memory, and text changes as `agent calibrate` tells. What the plan places here is counted as before;
+        what that leaves free is cache. Records travel, and lie on disk, as the plan has them.
+    low_precision
+        In which a missing expert may be loaded instead, where the quality budget allows that.
     quality
         What substitution of experts may cost; exact where neither this nor the plan gives a budget.
     threads
@@ -82,6 +89,8 @@ class Settings(FrozenModel):
     device_budget: Bytes | None = None
     eviction: Literal["rates", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True
+    precision: Precision = "checkpoint"
+    low_precision: LowPrecision | None = None
     quality: OwnQuality = OwnQuality()
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     call_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0

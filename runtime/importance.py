@@ -16,14 +16,16 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.counters import Counts
 from runtime.policy.eviction import Bools
 from runtime.policy.quality import Controller
 from runtime.policy.routing import Choice, Routing
-from runtime.policy.step import choose_each, choose_whole
+from runtime.policy.step import choose_each, choose_whole, low_experts
 from runtime.routers import RouterRule, rank_experts, router_rule, routers_of
 from runtime.skeleton import RoutedExperts
+from schemas.precision import LowPrecision
 
 NOBODY: Final = -1
 """Stands in an index where a token gets fewer than K experts."""
@@ -42,6 +44,10 @@ class Substitution:
         Nothing is given up unless the layer then waits for nobody.
     lost
         Share of the top-K router mass given up, by layer, summed over tokens.
+    precision
+        In which a missing expert may be had where the policy says so; as it is where None.
+    low_rows
+        Rows computed in that precision, by layer.
     replaced, spared
         Rows that another expert computes, or none; and (token, layer) events that would have waited and do not.
     """
@@ -49,10 +55,13 @@ class Substitution:
     rule: RouterRule
     policy: Routing
     is_whole: bool
+    precision: LowPrecision | None = None
     lost: dict[int, float] = field(default_factory=dict)
+    low_rows: dict[int, int] = field(default_factory=dict)
     replaced: dict[int, int] = field(default_factory=dict)
     spared: int = 0
     _seen: tuple[Any, torch.Tensor] | None = None
+    _low: list[int] = field(default_factory=list)
 
     def see(self, router: Any, logits: torch.Tensor) -> None:
         """Note what the router of the layer that runs next returned. Modifies."""
@@ -68,6 +77,7 @@ class Substitution:
         resident
             Whether each expert of the layer is at hand without a wait, bool [E].
         """
+        self._low = []
         chosen = top_k_index.cpu().numpy()
         here = resident[chosen].all(axis=1)
         if here.all() or self._seen is None:
@@ -77,6 +87,7 @@ class Substitution:
         choose = choose_whole if self.is_whole else choose_each
         ranked = ids.cpu().numpy(), scores.cpu().numpy().astype(np.float64)
         choices = choose(self.policy, layer, ranked, resident, chosen.shape[1])
+        self._low = low_experts(choices) if self.precision is not None else []
         index, weights = top_k_index.clone(), top_k_weights.clone()
         for token, choice in enumerate(choices):
             changed = np.isin(chosen[token], choice.experts, invert=True)
@@ -88,12 +99,31 @@ class Substitution:
                 index[token], weights[token] = self._row(choice, mass, index[token], weights[token])
         return index, weights
 
+    def take_low(
+        self, layer: int, experts: NDArray[np.integer[Any]], is_known: Callable[[int], bool]
+    ) -> dict[int, LowPrecision]:
+        """Return which experts of the layer that `apply` was asked for last are lent in low precision. Modifies sums.
+
+        Parameters
+        ----------
+        experts
+            Of each row computed here, [R].
+        is_known
+            Whether a record of an expert in this precision is.
+        """
+        low = [expert for expert in self._low if is_known(expert)]
+        if not low or self.precision is None:
+            return {}
+        self.low_rows[layer] = self.low_rows.get(layer, 0) + int(np.isin(experts, low).sum())
+        return dict.fromkeys(low, self.precision)
+
     def count(self, counts: Counts) -> None:
         """Add the sums to a step's counts, which are modified."""
         for layer, rows in self.replaced.items():
             counts.count_replaced(layer, rows)
         counts.spared_events += self.spared
         counts.lost_mass += sum(self.lost.values())
+        counts.low_rows += sum(self.low_rows.values())
 
     def _row(
         self, choice: Choice, mass: float, index: torch.Tensor, weights: torch.Tensor
@@ -113,11 +143,16 @@ class Importance:
     ----------
     is_whole
         See `Substitution.is_whole`: right where what is missing is asked of other nodes.
+    precision
+        See `Substitution.precision`.
     """
 
-    def __init__(self, policy: Routing, controller: Controller, *, is_whole: bool) -> None:
+    def __init__(
+        self, policy: Routing, controller: Controller, *, is_whole: bool, precision: LowPrecision | None = None
+    ) -> None:
         self._policy = policy
         self._is_whole = is_whole
+        self._precision = precision
         self._controller = controller
         self._lock = threading.Lock()
 
@@ -137,14 +172,15 @@ class Importance:
         can_sample
             Whether `forward` returns logits.
         """
-        fresh = Substitution(taps.rule, self._policy, self._is_whole)
+        fresh = Substitution(taps.rule, self._policy, self._is_whole, self._precision)
         with self._lock:
             is_open, is_sample = self._controller.is_open, can_sample and self._controller.wants_sample
         guess = forward(fresh, True) if is_sample else None
         substitution = fresh if is_open and not is_sample else None
         answer = forward(substitution, False)
         with self._lock:
-            self._controller.advance(tokens, taps.layers, substitution.lost if substitution else {})
+            given = (substitution.lost, substitution.low_rows) if substitution else ({}, {})
+            self._controller.advance(tokens, taps.layers, *given)
             if guess is not None:
                 self._controller.sample(_divergence(answer, guess))
         return answer

@@ -29,7 +29,8 @@ def status_view(report: StatusReport) -> RenderableType:
         held = (_held(node, tier) for tier in tiers)
         table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), str(node.epoch), *held, *_figures(node))
     head = Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}")
-    notes = [Text(f"{node.id}: {node.quality.note}") for node in report.nodes if node.quality and node.quality.note]
+    notes = [Text(f"{node.id}: {words}") for node in report.nodes if (words := _precision(node))]
+    notes += [Text(f"{node.id}: {node.quality.note}") for node in report.nodes if node.quality and node.quality.note]
     running = [node for node in report.nodes if node.hops_per_token is not None]
     paths = (Text(), path_table(running)) if running else ()
     layers = [part for node in report.layers for part in (Text(), layer_table(node), Text(time_line(node)))]
@@ -140,6 +141,13 @@ def _held(node: NodeStatus, tier: Tier) -> str:
         return "–"
     used = getattr(node.memory_used, tier)
     return f"{getattr(node.experts, tier)}: {used / allowed:.0%} of {format_bytes(allowed)}"
+
+
+def _precision(node: NodeStatus) -> str:
+    """Say where a node executes experts in less than the checkpoint's precision."""
+    if node.precision != "checkpoint":
+        return f"executes every expert in {node.precision}"
+    return f"{node.low_share:.1%} of experts in low precision" if node.low_share else ""
 
 
 def _share(value: float | None) -> str:

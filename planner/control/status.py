@@ -61,7 +61,7 @@ def node_status(
             id=node, state="never seen", epoch=0, experts=TierCounts(), memory_used=none,
             memory_allowed=TierBytes(device=allowed.device, host=allowed.host, disk=allowed.disk), hit_rate=None,
             substitution_share=None, quality=None, cache=None, remote_share=None, tokens_per_s=0.0, tokens=0,
-            last_heartbeat_s=None, progress=0, **planned,
+            last_heartbeat_s=None, progress=0, ran_tokens=0, precision="checkpoint", **planned,
         )  # fmt: skip
     beat = view.heartbeat
     served = beat.served if beat else Served()
@@ -79,6 +79,8 @@ def node_status(
         substitution_share=served.substituted_rows / rows if rows else None,
         quality=served.quality,
         cache=served.cache,
+        precision=served.precision,
+        low_share=served.low_rows / rows if rows else None,
         remote_share=served.remote_rows / rows if rows else None,
         any_remote_share=served.remote_events / served.events if served.events else None,
         tokens_per_s=served.tokens_per_s if state in {"up", "stalled"} else 0.0,

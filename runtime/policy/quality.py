@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final, Literal
 
 Standing = Literal["off", "warming", "open", "spent", "unlike"]
@@ -37,6 +38,8 @@ class Allowance:
         Rise of NLL that each layer may cause per token [L], together log(1 + budget); nats.
     nll_per_mass
         Rise of NLL for each unit of lost share of top-K mass, by layer [L]; nats.
+    nll_per_low_row
+        Rise of NLL for each (token, expert) computed in low precision, by layer [L]; nats. Empty where none may be.
     divergence
         KL divergence from exact to substituted next-token distributions that was measured at this budget; nats.
     warmup
@@ -50,6 +53,7 @@ class Allowance:
     budget: float
     nll: tuple[float, ...]
     nll_per_mass: tuple[float, ...]
+    nll_per_low_row: tuple[float, ...] = ()
     divergence: float = math.inf
     warmup: int = 0
     horizon: int = 256
@@ -104,7 +108,13 @@ class Controller:
         """Mean sampled KL divergence; None before the first sample."""
         return sum(self._divergences) / len(self._divergences) if self._divergences else None
 
-    def advance(self, tokens: int, layers: Iterable[int], lost: Mapping[int, float]) -> None:
+    def advance(
+        self,
+        tokens: int,
+        layers: Iterable[int],
+        lost: Mapping[int, float],
+        low_rows: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         """Account for a step. Modifies.
 
         Parameters
@@ -113,9 +123,12 @@ class Controller:
             That ran.
         lost
             Share of top-K mass given up by layer, summed over the step's tokens.
+        low_rows
+            (token, expert) pairs computed in low precision, by layer.
         """
         earning = sum(self.allowance.nll[layer] for layer in layers)
         price = sum(self.allowance.nll_per_mass[layer] * mass for layer, mass in lost.items())
+        price += sum(self.allowance.nll_per_low_row[layer] * rows for layer, rows in low_rows.items())
         self.tokens += tokens
         self._since_sample += tokens
         self.earned += earning * tokens

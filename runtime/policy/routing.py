@@ -9,7 +9,7 @@ Axes: E experts, K top-k, C >= K ranked candidates of one token in one layer.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -237,6 +237,23 @@ class AdaptiveGating:
         while count > 1 and weight * float(share[count - 1 :].sum()) ** 2 <= self.threshold:
             count -= 1
         return _kept(ids, scores, np.arange(count), top_k)
+
+
+@dataclass(frozen=True)
+class LowMissing:
+    """What another policy chooses; a low-precision copy will do for what is missing even then.
+
+    Only where its share of the top-K mass is at most `share`.
+    """
+
+    inner: Routing
+    share: float = 1.0
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Load less of what is missing."""
+        choice = self.inner.choose(layer, ids, scores, resident, top_k)
+        light = choice.scores <= self.share * max(float(scores[:top_k].sum()), 1e-12)
+        return replace(choice, low=choice.low | (~resident[choice.experts] & light))
 
 
 @dataclass(frozen=True)

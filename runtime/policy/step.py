@@ -16,7 +16,7 @@ Ranked = tuple[Ints, Floats]
 
 
 def choose_each(rule: Routing, layer: int, ranked: Ranked, resident: Bools, top_k: int) -> list[Choice]:
-    """Return what each token gets; what some of them fetch is at hand for all.
+    """Return what each token gets; what some of them fetch, other than in low precision, is at hand for all.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def choose_each(rule: Routing, layer: int, ranked: Ranked, resident: Bools, top_
         Whether each expert of the layer is at hand, bool ``[E]``.
     """
     choices = _choose(rule, layer, ranked, resident, top_k)
-    if len(choices) > 1 and (fetched := _missing(choices, resident)).any():
+    if len(choices) > 1 and (fetched := _fetched(choices, resident)).any():
         choices = _choose(rule, layer, ranked, resident | fetched, top_k)
     return choices
 
@@ -41,6 +41,21 @@ def choose_whole(rule: Routing, layer: int, ranked: Ranked, resident: Bools, top
 
 def _choose(rule: Routing, layer: int, ranked: Ranked, resident: Bools, top_k: int) -> list[Choice]:
     return [rule.choose(layer, *token, resident, top_k) for token in zip(*ranked, strict=True)]
+
+
+def low_experts(choices: list[Choice]) -> list[int]:
+    """Return the experts that will do in low precision for every token that gets them, ascending."""
+    low = {int(expert) for choice in choices for expert in choice.experts[choice.low]}
+    exact = {int(expert) for choice in choices for expert in choice.experts[~choice.low]}
+    return sorted(low - exact)
+
+
+def _fetched(choices: list[Choice], resident: Bools) -> Bools:
+    """Whether each expert is fetched as it is, bool ``[E]``."""
+    fetched = np.zeros_like(resident)
+    for choice in choices:
+        fetched[choice.experts[~choice.low]] = True
+    return np.asarray(fetched & ~resident)
 
 
 def _missing(choices: list[Choice], resident: Bools) -> Bools:

@@ -9,6 +9,7 @@ from schemas.base import FrozenModel
 from schemas.messages.common import Count, Digest, Endpoints, Record, TierBytes, TierCounts
 from schemas.model import HeldDtype, ModelSpec
 from schemas.outcome import ExitCode
+from schemas.precision import Precision
 from schemas.store import RecordLayout, TrunkPart
 from schemas.topology import NodeId
 
@@ -113,6 +114,8 @@ class Served(FrozenModel):
         Runs of a segment here, and the tokens in them; a run may serve several sessions.
     hops
         Hidden states and tokens sent to the next node of a path.
+    precision, low_rows
+        In which every expert is held and executed here; rows computed here in a lower one for want of a better copy.
     """
 
     tokens: Count = 0
@@ -132,6 +135,8 @@ class Served(FrozenModel):
     tokens_per_s: Annotated[float, Field(ge=0)] = 0.0
     quality: QualityUse | None = None
     cache: CacheUse | None = None
+    precision: Precision = "checkpoint"
+    low_rows: Count = 0
 
 
 class Hello(FrozenModel):

@@ -9,6 +9,7 @@ from schemas.messages.common import Count, Digest, TierBytes, TierCounts
 from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.plan import Plan
+from schemas.precision import Precision
 from schemas.topology import NodeId
 
 NodeState = Literal["up", "stalled", "away", "stopped", "never seen"]
@@ -52,6 +53,8 @@ class NodeStatus(FrozenModel):
     state
         ``stalled``: heartbeats come, but nothing that is under way makes progress. ``away``: heartbeats stopped.
         ``stopped``: its agent said goodbye.
+    precision, low_share
+        In which every expert is executed here; share of rows in a lower one, for want of a better copy.
     any_remote_share
         Of (token, layer) pairs that ran here, those that waited for another node's experts.
     ran_tokens, hops_per_token, calls_per_token, call_wait_per_token_s
@@ -71,6 +74,8 @@ class NodeStatus(FrozenModel):
     substitution_share: float | None
     quality: QualityUse | None = None
     cache: CacheUse | None = None
+    precision: Precision = "checkpoint"
+    low_share: float | None = None
     remote_share: float | None
     any_remote_share: float | None = None
     tokens_per_s: float

@@ -5,16 +5,29 @@ from contextlib import closing
 import pytest
 import torch
 
+from runtime.engine import Segment
 from runtime.errors import ExpertLost, ExpertUnavailable
+from runtime.importance import Importance
 from runtime.packed import Repacked, Unpacked
 from runtime.policy.eviction import EVICTIONS
+from runtime.policy.quality import Allowance, Controller
+from runtime.policy.routing import Exact, LowMissing, PrecisionByRank
 from runtime.precision import empty_parts, unpack_parts
 from runtime.records import CheckpointExpert, RecordFile
 from runtime.slots import Caching, Residency
 from schemas.checkpoint import read_checkpoint
 from schemas.precision import LOW_PRECISIONS
 from schemas.store import RECORDS_NAME
-from tests.unit.runtime.test_cached import FIVE, EagerSlack, logits_of, resident, source_of, take, trunk_and_board
+from tests.unit.runtime.test_cached import (
+    FIVE,
+    PROMPTS,
+    EagerSlack,
+    logits_of,
+    resident,
+    source_of,
+    take,
+    trunk_and_board,
+)
 
 
 def low_source(store, key, precision):
@@ -177,3 +190,48 @@ def test_a_low_copy_will_do_where_it_is_allowed_and_no_better_one_is_here(packed
     held.drop((0, 2))
     with pytest.raises(ExpertUnavailable):
         lent([2], 2)
+
+
+def low_cache(store):
+    """Slots of weights, for exact records and for those in int4."""
+    spec, layout = store.manifest.model, store.manifest.layout
+    held = Residency(layout, {"device": 6 * layout.bytes}, caching=Caching(spec.layers, spec.experts))
+    for record in store.manifest.records:
+        held.place(record.key, source_of(store, record.key))
+        held.place_packed(record.key, "int4", low_source(store, record.key, "int4"))
+    return held
+
+
+def decoded(segment, names=("a",), count=8):
+    """Logits of decode steps after a prompt, of one session or several together."""
+    seen = []
+    for name in names:
+        segment.open(name, 32)
+        segment.step(name, torch.tensor(PROMPTS[0]))
+    for token in range(count):
+        inputs = torch.tensor([token + 9 + 40 * index for index in range(len(names))])
+        seen.append(segment.step(names[0], inputs) if len(names) == 1 else segment.step_batch(list(names), inputs))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b", "c")])
+@pytest.mark.parametrize("rule", [LowMissing(Exact()), PrecisionByRank(low=0.2, skip=1.0)])
+def test_missing_experts_come_in_low_precision_as_the_budget_allows(checkpoint, packed_store, names, rule):
+    opened = packed_store("qwen3_moe")
+    trunk, board = trunk_and_board(checkpoint("qwen3_moe"), opened)
+    want = decoded(Segment(trunk, low_cache(opened), board), names)
+    price = 0.001
+    for budget, precision in ((0.5, "int4"), (0.5, None), (0.0, "int4")):
+        account = Controller(Allowance(budget, (budget,) * 4, (1.0,) * 4, nll_per_low_row=(price,) * 4, horizon=1000))
+        segment = Segment(trunk, low_cache(opened), board)
+        segment.importance = Importance(rule, account, is_whole=False, precision=precision)
+        got, counts = decoded(segment, names), segment.counters.snapshot()
+        assert account.spent == pytest.approx(price * counts.low_rows)
+        loaded = segment.residency.counts.load_bytes
+        if budget and precision:
+            assert 0 < counts.low_rows < counts.rows
+            assert not torch.equal(got, want)
+            assert sum(loaded) % opened.manifest.layout.bytes
+        else:
+            assert counts.low_rows == 0
+            assert torch.equal(got, want)
