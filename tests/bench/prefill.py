@@ -1,0 +1,122 @@
+"""What the cache costs a prompt: ``python -m tests.bench.prefill MODEL [MODEL …]``.
+
+The same prompt runs through segments that differ only in where their experts are: each in a slot of its own, in a cache
+that has room for all, and in one with room for a share, whose misses are read from the page cache. They take turns in
+one process, so that ratios hold whatever else the machine does. Without MODEL, a larger one with random weights is made.
+"""
+
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from runtime.alone import open_alone
+from runtime.engine import Segment, prefill_chunks
+from runtime.loading import load_trunk
+from runtime.routing import EpochBoard, Routing
+from runtime.slots import Residency
+from runtime.store import Store, prepare_store
+
+PROMPT = 512
+
+
+def make_larger(path: Path) -> Path:
+    """Write a random Qwen3-MoE whose experts are of 2.25 MiB: 4 layers of 32, top-4."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        intermediate_size=512, moe_intermediate_size=384, num_experts=32, num_experts_per_tok=4,
+        max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def without_cache(store: Store, path: Path) -> Segment:
+    """Every expert in a slot of its own."""
+    spec = store.manifest.model
+    residency = Residency(store.manifest.layout, {"device": spec.total_expert_bytes})
+    for key, record in store.by_key.items():
+        residency.put(key, "device", store.read(record.sha256))
+    board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
+    return Segment(load_trunk(path, dtype="float32"), residency, board)
+
+
+def with_cache(path: Path, store: Store, share: float) -> Segment:
+    """Experts in a cache with room for a share of them."""
+    spec = store.manifest.model
+    trunk = spec.range_bytes(range(spec.num_decoder_layers))
+    kv = spec.kv_bytes_per_token_layer * spec.num_decoder_layers * (PROMPT + 1)
+    return open_alone(path, budget=trunk + kv + round(share * spec.total_expert_bytes), max_tokens=PROMPT + 1)
+
+
+def prefill_s(segment: Segment, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Run a prompt in its chunks; returns seconds and the logits of its last token."""
+    began = time.perf_counter()
+    segment.open("prompt", len(ids) + 1)
+    for chunk in prefill_chunks(len(ids)):
+        logits = segment.step("prompt", ids[chunk], keep="last" if chunk.stop >= len(ids) else "none")
+    segment.close("prompt")
+    return time.perf_counter() - began, logits
+
+
+def report(path: Path, *, share: float, rounds: int) -> None:
+    """Measure one model and print its table."""
+    with tempfile.TemporaryDirectory() as directory:
+        where = Path(directory) / "store"
+        prepare_store(path, where, dtype="float32")
+        store = Store.open(where)
+        spec = store.manifest.model
+        ids = torch.randint(2, 1000, (PROMPT,), generator=torch.Generator().manual_seed(1))
+        arms = {
+            "no cache, all experts in slots": without_cache(store, where),
+            "cache, room for all": with_cache(where, store, 1.0),
+            f"cache, room for {share:.0%}": with_cache(where, store, share),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in arms}
+        loads: dict[str, int] = {}
+        wanted = None
+        for turn in range(rounds + 1):
+            for name, segment in arms.items():
+                had = sum(segment.residency.counts.loads)
+                seconds, logits = prefill_s(segment, ids)
+                loads[name] = sum(segment.residency.counts.loads) - had
+                wanted = logits if wanted is None else wanted
+                assert torch.equal(logits, wanted), name
+                if turn:  # the first one loads what there is room for
+                    taken[name].append(seconds)
+        print_table(spec.id, taken, loads)
+
+
+def print_table(name: str, taken: dict[str, list[float]], loads: dict[str, int]) -> None:
+    """Print an arm a row: its best turn, which other work on the machine disturbed least, beside the first arm's."""
+    first = min(next(iter(taken.values())))
+    head = f"{name}, a prompt of {PROMPT} tokens"
+    click.echo(f"\n{head:44s}{'ms':>12s}{'of no cache':>14s}{'loads':>8s}")
+    for arm, seconds in taken.items():
+        click.echo(f"{arm:44s}{1e3 * min(seconds):12.1f}{min(seconds) / first:14.3f}{loads[arm]:8d}")
+
+
+@click.command()
+@click.argument("models", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--share", default=0.25, show_default=True, help="Of the experts that fit into the small cache.")
+@click.option("--rounds", default=9, show_default=True)
+def main(models: tuple[Path, ...], share: float, rounds: int) -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    click.echo(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, 1 thread, load {os.getloadavg()[0]:.1f}"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        for model in models or (make_larger(Path(directory) / "larger"),):
+            report(model, share=share, rounds=rounds)
+
+
+if __name__ == "__main__":
+    main()
