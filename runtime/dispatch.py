@@ -5,7 +5,7 @@ eager experts would compute them → calls through the port → local rows meanw
 """
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -95,6 +95,11 @@ class Dispatcher:
     rates: Rates = field(default_factory=Rates)
     timeline: Recorder | None = field(default_factory=recorder)
     spent_s: float = field(default=0.0, init=False)
+
+    @cached_property
+    def menu(self) -> Menu:
+        """What may be done about experts that are not at hand."""
+        return Menu(self.residency, self.routing, self.rates)
 
     def run(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -193,9 +198,14 @@ class Dispatcher:
         else:
             at_hand = self.menu.at_hand(layer, holders)
             rows = _present_rows(*self.substitution.apply(layer, top_k_index, top_k_weights, at_hand))
-        planned = holder = holders[rows.expert]
-        if hidden.shape[0] <= _FEW_TOKENS and self.menu.is_open:
-            holder = np.array(self.menu.settle(layer, rows.expert.tolist(), planned.tolist()), dtype=np.int32)
+        holder = holders[rows.expert]
+        if hidden.shape[0] > _FEW_TOKENS or not self.menu.is_open:
+            return self._run_sorted(layer, hidden, rows, holder)
+        with self.menu.settled(layer, rows.expert.tolist(), holder.tolist()) as settled:
+            return self._run_sorted(layer, hidden, rows, np.array(settled, dtype=np.int32))
+
+    def _run_sorted(self, layer: int, hidden: torch.Tensor, rows: Rows, holder: NDArray[np.int32]) -> torch.Tensor:
+        """Compute rows where it was decided, `holder` [R]."""
         if not self.routing.is_complete and (holder < LOCAL).any():
             missing = int(rows.expert[holder < LOCAL][0])
             raise ExpertUnavailable(layer, missing, f"any node in epoch {self.routing.epoch}")
@@ -318,7 +328,6 @@ class Dispatcher:
         if self.timeline is not None:
             about = f"layer {sent.call.layer} at {sent.call.holder}"
             self.timeline.add("waits for other nodes", about, began, now, rows=len(sent.rows))
-        call = sent.call
         if tuple(answer.shape) != call.answer_shape or answer.dtype != call.answer_dtype:
             reason = f"answer is {answer.dtype} {tuple(answer.shape)}, expected {call.answer_dtype} {call.answer_shape}"
             raise CallFailed(call.layer, tuple(sorted(set(call.expert.tolist()))), call.holder, reason)

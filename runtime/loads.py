@@ -92,10 +92,10 @@ class Loader:
         return key[2] if len(key) == 3 else self._precision
 
     def load(self, copy: Copy) -> None:
-        """Fill a copy from the first source that is intact."""
+        """Fill a copy from the first source that is intact, and let it be used."""
         began = perf_counter()
         try:
-            num_bytes = self._fill(copy)
+            num_bytes = self.fill(copy)
         except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
             with self._changed:
                 self._shelf.fail(copy, error)
@@ -132,8 +132,8 @@ class Loader:
             raise ExpertUnavailable(key[0], key[1], why)
         return bytes(record)
 
-    def _fill(self, copy: Copy) -> int:
-        """Fill a copy; returns how many bytes were read."""
+    def fill(self, copy: Copy) -> int:
+        """Fill a copy from the first source that is intact; returns how many bytes were read."""
         pool = self._pools[copy.tier]
         if self.copies is None or copy.tier == "host":
             return self._read_into(copy.key, pool.buffers(copy.slot))
@@ -157,7 +157,7 @@ class Loader:
         held = ExitStack()
         host = held.enter_context(self._host_copy(copy)) if self.copies is not None else None
         if host is None or self.copies is None:
-            self._fill(copy)
+            self.fill(copy)
         else:
             self.copies.enqueue(self._pools[copy.tier], copy.slot, self._pools["host"].whole(host.slot))
         return held
@@ -212,7 +212,8 @@ class Loader:
 
     def _read_into(self, key: CopyKey, parts: Sequence[memoryview]) -> int:
         """Read a record from its first intact source, which is checked when it is first used; returns bytes read."""
-        source, damaged = read_first(list(self._shelf.sources.get(key, ())), parts, self._checked)
+        sources = self._shelf.sources.get(key) or self._shelf.guests.get((key[0], key[1]), ())
+        source, damaged = read_first(list(sources), parts, self._checked)
         if damaged:
             with self._changed:
                 self._discredit(key, list(damaged))

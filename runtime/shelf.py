@@ -223,7 +223,7 @@ class Shelf:
         copies = [copy for copy in self.evictable if copy.tier in tiers]
         if count <= 0 or not copies:
             return []
-        if self.guests and (guests := [copy for copy in copies if copy.is_guest]):
+        if guests := [copy for copy in copies if copy.is_guest]:
             guests.sort(key=lambda copy: self.rent.uses(copy.key))
             copies = [copy for copy in copies if not copy.is_guest]
             if count <= len(guests) or not copies:
@@ -294,11 +294,11 @@ class Shelf:
         return None
 
     def send_away(self, key: Key) -> None:
-        """Cache an expert of other nodes no longer."""
+        """Cache an expert of other nodes no longer; a copy in use stays until somebody needs its room."""
         self.guests.pop(key, None)
         for tier in MEMORY:
             copy = self.copies.get((key, tier))
-            if copy is not None and copy.is_guest:
+            if copy is not None and copy.is_guest and not copy.users:
                 self.remove((key, tier))
 
     def can_load(self, key: CopyKey) -> bool:

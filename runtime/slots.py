@@ -197,7 +197,7 @@ class Residency:
             Where the record of each can be had, best first.
         """
         if self.caching is not None:
-            self._guests.invite(guests)
+            self._guests.invite({key: [self._as_held(each) for each in sources] for key, sources in guests.items()})
 
     def note_call(self, keys: Sequence[Key], seconds: float) -> None:
         """Note that experts of another node were called together, and waited for. May bring one here. Modifies."""
@@ -376,6 +376,10 @@ class Residency:
     def end(self, layer: int, copies: Sequence[Copy]) -> None:
         """End the use of copies that `take` gave. Modifies."""
         self._lender.end(layer, copies)
+
+    def release(self, copies: Sequence[Copy]) -> None:
+        """End the use of copies that `take` gave, which were lent once more meanwhile. Modifies."""
+        self._lender.give_back(copies)
 
     def prefetch(self, layer: int, guess: Callable[[], Iterable[int]]) -> None:
         """Load experts that `layer` will probably ask for, in the background, as far as there is time. Modifies.
