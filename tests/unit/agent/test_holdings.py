@@ -4,7 +4,7 @@ import pytest
 
 from agent.errors import CannotPrepare
 from agent.holdings import Holdings
-from runtime.slots import Residency
+from runtime.slots import Caching, Residency
 from schemas.messages import AssignedReplica, Record
 from schemas.outcome import ExitCode
 from tests.families import make_checkpoint, make_store
@@ -64,6 +64,34 @@ def test_what_is_held_is_found_again_and_damage_is_noticed(store, tmp_path):
     holdings.keep({})
     assert holdings.find(each) is None
     assert disk_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_packed_records_of_the_store_are_known_and_weights_are_told(tmp_path_factory, tmp_path, precision):
+    directory = tmp_path_factory.mktemp("packed")
+    store = make_store(make_checkpoint("olmoe", directory / "model"), directory / "store", precisions=("int8",))
+    size = store.manifest.packed[0].layout.bytes if precision else store.manifest.layout.bytes
+    residency = Residency(store.manifest.layout, {"device": size}, caching=Caching(4, 8), precision=precision)
+    holdings = Holdings(residency, store, tmp_path, disk_budget=0)
+    holdings.open({})
+    each, record = replica(store, 1, 2, "device")
+    holdings.hold(each, record)
+    assert residency.precision_of((1, 2)) == (precision or "checkpoint")
+    assert residency.low_precisions((1, 2)) == ([] if precision else ["int8"])
+    assert holdings.find(each) == holdings.read(each.record.sha256, 0, len(record)) == record
+    if precision is None:
+        return
+    residency.set_budget("device", 0)
+    assert residency.tier_of((1, 2)) == "device"  # the plan gave it
+    with residency.borrow(1, [2]):
+        assert sum(residency.counts.load_bytes) == size  # read as it is held
+    alone = Holdings(
+        Residency(store.manifest.layout, {"device": size}, precision=precision), None, tmp_path, disk_budget=0
+    )
+    alone.hold(each, record)
+    assert alone.find(each) is None
+    with pytest.raises(KeyError):
+        alone.read(each.record.sha256, 0, 8)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp_path, monkeypatch):
