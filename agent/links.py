@@ -122,7 +122,7 @@ class Links:
         if link is None:
             return False
         try:
-            link.socket.send(frame, zmq.NOBLOCK)
+            link.socket.send(frame, zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False  # not connected
         return True

@@ -18,13 +18,22 @@ import zmq
 
 from agent.errors import HolderUnreachable, RequestCancelled
 from agent.routes import EpochRoutes
-from agent.transport import Buffer, Context, Socket, connect, is_connected, make_socket
+from agent.transport import Context, Socket, connect, is_connected, make_socket
 from runtime.experts import ExpertCall
 from runtime.loading import torch_dtype
 from runtime.single import answer_call
 from runtime.slots import Residency
 from schemas.messages import Endpoints, RemoteProtocolError
-from schemas.wire import AnswerHeader, CallFault, CallHeader, FaultHeader, Limits, pack_call, parse_answer
+from schemas.wire import (
+    ANSWER_HEADER_BYTES,
+    AnswerHeader,
+    CallFault,
+    CallHeader,
+    FaultHeader,
+    Limits,
+    pack_call,
+    parse_answer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +107,7 @@ class PeerCaller:
         self._limits = limits
         self._patience = patience
         self._holders: dict[str, _Holder] = {}
-        self._answers: dict[int, list[zmq.Frame]] = {}
+        self._answers: dict[int, zmq.Frame] = {}
         self._awaited: set[int] = set()
         self._next_id = 1
         self.is_cancelled: Callable[[], bool] = lambda: False
@@ -127,7 +136,7 @@ class PeerCaller:
         """Return the connection to a holder, made anew where its address has changed; None if it is not known."""
         where = self._endpoints().get(name)
         known = self._holders.get(name)
-        if known is not None and where in {None, known.where}:
+        if known is not None and (where is None or where is known.where or where == known.where):
             return known
         if where is None:
             return None
@@ -146,39 +155,39 @@ class PeerCaller:
         if holder is None:
             return
         try:
-            holder.socket.send_multipart(pending.frames, zmq.NOBLOCK)
+            holder.socket.send(pending.frame, zmq.NOBLOCK, copy=False)
             pending.sent_over = holder
         except zmq.Again:
             return  # not connected; `result` decides what to do
 
     def take(self, pending: "Pending") -> torch.Tensor:
         """Wait for an answer, repeating the call or sending its rows elsewhere as needed."""
-        frames = self._answers.pop(pending.request, None) or self._receive(pending)
-        header = self._parsed(frames, pending) if frames else None
-        if frames and isinstance(header, AnswerHeader):
+        frame = self._answers.pop(pending.request, None) or self._receive(pending)
+        header = self._parsed(frame, pending) if frame else None
+        if frame and isinstance(header, AnswerHeader):
             self._awaited.discard(pending.request)
-            return _tensor(header, frames[1])
+            return _tensor(header, frame)
         return self._insist(pending, header.fault if isinstance(header, FaultHeader) else None)
 
-    def _receive(self, pending: "Pending") -> list[zmq.Frame] | None:
-        """Return the frames of the answer, setting aside those of other calls under way; None after a slice."""
+    def _receive(self, pending: "Pending") -> zmq.Frame | None:
+        """Return the frame of the answer, setting aside those of other calls under way; None after a slice."""
         holder = pending.sent_over
         if holder is None or holder.socket.closed:
             return None
         try:
             while True:
-                frames = holder.socket.recv_multipart(copy=False)  # waits for a slice; quicker than to poll first
-                request = _request_of(frames)
+                frame, *more = holder.socket.recv_multipart(copy=False)  # waits a slice; quicker than to poll first
+                request = 0 if more else _request_of(frame.buffer)
                 if request == pending.request:
-                    return frames
+                    return frame
                 if request in self._awaited:
-                    self._answers[request] = frames
+                    self._answers[request] = frame
         except zmq.Again:
             return None
 
-    def _parsed(self, frames: list[zmq.Frame], pending: "Pending") -> AnswerHeader | FaultHeader:
+    def _parsed(self, frame: zmq.Frame, pending: "Pending") -> AnswerHeader | FaultHeader:
         try:
-            return parse_answer([frame.buffer for frame in frames], self._limits)
+            return parse_answer(frame.buffer, self._limits)
         except RemoteProtocolError as error:
             fault = CallFault(code="failed", message=str(error))
             return FaultHeader(pending.call.epoch, pending.request, fault)
@@ -203,11 +212,11 @@ class PeerCaller:
             elif now - repeated > pause_s:
                 self._send(pending)
                 repeated, pause_s = now, 2 * pause_s
-            frames = self._answers.pop(pending.request, None) or self._receive(pending)
-            header = self._parsed(frames, pending) if frames else None
-            if frames and isinstance(header, AnswerHeader):
+            frame = self._answers.pop(pending.request, None) or self._receive(pending)
+            header = self._parsed(frame, pending) if frame else None
+            if frame and isinstance(header, AnswerHeader):
                 self._awaited.discard(pending.request)
-                return _tensor(header, frames[1])
+                return _tensor(header, frame)
             fault = header.fault if isinstance(header, FaultHeader) else None
 
     def _reason_to_leave(
@@ -300,7 +309,7 @@ class Pending:
         self.request = request
         self.tried = frozenset({call.holder})
         self.sent_over: _Holder | None = None
-        self.frames: list[Buffer] = _frames(call, request)
+        self.frame = _frame(call, request)
         self._caller = caller
 
     @property
@@ -313,7 +322,7 @@ class Pending:
         return self._caller.take(self)
 
 
-def _frames(call: ExpertCall, request: int) -> list[Buffer]:
+def _frame(call: ExpertCall, request: int) -> bytes:
     hidden = call.hidden if call.hidden.is_contiguous() else call.hidden.contiguous()
     tokens, size = hidden.shape
     header = CallHeader(
@@ -327,22 +336,21 @@ def _frames(call: ExpertCall, request: int) -> list[Buffer]:
         rows=len(call.token),
         hidden_size=size,
     )
-    return [
-        pack_call(header),
-        hidden.view(torch.uint8).numpy(),
-        call.token.astype(np.int32, copy=False),
-        call.expert.astype(np.int32, copy=False),
-        call.weight.contiguous().numpy(),
-    ]
+    return pack_call(
+        header,
+        call.token.astype(np.int32, copy=False).data,
+        call.expert.astype(np.int32, copy=False).data,
+        call.weight.contiguous().view(torch.uint8).numpy().data,
+        hidden.view(torch.uint8).numpy().data,
+    )
 
 
 def _tensor(header: AnswerHeader, frame: zmq.Frame) -> torch.Tensor:
     """Read the rows where they lie in the frame: nothing is copied."""
-    flat = torch.frombuffer(frame.buffer, dtype=torch_dtype(header.dtype))
+    flat = torch.frombuffer(frame.buffer, dtype=torch_dtype(header.dtype), offset=ANSWER_HEADER_BYTES)
     return flat.view(header.rows, header.hidden_size)
 
 
-def _request_of(frames: list[zmq.Frame]) -> int:
+def _request_of(head: memoryview) -> int:
     """Return the request id of an answer without trusting the rest of it; 0 where there is none."""
-    head = frames[0].buffer if frames else memoryview(b"")
     return int.from_bytes(head[12:20], "little") if len(head) >= 20 else 0

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import zmq
 
-from agent.transport import Buffer, Socket
+from agent.transport import Socket
 from runtime.errors import ExpertUnavailable, RuntimeFault
 from runtime.experts import ExpertCall
 from runtime.loading import torch_dtype
 from runtime.single import answer_call
 from runtime.slots import Residency
 from schemas.messages import RemoteProtocolError
-from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, pack_answer, pack_fault, parse_call
+from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, call_places, pack_answer, pack_fault, parse_call
 
 log = logging.getLogger(__name__)
 
@@ -78,52 +78,52 @@ class ExpertServer(threading.Thread):
         try:
             while not self._stopped():
                 try:
-                    frames = socket.recv_multipart(copy=False)
+                    identity, *frames = socket.recv_multipart(copy=False)
                 except zmq.Again:
                     continue
-                answer = self._answer([frame.buffer for frame in frames[1:]])
+                answer = self._answer(frames[0].buffer if len(frames) == 1 else memoryview(b""))
                 if answer is not None:
-                    self._send(frames[0], answer)
+                    self._send(identity, answer)
         finally:
             socket.close()
 
-    def _send(self, identity: zmq.Frame, answer: list[Buffer]) -> None:
+    def _send(self, identity: zmq.Frame, answer: bytes) -> None:
         try:
-            self._socket.send_multipart([identity.bytes, *answer], zmq.NOBLOCK)
+            self._socket.send_multipart([identity, answer], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             log.warning("expert plane: an answer could not be sent: %s", error)  # the caller repeats its call
 
-    def _answer(self, frames: list[memoryview]) -> list[Buffer] | None:
+    def _answer(self, frame: memoryview) -> bytes | None:
         try:
-            header = parse_call(frames, self._limits)
+            header = parse_call(frame, self._limits)
         except RemoteProtocolError as error:
             log.warning("expert plane: %s", error)
             return None
         self._work.begun += 1
         try:
-            return self._compute(header, frames)
+            return self._compute(header, frame)
         finally:
             self._work.ended += 1
 
-    def _compute(self, header: CallHeader, frames: list[memoryview]) -> list[Buffer]:
+    def _compute(self, header: CallHeader, frame: memoryview) -> bytes:
         if fault := self._work.fence.objection(header.epoch):
-            return [*pack_fault(header.epoch, header.request, fault)]
+            return pack_fault(header.epoch, header.request, fault)
         try:
-            call = call_of(header, frames)
+            call = call_of(header, frame)
             if header.tokens > 1 or not _is_plain(call):
                 call.check()
             answer = answer_call(self._residency, call)
         except ExpertUnavailable as error:
             # an epoch retired since the call was let in is the better reason: the caller follows the newer one
             fault = self._work.fence.objection(header.epoch) or CallFault(code="not_held", message=str(error))
-            return [*pack_fault(header.epoch, header.request, fault)]
+            return pack_fault(header.epoch, header.request, fault)
         except (RuntimeFault, RuntimeError, ValueError, MemoryError) as error:
             log.exception("a call of epoch %d layer %d failed", header.epoch, header.layer)
             fault = CallFault(code="failed", message=f"{type(error).__name__}: {error}"[:500])
-            return [*pack_fault(header.epoch, header.request, fault)]
+            return pack_fault(header.epoch, header.request, fault)
         rows, size = answer.shape
         reply = AnswerHeader(header.epoch, header.request, _NAMES[answer.dtype], rows, size)
-        return [pack_answer(reply), answer.contiguous().view(torch.uint8).numpy()]
+        return pack_answer(reply, answer.contiguous().view(torch.uint8).numpy().data)
 
 
 def _is_plain(call: ExpertCall) -> bool:
@@ -132,17 +132,21 @@ def _is_plain(call: ExpertCall) -> bool:
     return not any(call.token.tolist()) and all(a < b for a, b in pairwise(experts))
 
 
-def call_of(header: CallHeader, frames: list[memoryview]) -> ExpertCall:
-    """Make the call of checked frames; its tensors share their memory."""
-    hidden = torch.frombuffer(frames[1], dtype=torch_dtype(header.dtype)).view(header.tokens, header.hidden_size)
-    weight = torch.frombuffer(frames[4], dtype=torch_dtype(header.weight_dtype))
+def call_of(header: CallHeader, frame: memoryview) -> ExpertCall:
+    """Make the call of a checked frame.
+
+    Its hidden states are copied, since where bytes lie in a frame decides in which order a sum over them is made.
+    """
+    token, expert, weights, states, end = call_places(header)
+    hidden = torch.frombuffer(frame[states:end], dtype=torch_dtype(header.dtype)).clone()
+    weight = torch.frombuffer(frame[weights:states], dtype=torch_dtype(header.weight_dtype))
     return ExpertCall(
         holder="",
         epoch=header.epoch,
         layer=header.layer,
         combine=header.combine,
-        hidden=hidden,
-        token=np.frombuffer(frames[2], dtype=np.int32),
-        expert=np.frombuffer(frames[3], dtype=np.int32),
+        hidden=hidden.view(header.tokens, header.hidden_size),
+        token=np.frombuffer(frame[token:expert], dtype=np.int32),
+        expert=np.frombuffer(frame[expert:weights], dtype=np.int32),
         weight=weight,
     )

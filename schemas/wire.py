@@ -2,10 +2,11 @@
 
 Decides what a header says and which frames may follow it. Everything a peer claims is held against limits and
 against the frames that are really there *before* anyone makes a tensor of it: dtype from an allow-list, dimensions
-in range, ``prod(shape) × itemsize == len(frame)``. No addresses, offsets into memory or pickles travel here.
-Must not know sockets or tensors: frames are bytes-like objects.
+in range, ``prod(shape) × itemsize`` is what follows the header. No addresses, offsets into memory or pickles travel
+here. A call and its answer are one frame each, header and tensors: every further frame costs some 10 µs at each end,
+more than to copy what a token needs. Must not know sockets or tensors: frames are bytes-like objects.
 
-Flow of a call: ``pack_call(header)`` + tensors ──► ``parse_call(frames)`` ──► ``pack_answer`` ──► ``parse_answer``.
+Flow of a call: ``pack_call`` ──► ``parse_call`` ──► ``pack_answer`` ──► ``parse_answer``.
 """
 
 import struct
@@ -27,7 +28,8 @@ MAX_FAULT_BYTES: Final = 4096
 
 Combine = Literal["partial", "ordered"]
 Plane = Literal["control", "expert", "weights", "session"]
-Frames = Sequence[bytes | memoryview]
+Buffer = bytes | memoryview
+Frames = Sequence[Buffer]
 
 _CALL: Final = 1
 _ANSWER: Final = 2
@@ -45,6 +47,8 @@ _PREFIX: Final = struct.Struct("<2sBB")
 _CALL_HEADER: Final = struct.Struct("<2sBBQQHBBBxxxIII")
 # … | epoch, request id | dtype, rows, hidden size
 _ANSWER_HEADER: Final = struct.Struct("<2sBBQQBxxxII")
+ANSWER_HEADER_BYTES: Final = _ANSWER_HEADER.size
+"""Where the rows of an answer begin in its frame."""
 _FAULT_HEADER: Final = struct.Struct("<2sBBQQ")
 # … | request id, offset, length, sha256
 _CHUNK_REQUEST_HEADER: Final = struct.Struct("<2sBBQQI32s")
@@ -66,7 +70,8 @@ class Limits:
     def call_bytes(self) -> int:
         """The largest frame that a legal call or answer can have, with room for the headers."""
         rows = self.tokens * self.top_k
-        return max(rows * self.hidden_size * 4, rows * 4, MAX_FAULT_BYTES) + 4096
+        call = self.tokens * self.hidden_size * 4 + rows * 12
+        return max(rows * self.hidden_size * 4, call, MAX_FAULT_BYTES) + 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +145,27 @@ class ChunkFault:
     fault: CallFault
 
 
-def pack_call(header: CallHeader) -> bytes:
-    """Return the header frame of a call; hidden [T', D], token [R], expert [R] int32 and weight [R] follow."""
-    return _CALL_HEADER.pack(
+def pack_call(header: CallHeader, token: Buffer, expert: Buffer, weight: Buffer, hidden: Buffer) -> bytes:
+    """Return a call as one frame: token [R] and expert [R] int32, weight [R], hidden [T', D] behind its header."""
+    packed = _CALL_HEADER.pack(
         MAGIC, VERSION, _CALL, header.epoch, header.request, header.layer, _COMBINE_CODE[header.combine],
         DTYPE_CODE[header.dtype], DTYPE_CODE[header.weight_dtype], header.tokens, header.rows, header.hidden_size,
     )  # fmt: skip
+    return b"".join((packed, token, expert, weight, hidden))
 
 
-def parse_call(frames: Frames, limits: Limits) -> CallHeader:
-    """Check the five frames of a call and return its header; raises `RemoteProtocolError`."""
-    fields = unpack_header(frames, _CALL_HEADER, _CALL, count=5, what="expert call")
+def call_places(header: CallHeader) -> tuple[int, int, int, int, int]:
+    """Return where in a call's frame token, expert, weight and hidden begin, and where it ends."""
+    token = _CALL_HEADER.size
+    weight = token + 8 * header.rows
+    hidden = weight + header.rows * ITEMSIZE[header.weight_dtype]
+    end = hidden + header.tokens * header.hidden_size * ITEMSIZE[header.dtype]
+    return token, token + 4 * header.rows, weight, hidden, end
+
+
+def parse_call(frame: Buffer, limits: Limits) -> CallHeader:
+    """Check the frame of a call and return its header; raises `RemoteProtocolError`."""
+    fields = unpack_header([frame[: _CALL_HEADER.size]], _CALL_HEADER, _CALL, count=1, what="expert call")
     epoch, request, layer, combine, dtype, weight_dtype, tokens, rows, hidden = fields
     require(layer < limits.layers, f"layer {layer} of a model with {limits.layers}")
     require(combine < len(_COMBINES), f"combine code {combine}")
@@ -159,34 +174,35 @@ def parse_call(frames: Frames, limits: Limits) -> CallHeader:
     require(1 <= tokens <= limits.tokens, f"{tokens} tokens, the limit is {limits.tokens}")
     require(tokens <= rows <= tokens * limits.top_k, f"{rows} rows for {tokens} tokens, top-k is {limits.top_k}")
     name, weight_name = DTYPES[dtype], DTYPES[weight_dtype]
-    sizes = (tokens * hidden * ITEMSIZE[name], rows * 4, rows * 4, rows * ITEMSIZE[weight_name])
-    require_sizes(frames, sizes)
-    return CallHeader(epoch, request, layer, _COMBINES[combine], name, weight_name, tokens, rows, hidden)
+    header = CallHeader(epoch, request, layer, _COMBINES[combine], name, weight_name, tokens, rows, hidden)
+    _require_length(frame, call_places(header)[-1])
+    return header
 
 
-def pack_answer(header: AnswerHeader) -> bytes:
-    """Return the header frame of an answer; the rows [rows, hidden_size] follow."""
-    return _ANSWER_HEADER.pack(
+def pack_answer(header: AnswerHeader, rows: Buffer) -> bytes:
+    """Return an answer as one frame: its rows [rows, hidden_size] behind its header."""
+    packed = _ANSWER_HEADER.pack(
         MAGIC, VERSION, _ANSWER, header.epoch, header.request, DTYPE_CODE[header.dtype], header.rows,
         header.hidden_size,
     )  # fmt: skip
+    return b"".join((packed, rows))
 
 
-def pack_fault(epoch: int, request: int, fault: CallFault) -> list[bytes]:
-    """Return the frames of a fault."""
-    return [_FAULT_HEADER.pack(MAGIC, VERSION, _FAULT, epoch, request), _fault_body(fault)]
+def pack_fault(epoch: int, request: int, fault: CallFault) -> bytes:
+    """Return a fault as one frame."""
+    return _FAULT_HEADER.pack(MAGIC, VERSION, _FAULT, epoch, request) + _fault_body(fault)
 
 
-def parse_answer(frames: Frames, limits: Limits) -> AnswerHeader | FaultHeader:
-    """Check the frames of an answer or a fault; raises `RemoteProtocolError`."""
-    if _type_of(frames) == _FAULT:
-        epoch, request = unpack_header(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
-        return FaultHeader(epoch, request, _parse_fault(frames[1]))
-    epoch, request, dtype, rows, hidden = unpack_header(frames, _ANSWER_HEADER, _ANSWER, count=2, what="answer")
+def parse_answer(frame: Buffer, limits: Limits) -> AnswerHeader | FaultHeader:
+    """Check the frame of an answer or a fault; raises `RemoteProtocolError`."""
+    if _type_of([frame]) == _FAULT:
+        return FaultHeader(*_parse_fault(frame))
+    head = [frame[:ANSWER_HEADER_BYTES]]
+    epoch, request, dtype, rows, hidden = unpack_header(head, _ANSWER_HEADER, _ANSWER, count=1, what="answer")
     require(dtype < len(DTYPES), f"dtype code {dtype}")
     require(hidden == limits.hidden_size, f"hidden size {hidden}, the model has {limits.hidden_size}")
     require(1 <= rows <= limits.tokens * limits.top_k, f"{rows} rows, the limit is {limits.tokens * limits.top_k}")
-    require_sizes(frames, (rows * hidden * ITEMSIZE[DTYPES[dtype]],))
+    _require_length(frame, ANSWER_HEADER_BYTES + rows * hidden * ITEMSIZE[DTYPES[dtype]])
     return AnswerHeader(epoch, request, DTYPES[dtype], rows, hidden)
 
 
@@ -217,14 +233,14 @@ def pack_chunk(chunk: Chunk) -> list[bytes | memoryview]:
 
 def pack_chunk_fault(request: int, fault: CallFault) -> list[bytes]:
     """Return the frames of a fault on the weights plane."""
-    return pack_fault(0, request, fault)
+    return [pack_fault(0, request, fault)]
 
 
 def parse_chunk(frames: Frames) -> Chunk | ChunkFault:
     """Check a chunk (checksum included) or a fault; raises `RemoteProtocolError`."""
     if _type_of(frames) == _FAULT:
-        _, request = unpack_header(frames, _FAULT_HEADER, _FAULT, count=2, what="fault")
-        return ChunkFault(request, _parse_fault(frames[1]))
+        require(len(frames) == 1, f"{len(frames)} frames, a fault has 1")
+        return ChunkFault(*_parse_fault(frames[0])[1:])
     request, offset, total, checksum = unpack_header(frames, _CHUNK_HEADER, _CHUNK, count=2, what="chunk")
     size = len(frames[1])
     require(1 <= size <= CHUNK_BYTES and offset + size <= total, f"{size} bytes at {offset} of {total}")
@@ -239,10 +255,13 @@ def _fault_body(fault: CallFault) -> bytes:
     return fault.model_copy(update={"message": fault.message[:500] + " …"}).model_dump_json().encode()
 
 
-def _parse_fault(frame: bytes | memoryview) -> CallFault:
-    require(len(frame) <= MAX_FAULT_BYTES, f"a fault of {len(frame)} bytes, the limit is {MAX_FAULT_BYTES}")
+def _parse_fault(frame: Buffer) -> tuple[int, int, CallFault]:
+    """Return epoch, request and what is wrong."""
+    size = _FAULT_HEADER.size
+    epoch, request = unpack_header([frame[:size]], _FAULT_HEADER, _FAULT, count=1, what="fault")
+    require(len(frame) - size <= MAX_FAULT_BYTES, f"a fault of {len(frame)} bytes, the limit is {MAX_FAULT_BYTES}")
     try:
-        return CallFault.model_validate_json(bytes(frame))
+        return epoch, request, CallFault.model_validate_json(bytes(frame[size:]))
     except ValidationError as error:
         raise RemoteProtocolError("a fault that is no fault of this protocol") from error
 
@@ -268,11 +287,9 @@ def require(true: bool, otherwise: str) -> None:
         _refuse(otherwise)
 
 
-def require_sizes(frames: Frames, sizes: tuple[int, ...]) -> None:
-    """Refuse frames whose lengths, behind the header, are not `sizes`; raises `RemoteProtocolError`."""
-    for index, (frame, size) in enumerate(zip(frames[1:], sizes, strict=True), start=1):
-        if len(frame) != size:
-            _refuse(f"frame {index} has {len(frame)} bytes, its shape and dtype need {size}")
+def _require_length(frame: Buffer, size: int) -> None:
+    if len(frame) != size:
+        _refuse(f"{len(frame)} bytes, its shape and dtype need {size}")
 
 
 def _refuse(problem: str) -> NoReturn:

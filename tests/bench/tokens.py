@@ -154,9 +154,11 @@ class bare_echo:  # noqa: N801  # reads as the function it is
 
     def __init__(self, call: ExpertCall) -> None:
         size = call.hidden.shape[1]
-        self._answer = [pack_answer(AnswerHeader(1, 1, "float32", 1, size)), bytes(size * 4)]
+        self._answer = pack_answer(AnswerHeader(1, 1, "float32", 1, size), bytes(size * 4))
         header = CallHeader(1, 1, 0, "partial", "float32", "float32", 1, 1, size)
-        self._frames = [pack_call(header), call.hidden.numpy(), call.token, call.expert, call.weight.numpy()]
+        self._frame = pack_call(
+            header, call.token.data, call.expert.data, call.weight.numpy().data, call.hidden.numpy().data
+        )
 
     def __enter__(self) -> Callable[[], object]:
         processes = get_context("spawn")
@@ -168,7 +170,7 @@ class bare_echo:  # noqa: N801  # reads as the function it is
         socket.connect(f"tcp://127.0.0.1:{here.recv()}")
 
         def once() -> object:
-            socket.send_multipart(self._frames)
+            socket.send(self._frame)
             return socket.recv_multipart(copy=False)
 
         return once
@@ -179,13 +181,13 @@ class bare_echo:  # noqa: N801  # reads as the function it is
         self._process.join()
 
 
-def _echo(pipe: object, answer: list[bytes]) -> None:
+def _echo(pipe: object, answer: bytes) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     pipe.send(socket.bind_to_random_port("tcp://127.0.0.1"))  # type: ignore[attr-defined]
     while True:
         frames = socket.recv_multipart(copy=False)
-        socket.send_multipart([frames[0], *answer])
+        socket.send_multipart([frames[0], answer])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from runtime.experts import ExpertCall
 from runtime.routing import Routing
 from schemas.address import Address
 from schemas.messages import Endpoints
-from schemas.wire import AnswerHeader, CallFault, Limits, pack_answer, pack_fault, parse_call
+from schemas.wire import AnswerHeader, CallFault, Limits, call_places, pack_answer, pack_fault, parse_call
 
 LIMITS = Limits(layers=1, experts=4, top_k=2, hidden_size=2, tokens=8)
 Script = Callable[[int, int], CallFault | str | None]  # (epoch, how many calls before) -> fault, None: answer, "silent"
@@ -38,15 +38,15 @@ class Holder(threading.Thread):
         while not self.is_over.is_set():
             if not self.socket.poll(20):
                 continue
-            identity, *frames = self.socket.recv_multipart()
-            header = parse_call(frames, LIMITS)
+            identity, frame = self.socket.recv_multipart()
+            header = parse_call(frame, LIMITS)
             verdict = self.script(header.epoch, len(self.epochs))
             self.epochs.append(header.epoch)
             if isinstance(verdict, CallFault):
-                self.socket.send_multipart([identity, *pack_fault(header.epoch, header.request, verdict)])
+                self.socket.send_multipart([identity, pack_fault(header.epoch, header.request, verdict)])
             elif verdict is None:
                 answer = AnswerHeader(header.epoch, header.request, "float32", header.tokens, header.hidden_size)
-                self.socket.send_multipart([identity, pack_answer(answer), frames[1]])
+                self.socket.send_multipart([identity, pack_answer(answer, frame[call_places(header)[-2] :])])
         self.socket.close()
 
     def stop(self) -> None:

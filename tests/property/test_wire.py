@@ -1,6 +1,7 @@
 """Frames of the fast planes: what goes in comes out, and hostile bytes never get further than the parser."""
 
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from schemas.messages import RemoteProtocolError, decode
 from schemas.wire import (
+    ANSWER_HEADER_BYTES,
     CHUNK_BYTES,
+    VERSION,
     AnswerHeader,
     CallFault,
     CallHeader,
@@ -17,6 +20,7 @@ from schemas.wire import (
     ChunkRequest,
     FaultHeader,
     Limits,
+    call_places,
     pack_answer,
     pack_call,
     pack_chunk,
@@ -36,7 +40,7 @@ dtypes = st.sampled_from(sorted(SIZES))
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[CallHeader, list[bytes]]:
+def calls(draw: st.DrawFn) -> tuple[CallHeader, bytes]:
     tokens = draw(st.integers(1, LIMITS.tokens))
     header = CallHeader(
         epoch=draw(ids),
@@ -55,57 +59,54 @@ def calls(draw: st.DrawFn) -> tuple[CallHeader, list[bytes]]:
         header.rows * 4,
         header.rows * SIZES[header.weight_dtype],
     )
-    return header, [pack_call(header), *(bytes(size) for size in sizes)]
+    hidden, token, expert, weight = (bytes([number]) * size for number, size in enumerate(sizes))
+    return header, pack_call(header, token, expert, weight, hidden)
 
 
 @given(calls())
-def test_call_round_trip(call: tuple[CallHeader, list[bytes]]) -> None:
-    header, frames = call
-    assert parse_call(frames, LIMITS) == header
-    assert max(map(len, frames)) <= LIMITS.call_bytes
+def test_call_round_trip(call: tuple[CallHeader, bytes]) -> None:
+    header, frame = call
+    assert parse_call(frame, LIMITS) == header
+    places = call_places(header)
+    assert [set(frame[a:b]) for a, b in pairwise(places)] == [{1}, {2}, {3}, {0}]
+    assert places[-1] == len(frame) <= LIMITS.call_bytes
 
 
-@given(calls(), st.data())
-def test_call_with_any_frame_of_another_length_is_refused(
-    call: tuple[CallHeader, list[bytes]], data: st.DataObject
-) -> None:
-    _, frames = call
-    index = data.draw(st.integers(0, 4))
-    frames[index] = bytes(data.draw(st.integers(0, 2000).filter(lambda n: n != len(frames[index]))))
+@given(calls(), st.integers(-2000, 2000).filter(bool))
+def test_call_of_another_length_is_refused(call: tuple[CallHeader, bytes], more: int) -> None:
+    _, frame = call
     with pytest.raises(RemoteProtocolError):
-        parse_call(frames, LIMITS)
+        parse_call(frame + bytes(more) if more > 0 else frame[:more], LIMITS)
 
 
 @given(calls(), st.data())
 def test_call_with_a_flipped_bit_stays_within_limits_or_is_refused(
-    call: tuple[CallHeader, list[bytes]], data: st.DataObject
+    call: tuple[CallHeader, bytes], data: st.DataObject
 ) -> None:
-    _, frames = call
-    head = bytearray(frames[0])
-    head[data.draw(st.integers(0, len(head) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    damaged = bytearray(call[1])
+    damaged[data.draw(st.integers(0, call_places(call[0])[0] - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        header = parse_call([bytes(head), *frames[1:]], LIMITS)
+        header = parse_call(bytes(damaged), LIMITS)
     except RemoteProtocolError:
         return
     assert header.layer < LIMITS.layers
-    assert header.tokens * 8 * SIZES[header.dtype] == len(frames[1])
-    assert header.rows * 4 == len(frames[2]) == len(frames[3])
+    assert call_places(header)[-1] == len(damaged)
 
 
 @given(ids, ids, dtypes, st.integers(1, LIMITS.tokens * LIMITS.top_k))
 def test_answer_round_trip(epoch: int, request: int, dtype: str, rows: int) -> None:
     header = AnswerHeader(epoch, request, dtype, rows, 8)
-    frames = [pack_answer(header), bytes(rows * 8 * SIZES[dtype])]
-    assert parse_answer(frames, LIMITS) == header
+    frame = pack_answer(header, bytes(rows * 8 * SIZES[dtype]))
+    assert parse_answer(frame, LIMITS) == header
+    assert len(frame) - ANSWER_HEADER_BYTES == rows * 8 * SIZES[dtype]
     with pytest.raises(RemoteProtocolError, match="its shape and dtype need"):
-        parse_answer([frames[0], frames[1] + b"x"], LIMITS)
+        parse_answer(frame + b"x", LIMITS)
 
 
 @given(ids, ids, st.text(max_size=6000), st.integers(0, 2**62))
 def test_fault_round_trip(epoch: int, request: int, message: str, current: int) -> None:
     fault = CallFault(code="stale_epoch", message=message, epoch=current)
-    frames = pack_fault(epoch, request, fault)
-    header = parse_answer(frames, LIMITS)
+    header = parse_answer(pack_fault(epoch, request, fault), LIMITS)
     assert isinstance(header, FaultHeader)
     assert (header.epoch, header.request, header.fault.code, header.fault.epoch) == (
         epoch,
@@ -140,8 +141,8 @@ def test_chunk_fault_round_trip() -> None:
 @given(st.lists(st.binary(max_size=200), max_size=6))
 def test_hostile_frames_are_refused(frames: list[bytes]) -> None:
     for parse in (
-        lambda: parse_call(frames, LIMITS),
-        lambda: parse_answer(frames, LIMITS),
+        lambda: parse_call(b"".join(frames), LIMITS),
+        lambda: parse_answer(b"".join(frames), LIMITS),
         lambda: parse_chunk(frames),
         lambda: parse_chunk_request(frames),
     ):
@@ -149,9 +150,9 @@ def test_hostile_frames_are_refused(frames: list[bytes]) -> None:
             parse()
 
 
-@given(st.integers(1, 5), st.binary(max_size=100), st.lists(st.binary(max_size=100), max_size=5))
-def test_hostile_bodies_behind_a_right_prefix_are_refused(kind: int, body: bytes, frames: list[bytes]) -> None:
-    hostile = [struct.pack("<2sBB", b"XM", 1, kind) + body, *frames]
+@given(st.integers(1, 5), st.binary(max_size=600))
+def test_hostile_bodies_behind_a_right_prefix_are_refused(kind: int, body: bytes) -> None:
+    hostile = struct.pack("<2sBB", b"XM", VERSION, kind) + body
     for parse in (parse_call, parse_answer):
         try:
             header = parse(hostile, LIMITS)
