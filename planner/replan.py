@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from planner.moved import Arranged, migration_seconds, moved_bytes
 from planner.objective import Routing, path_seconds, prompt_part_seconds
 from planner.problem import Bools, Events, Floats, Ints, Problem
 from planner.statistics import Detector, Sensitivity, count_events, detector_of
@@ -130,22 +131,6 @@ def saving(
     return float(saved.mean()), error, float((before @ problem.tokens_per_s).mean())
 
 
-def new_copies(problem: Problem, held: Bools, wanted: Bools) -> list[tuple[int, int]]:
-    """List the (expert, node) that a placement ``[P, L, E]`` needs and another does not have."""
-    fresh = problem.held(wanted) & ~problem.held(held)
-    return [(int(expert), int(node)) for node, expert in np.argwhere(fresh.reshape(problem.num_nodes, -1))]
-
-
-def migration_seconds(problem: Problem, held: Bools, wanted: Bools) -> float:
-    """Seconds of bringing new copies, each over the best link from a present holder; 0 where nobody holds it."""
-    holders = problem.held(held).reshape(problem.num_nodes, -1)
-    total = 0.0
-    for expert, node in new_copies(problem, held, wanted):
-        sources = np.flatnonzero(holders[:, expert])
-        total += float(problem.transfer_s[sources, node].min(initial=np.inf)) if len(sources) else 0.0
-    return total
-
-
 def decide(
     problem: Problem,
     *,
@@ -166,8 +151,9 @@ def decide(
     """
     saved, error, waited = saving(problem, now, then, judged_on)
     benefit, doubt = saved * rules.horizon_s, rules.surety * error * rules.horizon_s
-    price = migration_seconds(problem, now.placed, then.placed) if cost_s is None else cost_s
-    moved = len(new_copies(problem, now.placed, then.placed)) * problem.expert_bytes
+    there = Arranged(now.placed, now.trunk), Arranged(then.placed, then.trunk)
+    price = migration_seconds(problem, *there) if cost_s is None else cost_s
+    moved = moved_bytes(problem, *there)
     hurdle = max(price * (1 + rules.margin), rules.least_gain * waited * rules.horizon_s)
     if rules.max_bytes is not None and moved > rules.max_bytes:
         move, uncertain, reason = False, False, f"would move {moved} bytes, above the limit of {rules.max_bytes}"

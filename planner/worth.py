@@ -13,10 +13,10 @@ import numpy as np
 from planner.assemble import Solved
 from planner.errors import InfeasibleProblem
 from planner.feasibility import violations
+from planner.moved import Arranged, migration_seconds, moved_bytes, new_trunk_bytes
 from planner.moving import makespan_s
 from planner.objective import judge, plan_cost
 from planner.problem import Bools, Problem
-from planner.replan import migration_seconds, new_copies
 from planner.simulate.placement import UnlikePlan, placed_by, with_trunk_of
 from planner.solvers.base import with_status
 from planner.solvers.routing import route
@@ -81,7 +81,7 @@ def choose_move(solved: Solved, now: InForce | None, terms: MovingTerms, *, gap:
     benefit = _waited(before) - _waited(target)
     if old <= new * (1 + gap):
         return Choice(before, False, "no better placement is known", benefit)
-    price = migration_seconds(target.problem, now.placed, target.placed)
+    price = migration_seconds(target.problem, _there(now), _there(target))
     if terms.horizon_s is None:
         pays = f"pays after {format_seconds(price / benefit)}" if benefit > 0 else "is no gain in latency"
         return Choice(target, True, f"moving takes {format_seconds(price)} of transfers and {pays}", benefit)
@@ -99,10 +99,10 @@ def movement(
     """Return the figures of a choice as a plan keeps them; of the placement that was `wanted` where nothing moves."""
     transfers = [transfer for schedule in schedules for transfer in schedule.transfers]
     target = choice.solved if choice.moved else wanted
-    fresh = 0 if now is None else len(new_copies(target.problem, now.placed, target.placed))
-    price = 0.0 if now is None else migration_seconds(target.problem, now.placed, target.placed)
+    fresh = 0 if now is None else moved_bytes(target.problem, _there(now), _there(target))
+    price = 0.0 if now is None else migration_seconds(target.problem, _there(now), _there(target))
     return Movement(
-        new_bytes=fresh * target.problem.expert_bytes,
+        new_bytes=fresh,
         sources=len({transfer.source for transfer in transfers}),
         makespan_s=makespan_s(schedules),
         transfer_s=price,
@@ -111,6 +111,10 @@ def movement(
         moved=choice.moved,
         reason=choice.reason,
     )
+
+
+def _there(one: InForce | Solved) -> Arranged:
+    return Arranged(one.placed, one.problem.trunk_node)
 
 
 def _objective(solved: Solved) -> float:
@@ -147,20 +151,19 @@ def _capped(solved: Solved, now: InForce, max_bytes: int) -> Solved:
     """Go from `now` towards what was solved as far as a number of bytes allows, the most useful replicas first.
 
     Replicas are exchanged in place, each for one that the target does not keep there, so that every step on the way
-    is feasible, with the trunk as it is or as it was solved; of all steps that keep every constraint the best is taken.
-    Its bound is that without a cap.
+    is feasible, with the trunk as it is or, where its new weights are within the cap, as it was solved; of all steps
+    that keep every constraint the best is taken. Its bound is that without a cap.
     """
-    budget = max_bytes // solved.problem.expert_bytes
-    if len(new_copies(solved.problem, now.placed, solved.placed)) <= budget:
+    if moved_bytes(solved.problem, _there(now), _there(solved)) <= max_bytes:
         return solved
     problems = [now.problem] if _same_paths(now.problem, solved.problem) else [now.problem, solved.problem]
-    steps = [
-        step
-        for problem in problems
-        for placed in (now.placed, *_way(problem, now.placed, solved.placed, budget))
-        if (step := _as_solved(solved, placed, problem)) is not None
-    ]
-    return min(steps, key=_objective, default=solved)
+    steps = []
+    for problem in problems:
+        left = max_bytes - int(new_trunk_bytes(problem, now.problem.trunk_node, problem.trunk_node).sum())
+        if left >= 0:
+            way = _way(problem, now.placed, solved.placed, left // problem.expert_bytes)
+            steps += [_as_solved(solved, placed, problem) for placed in (now.placed, *way)]
+    return min((step for step in steps if step is not None), key=_objective, default=solved)
 
 
 def _way(problem: Problem, now: Bools, target: Bools, budget: int) -> list[Bools]:

@@ -115,8 +115,9 @@ class LinkSummary(FrozenModel):
 class Movement(FrozenModel):
     """What coming from the plan in force brings and costs.
 
-    `makespan_s` is the time until the last transfer has arrived, `transfer_s` that of all transfers together, which is
-    the price of moving. `benefit_per_s` are seconds that tokens wait less, per second; over `horizon_s` they must
+    `makespan_s` is the time until the last expert has arrived, `transfer_s` that of all transfers together, which is
+    the price of moving; it and `new_bytes` count the trunk of layers that begin to run at a node, too. `benefit_per_s`
+    are seconds that tokens wait less, per second; over `horizon_s` they must
     exceed that price. `moved` says whether this plan moves.
     """
 

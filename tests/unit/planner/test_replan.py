@@ -8,6 +8,7 @@ import pytest
 
 from planner.demand import activation_share
 from planner.inputs import load_inputs
+from planner.moved import Arranged, migration_seconds, new_copies
 from planner.objective import judge, nearest
 from planner.problem import build_problem
 from planner.replan import (
@@ -16,8 +17,6 @@ from planner.replan import (
     dancemoe_adopts,
     decide,
     look,
-    migration_seconds,
-    new_copies,
     saving,
     token_waits,
     watch,
@@ -177,8 +176,8 @@ def test_moving_costs_its_new_copies_over_their_best_links():
     wanted = held.copy()
     wanted[1, 0, :2] = True
     assert new_copies(problem, held, wanted) == [(0, 1), (1, 1)]
-    assert migration_seconds(problem, held, wanted) == pytest.approx(2 * problem.transfer_s[0, 1])
-    assert migration_seconds(problem, wanted, held) == 0.0
+    assert migration_seconds(problem, Arranged(held), Arranged(wanted)) == pytest.approx(2 * problem.transfer_s[0, 1])
+    assert migration_seconds(problem, Arranged(wanted), Arranged(held)) == 0.0
 
 
 def test_dancemoe_takes_estimates_at_their_word():

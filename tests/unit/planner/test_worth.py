@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from planner.assemble import Solved
+from planner.moved import new_trunk_bytes
 from planner.objective import judge, nearest, plan_cost
 from planner.solvers.base import Result, SolveStatus, StopReason
-from planner.worth import InForce, MovingTerms, choose_move
+from planner.worth import InForce, MovingTerms, choose_move, movement
 from tests.planning import line, model_spec, node, problem_of, topology_of
 
 MODEL = model_spec(layers=3, experts=2, top_k=1, trunk_layer_bytes=100)
@@ -72,13 +73,16 @@ def test_who_wants_the_trunk_to_stay_does_not_keep_a_plan_that_moves_it(problem)
     assert (choice.moved, choice.reason) == (True, "tokens shall not take the paths in force")
 
 
+TRUNK = 3 * 100  # bytes of the three layers
+
+
 @pytest.mark.parametrize("experts", [0, 2, 6])
-def test_under_a_cap_on_experts_the_trunk_may_go_all_the_same(problem, experts):
+def test_under_a_cap_the_trunk_goes_alone_or_with_as_many_experts_as_its_bytes_leave(problem, experts):
     now = in_force(problem, [0, 0, 0], 0, 0, 0)
     slow = replace(now.problem, chosen_s=np.array([0.1, 0.0]))
     now = InForce(now.placed, slow)
     target = solved(*arranged(slow, [1, 1, 1], 1, 1, 1))
-    choice = choose_move(target, now, MovingTerms(max_bytes=experts * 100, horizon_s=1e4), gap=1e-5)
+    choice = choose_move(target, now, MovingTerms(max_bytes=TRUNK + experts * 100, horizon_s=1e4), gap=1e-5)
     held = int((choice.solved.placed & ~now.placed).sum())
     assert held <= experts
     assert (
@@ -86,3 +90,25 @@ def test_under_a_cap_on_experts_the_trunk_may_go_all_the_same(problem, experts):
         < judge(slow, nearest(slow, now.placed, "latency")).predicted_latency_s
     )
     assert choice.solved.problem.trunk_node.tolist() == [[1, 1, 1]]
+    told = movement(choice, now, [], MovingTerms(), target)
+    assert told.new_bytes == TRUNK + held * 100
+    assert told.transfer_s == pytest.approx((3 + held) * problem.transfer_s[0, 1])
+    tighter = choose_move(target, now, MovingTerms(max_bytes=TRUNK - 1, horizon_s=1e4), gap=1e-5)
+    assert tighter.solved.problem.trunk_node.tolist() == [[0, 0, 0]]
+
+
+def test_embedding_and_head_come_with_the_first_and_the_last_layer_and_once_where_they_are_one():
+    model = model_spec(
+        layers=3, experts=2, top_k=1, trunk_layer_bytes=100, embedding_bytes=50, input_bytes=50, head_bytes=50
+    )
+    nodes = [node("a", device=40, rate=10), node("b", device=40), node("c", device=40)]
+    links = [*line("a", "b", latency="1 ms"), *line("a", "c", latency="9 ms"), *line("b", "c", latency="1 ms")]
+    problem = problem_of(topology_of(nodes, links, trunk={"mode": "move"}), model)
+
+    def brought(*after, before=(0, 0, 1)):
+        return new_trunk_bytes(problem, np.array([before]), np.array([after])).tolist()
+
+    assert brought(0, 0, 1) == [[0, 0, 0]] * 3
+    assert brought(0, 1, 1) == [[0, 100, 0], [0, 0, 0], [0, 0, 0]]
+    assert brought(2, 2, 2) == [[0, 0, 250 - 50], [0, 0, 150], [0, 0, 0]]
+    assert brought(2, 2, 2, before=(0, 1, 1)) == [[0, 0, 150], [0, 0, 250 - 50], [0, 0, 0]]

@@ -1,0 +1,69 @@
+"""What must be brought where to get from one arrangement to another, and how long that takes.
+
+Decides which replicas and which parts of the trunk are new at a node. Where the trunk of a layer begins to run at a
+node that did not run it for anyone, its weights come from one that did. Must not know whether moving pays.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.problem import Bools, Floats, Ints, Problem
+
+
+class Arranged(NamedTuple):
+    """A placement ``[P, L, E]``, and where the trunk runs, int64 ``[I, L]``; None: as in the problem."""
+
+    placed: Bools
+    trunk: Ints | None = None
+
+
+def new_copies(problem: Problem, held: Bools, wanted: Bools) -> list[tuple[int, int]]:
+    """List the (expert, node) that a placement ``[P, L, E]`` needs and another does not have."""
+    fresh = problem.held(wanted) & ~problem.held(held)
+    return [(int(expert), int(node)) for node, expert in np.argwhere(fresh.reshape(problem.num_nodes, -1))]
+
+
+def new_trunk_bytes(problem: Problem, before: Ints, after: Ints) -> Floats:
+    """Bytes of trunk that each node needs and does not have, by the node that has them, float64 ``[from, to]``.
+
+    Embedding and head go with the first and the last layer; where weights are tied they come once.
+    """
+    room, size, layers = problem.room, problem.num_nodes, problem.layers
+    ran, runs = (
+        (trunk[None] == np.arange(size)[:, None, None]).any(axis=1) for trunk in (before, after)
+    )  # [N, L] each
+    found = np.zeros((size, size))
+    for node, layer in np.argwhere(runs & ~ran).tolist():
+        sources = np.flatnonzero(ran[:, layer])
+        source = int(sources[problem.transfer_s[sources, node].argmin()])
+        ends = (layer == 0) * room.input_bytes + (layer == layers - 1) * room.head_bytes
+        found[source, node] += int(room.layer_bytes[layer]) + ends
+    for node in np.flatnonzero((runs & ~ran)[:, 0] & (runs & ~ran)[:, -1]).tolist():
+        twice = room.input_bytes + room.head_bytes - room.both_bytes
+        found[found[:, node].argmax(), node] -= twice
+    return found
+
+
+def moved_bytes(problem: Problem, now: Arranged, then: Arranged) -> int:
+    """Bytes that come to nodes: new replicas, new trunk."""
+    copies = len(new_copies(problem, now.placed, then.placed)) * problem.expert_bytes
+    return copies + int(_new_trunk(problem, now, then).sum())
+
+
+def migration_seconds(problem: Problem, now: Arranged, then: Arranged) -> float:
+    """Seconds of bringing what is new, each over the best link from a present holder; 0 where nobody has it.
+
+    Trunk takes as long as as many experts of its bytes.
+    """
+    holders = problem.held(now.placed).reshape(problem.num_nodes, -1)
+    total = 0.0
+    for expert, node in new_copies(problem, now.placed, then.placed):
+        sources = np.flatnonzero(holders[:, expert])
+        total += float(problem.transfer_s[sources, node].min(initial=np.inf)) if len(sources) else 0.0
+    return total + float((_new_trunk(problem, now, then) / problem.expert_bytes * problem.transfer_s).sum())
+
+
+def _new_trunk(problem: Problem, now: Arranged, then: Arranged) -> Floats:
+    before, after = (problem.trunk_node if one.trunk is None else one.trunk for one in (now, then))
+    return new_trunk_bytes(problem, before, after)
