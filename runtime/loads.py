@@ -7,7 +7,7 @@ whichever thread needs the copy first; bookkeeping under the residency's lock, r
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,21 +146,33 @@ class Loader:
             self.copies.bring(pool, copy.slot, staging.whole(slot))
             return num_bytes
 
-    def start(self, copy: Copy) -> ExitStack:
-        """Begin to fill a copy; what is launched on the copy stream later finds it filled.
+    def is_at_hand(self, key: CopyKey) -> bool:
+        """Whether a copy of an expert can be begun to be filled without reading anything; the lock is held."""
+        host = self._shelf.copies.get((key, "host"))
+        return self.copies is None or (host is not None and host.is_ready)
+
+    def start(self, copy: Copy) -> Copy | None:
+        """Begin to fill a copy; what is launched on the copy stream later finds it filled. The lock is not held.
 
         Returns
         -------
-        ExitStack
-            Holds what the copy is filled from; close it when the stream has come past.
+        Copy or None
+            In host memory, that it is filled from, and whose use ends when the stream has come past.
         """
-        held = ExitStack()
-        host = held.enter_context(self._host_copy(copy)) if self.copies is not None else None
+        host = None
+        if self.copies is not None:
+            with self._changed:
+                host = self._shelf.copies.get((copy.key, "host"))
+                if host is not None and host.is_ready:
+                    self._shelf.use(host)
+                else:
+                    host = None
         if host is None or self.copies is None:
             self.fill(copy)
-        else:
-            self.copies.enqueue(self._pools[copy.tier], copy.slot, self._pools["host"].whole(host.slot))
-        return held
+            return None
+        copy.found = "host"
+        self.copies.enqueue(self._pools[copy.tier], copy.slot, self._pools["host"], host.slot)
+        return host
 
     @contextmanager
     def _host_copy(self, copy: Copy) -> Iterator[Copy | None]:

@@ -43,8 +43,8 @@ class SlotPool:
 
     Attributes
     ----------
-    slots
-        How many there are.
+    slots, stride, address
+        How many there are, the bytes from one to the next, and where the first begins.
 
     Raises
     ------
@@ -72,6 +72,7 @@ class SlotPool:
                 f"{tier} tier: {format_bytes(slots * self._stride)} cannot be reserved on {device}; "
                 f"lower memory.{tier} of this node"
             ) from error
+        self.stride, self.address = self._stride, self._bytes.data_ptr()
         self._weights: dict[int, ExpertWeights] = {}
 
     def _reserve(self, size: int, tier: Tier, device: torch.device) -> torch.Tensor:

@@ -6,7 +6,7 @@ Decides sizes only. Axes: L layers, B tokens, K top-k, E experts.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,9 @@ class Mail:
     Attributes
     ----------
     ids
-        [L, B, K] int64: stamp * 65536 + expert.
+        [L, B, K] int64: see `arrived`.
+    guesses
+        [L, B, K] int64 likewise: what the layer after will probably choose, best first; of the last layer nothing.
     weights, scores
         [L, B, K] and [L, B, E] float32, of the ids beside them.
     waited_ns
@@ -49,6 +51,7 @@ class Mail:
     """
 
     ids: torch.Tensor
+    guesses: torch.Tensor
     weights: torch.Tensor
     scores: torch.Tensor
     waited_ns: torch.Tensor
@@ -120,6 +123,7 @@ def make_buffers(device: torch.device, *, layers: int, rows: int, experts: int, 
 
     mail = Mail(
         own(layers, rows, top_k, dtype=torch.int64),
+        own(layers, rows, top_k, dtype=torch.int64),
         own(layers, rows, top_k, dtype=torch.float32),
         own(layers, rows, experts, dtype=torch.float32),
         own(layers, dtype=torch.int64),
@@ -142,14 +146,27 @@ def control_size(layers: int, rows: int) -> int:
     return 2 + 2 * rows + 2 * layers * rows
 
 
-def arrived(words: NDArray[np.int64], stamp: int) -> NDArray[np.int64] | None:
-    """Return the expert ids of stamped words, or None while some are of an earlier step.
+class Chosen(NamedTuple):
+    """What a layer has chosen: experts [B, K], best first, and whether the device found each in a slot."""
 
-    >>> arrived(np.array([3 * 65536 + 7, 3 * 65536 + 1]), 3).tolist()
-    [7, 1]
-    >>> arrived(np.array([3 * 65536 + 7, 2 * 65536 + 1]), 3) is None
+    experts: NDArray[np.int64]
+    found: NDArray[np.bool_]
+
+
+STAMP: Final = 1 << 17
+FOUND: Final = 1 << 16
+
+
+def arrived(words: NDArray[np.int64], stamp: int) -> Chosen | None:
+    """Read words of stamp * `STAMP` + found * `FOUND` + expert; None while some are of an earlier step.
+
+    >>> chosen = arrived(np.array([3 * STAMP + FOUND + 7, 3 * STAMP + 1]), 3)
+    >>> chosen.experts.tolist(), chosen.found.tolist()
+    ([7, 1], [True, False])
+    >>> arrived(np.array([3 * STAMP + 7, 2 * STAMP + 1]), 3) is None
     True
     """
-    if (words >> 16 != stamp).any():
+    if words.flat[-1] < stamp * STAMP or (words < stamp * STAMP).any():
         return None
-    return words & 0xFFFF
+    words = words.copy()
+    return Chosen(words & (FOUND - 1), (words & FOUND) != 0)

@@ -4,6 +4,7 @@ Decides when a slot may be overwritten: when every kernel that was told to read 
 is complete when the copy's event is. Must not know which expert is brought, or for whom.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class DeviceCopies:
     def __init__(self, device: torch.device, layout: RecordLayout, *, packed: PackedLayout | None = None) -> None:
         self.stream = torch.cuda.Stream(device, priority=-1)  # not in one hardware queue with the kernels
         self.fences: Fences[Any] = Fences(self._recorded, self.stream.wait_event)
+        self._copy = _driver_copy()
         self._device = device
         self._staging = SlotPool(layout, _STAGING_SLOTS, "host", device, packed=packed)
         self._free = list(range(_STAGING_SLOTS))
@@ -73,17 +75,31 @@ class DeviceCopies:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def enqueue(self, target: SlotPool, slot: int, source: torch.Tensor) -> None:
-        """Begin to copy a whole slot; `source` is pinned and stays as it is until the stream has come past."""
-        with torch.cuda.stream(self.stream):
-            self.fences.claim(slot)
-            target.whole(slot).copy_(source, non_blocking=True)
+    def enqueue(self, target: SlotPool, slot: int, source: SlotPool, source_slot: int) -> None:
+        """Begin to copy a whole slot of pinned memory, which stays as it is until the stream has come past."""
+        self.fences.claim(slot)
+        size = target.stride
+        self.send(target.address + slot * size, source.address + source_slot * size, size)
+
+    def send(self, target: int, source: int, num_bytes: int) -> None:
+        """Begin to copy bytes between addresses: torch's own way takes four times as long to begin.
+
+        Raises
+        ------
+        RuntimeError
+            CUDA's, which `is_device_fault`.
+        """
+        error = self._copy(target, source, num_bytes, self.stream.cuda_stream)
+        if error:
+            raise RuntimeError(f"CUDA error {error}: bytes cannot be copied to the device")
 
     def bring(self, target: SlotPool, slot: int, source: torch.Tensor) -> None:
         """Copy a whole slot, and return when it is there."""
-        self.enqueue(target, slot, source)
-        event = torch.cuda.Event()
-        event.record(self.stream)
+        with torch.cuda.stream(self.stream):
+            self.fences.claim(slot)
+            target.whole(slot).copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self.stream)
         event.synchronize()
 
     @contextmanager
@@ -98,3 +114,11 @@ class DeviceCopies:
             with self._changed:
                 self._free.append(slot)
                 self._changed.notify()
+
+
+def _driver_copy() -> Any:
+    """Return the driver's asynchronous copy from host to device: (target, source, bytes, stream) -> error."""
+    function = ctypes.CDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
+    function.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    function.restype = ctypes.c_int
+    return function

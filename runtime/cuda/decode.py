@@ -1,4 +1,4 @@
-"""One token of each of some sessions, run on a device in one go; the experts that its layers lack are brought meanwhile.
+"""One token of each of some sessions, run on a device in one go, while what its layers lack is brought.
 
 Decides for which steps that is possible, and what a layer that lacks experts gets: their weights, or, where a quality
 budget allows it, other experts. Flow: control words and slot table → the whole step is launched → layer by layer, what
@@ -8,8 +8,8 @@ gives slots up meanwhile. Must not know sessions or epochs. Axes: B tokens, L la
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Final
 
@@ -21,12 +21,13 @@ from runtime.cuda import reference
 from runtime.cuda.buffers import make_buffers
 from runtime.cuda.layers import Step, StepParts, lanes_of, step_parts
 from runtime.cuda.runners import Caches, Eager, Graphs, Runner
-from runtime.cuda.table import ABSENT, Rooms, SlotTable, answer_slots, covers, fits, missing, rows_of, sorted_rows
+from runtime.cuda.table import ABSENT, Rooms, SlotTable, answer_slots, covers, fits, lacking, sorted_rows
 from runtime.dispatch import Dispatcher
 from runtime.errors import DeviceLost, ExpertUnavailable, RuntimeFault
 from runtime.loading import Trunk
 from runtime.shelf import Copy
 from runtime.slots import Residency
+from schemas.topology import Tier
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +57,6 @@ class CapturedDecode:
     ----------
     ops
         `runtime.cuda.kernels` on a device; `runtime.cuda.reference` computes the same anywhere.
-
-    Attributes
-    ----------
-    sources
-        Keeps what is being copied to the device where it is.
     """
 
     def __init__(self, parts: StepParts, residency: Residency, ops: Any = reference) -> None:
@@ -68,8 +64,10 @@ class CapturedDecode:
         self.inside = residency.inside
         self.first_layer = parts.first_layer
         self.table = SlotTable(parts.first_layer, len(parts.layers), parts.router.experts)
-        self.sources = ExitStack()
-        self._parts = parts
+        self._sources: list[Copy] = []
+        self._waits = False
+        self._last = 0.0, 0  # seconds of the step before, and the loads that it waited for
+        self.parts = parts
         self._ops = ops
         self._lock = threading.Lock()
         self._runners: dict[int, Runner] = {}
@@ -81,10 +79,16 @@ class CapturedDecode:
 
     def router(self, index: int) -> Any:
         """Return the router of a layer of the range."""
-        return self._parts.trunk.model.model.layers[index].mlp.gate
+        return self.parts.trunk.model.model.layers[index].mlp.gate
 
-    def bring(self, number: int, chosen: Ints, lacking: Sequence[int]) -> list[Copy]:
-        """Begin to load what a layer lacks, into slots that nobody needs now; `sources` must be closed later. Modifies.
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether what the next layer will probably lack is worth loading."""
+        caching = self.residency.caching
+        return caching is not None and caching.prefetch and self._waits and self.inside.shelf.slack.pays
+
+    def bring(self, number: int, chosen: Iterable[int], absent: Sequence[int]) -> list[Copy]:
+        """Begin to load what a layer lacks, into slots that nobody needs now. Modifies.
 
         Returns
         -------
@@ -96,9 +100,8 @@ class CapturedDecode:
         used: list[Copy] = []
         try:
             with changed:
-                absent = self._absent(number, lacking)
-                present = {expert for expert in chosen.ravel().tolist() if expert >= 0} - set(absent)
-                for expert in present:
+                absent = self._absent(number, absent)
+                for expert in set(chosen).difference(absent):
                     shelf.use(copy := shelf.ready[number, expert])
                     used.append(copy)
                 for slot, expert in zip(self._slots(number, len(absent)), absent, strict=True):
@@ -109,6 +112,51 @@ class CapturedDecode:
             with changed:
                 shelf.end_use([*used, *started])
         return started
+
+    def bring_ahead(self, number: int, likely: Sequence[int], chosen: Container[int]) -> bool:
+        """Begin to load what the layer after `number` will probably lack; returns whether anything is. Modifies."""
+        shelf, after = self.inside.shelf, number + 1
+        with self.inside.changed:
+            absent = [
+                expert
+                for expert in likely
+                if (after, expert) in shelf.lacking
+                and not shelf.is_coming((after, expert))
+                and self.inside.loader.is_at_hand((after, expert))
+            ]
+            slots = self._rooms.take_passed(number, len(absent), chosen)
+            copies = [
+                shelf.occupy((after, expert), "device", slot) for expert, slot in zip(absent, slots, strict=False)
+            ]
+            for copy in copies:
+                copy.is_guess = True
+                shelf.guesses[after].append(copy)
+                self.residency.counts.prefetched[after] += 1
+        try:
+            self._load(copies)
+        except RuntimeFault as error:
+            log.warning("an expert that was guessed cannot be loaded: %s", error)
+        return bool(copies)
+
+    def redeem(self, number: int, chosen: Iterable[int]) -> None:
+        """Count the guesses of a layer that came true; the others may go. Modifies."""
+        shelf = self.inside.shelf
+        if not shelf.guesses.get(number):
+            return
+        with self.inside.changed:
+            for expert in set(chosen):
+                copy = shelf.ready.get((number, expert))
+                if copy is not None:
+                    shelf.redeem(copy)
+                    shelf.settle(copy)
+            shelf.forget_guesses(number)
+
+    def end_sources(self) -> None:
+        """End the use of host memory that was copied from: the device has come past. Modifies."""
+        if self._sources:
+            with self.inside.changed:
+                self.inside.shelf.end_use(self._sources)
+            self._sources = []
 
     def _absent(self, number: int, lacking: Sequence[int]) -> list[int]:
         """Return what has to be loaded, when nobody else is loading it; the lock is held."""
@@ -135,7 +183,9 @@ class CapturedDecode:
         left = list(copies)
         try:
             for copy in copies:
-                self.sources.push(self.inside.loader.start(copy))
+                host = self.inside.loader.start(copy)
+                if host is not None:
+                    self._sources.append(host)
                 with self.inside.changed:
                     left.remove(copy)
                     shelf.finish(copy)
@@ -148,13 +198,14 @@ class CapturedDecode:
             raise
 
     def prepare(self, number: int, count: int) -> None:
-        """Make up the order in which copies go when room is needed next. Modifies."""
-        with self.inside.changed:
-            self._rooms.prepare(number, count)
+        """Make up the order in which copies go when room is needed next, for so many. Modifies."""
+        if self._rooms.prepared < 2 * count:
+            with self.inside.changed:
+                self._rooms.prepare(number, 8 * count)
 
     def can_run(self, dispatcher: Dispatcher, caches: Sequence[Any]) -> bool:
         """Whether a step is one for this: experts all here, with room for those of a layer, after a prompt."""
-        rows, router = len(caches), self._parts.router
+        rows, router = len(caches), self.parts.router
         return (
             rows <= MOST_ROWS
             and dispatcher.combine == "partial"
@@ -187,7 +238,7 @@ class CapturedDecode:
         ExpertUnavailable, ExpertLost
             As `Residency.lend`.
         """
-        layers = len(self._parts.layers)
+        layers = len(self.parts.layers)
         with self._lock, self._alone():
             self._stamp += 1
             runner = self._runner(len(caches))
@@ -197,10 +248,13 @@ class CapturedDecode:
             runner.step.inputs.copy_(inputs)
             control = self._control(states, seen)
             news = step.news() if self.table.is_new else None
-            answer = runner.run(control, news, states, waits=not covers(self.table.slots), serve=step.serve)
+            self._waits = not covers(self.table.slots)
             for cache in caches:
                 for layer in cache.layers:
                     layer.written(1)
+            began = perf_counter()
+            answer = runner.run(control, news, states, waits=self._waits, serve=step.serve)
+            self._last = perf_counter() - began, step.loads
             return answer
 
     @contextmanager
@@ -212,14 +266,13 @@ class CapturedDecode:
         try:
             yield
         finally:
-            self.sources.close()
             with changed:
                 shelf.thaw()
 
     def _runner(self, rows: int) -> Runner:
         found = self._runners.get(rows)
         if found is None:
-            parts, router = self._parts, self._parts.router
+            parts, router = self.parts, self.parts.router
             device = parts.trunk.device
             sizes = {"layers": len(parts.layers), "rows": rows, "experts": router.experts, "top_k": router.top_k}
             buffers = make_buffers(device, **sizes)
@@ -241,16 +294,30 @@ class CapturedDecode:
         waited_ns = runner.buffers.mail.waited_ns
         if bool((waited_ns < 0).any()):
             raise DeviceLost("the device waited for an expert until it gave up")
-        for index, nanoseconds in enumerate(waited_ns.tolist()):
+        waited = waited_ns.tolist()
+        total_s = 1e-9 * sum(waited)
+        for index, nanoseconds in enumerate(waited):
             if nanoseconds:
-                self.residency.counts.waited_s[self._parts.first_layer + index] += 1e-9 * nanoseconds
-                dispatcher.counts.local_s += 1e-9 * nanoseconds
-                dispatcher.spent_s += 1e-9 * nanoseconds
+                self.residency.counts.waited_s[self.first_layer + index] += 1e-9 * nanoseconds
+        dispatcher.counts.local_s += total_s
+        dispatcher.spent_s += total_s
+        slack, (step_s, loads) = self.inside.shelf.slack, self._last
+        with self.inside.changed:
+            if loads and total_s:
+                slack.observe_load(total_s / loads)
+            if step_s > total_s:
+                slack.observe_layer(step_s / len(waited), total_s / len(waited))
         waited_ns.zero_()
 
 
 class _Step:
-    """What the host does while one step runs."""
+    """What the host does while one step runs.
+
+    Attributes
+    ----------
+    loads
+        That layers waited for.
+    """
 
     def __init__(self, decode: CapturedDecode, runner: Runner, dispatcher: Dispatcher, stamp: int) -> None:
         self._decode = decode
@@ -260,6 +327,9 @@ class _Step:
         self._layers, self._rows, self._top_k = runner.buffers.slots.shape
         self._substitution = dispatcher.substitution
         self._began: tuple[int, float, int] | None = None
+        self._new: dict[int, Tier] = {}
+        self.loads = 0
+        self._is_lacking = bool(decode.inside.shelf.lacking)
 
     def news(self, answer: NDArray[np.int32] | None = None, weights: Floats | None = None) -> NDArray[np.int32]:
         """Return the slot table, and the answer to a layer that lacks experts, as `Buffers.news` holds them."""
@@ -269,55 +339,75 @@ class _Step:
         return np.concatenate([self._decode.table.take(), slots, gates.view(np.int32)])
 
     def serve(self, index: int) -> None:
-        """Count a layer that has chosen, and bring what it lacks."""
-        chosen = self._runner.ids(index, self._stamp)
-        self._note_load()
-        number = self._decode.first_layer + index
+        """Bring what a layer that has chosen lacks, and what the next one will; count it then."""
+        chosen = self._runner.chosen(index, self._stamp)
+        number, decode = self._decode.first_layer + index, self._decode
+        if index == 0:
+            decode.end_sources()  # the device has come past whatever was copied in the step before
         gates: Floats = self._runner.buffers.mail.weights[index].numpy().astype(np.float64)
-        if missing(self._decode.table.sent[index], chosen):
-            chosen, gates = self._answer(index, number, chosen, gates)
-        else:
-            self._count_found(number, chosen)
+        experts = chosen.experts
+        absent = lacking(chosen)
+        if absent:
+            self._note_load()
+            experts, gates = self._answer(index, number, experts, gates)
+        if index + 1 < self._layers and decode.looks_ahead:
+            self._look_ahead(index, number, experts)
+        self._count_found(number, experts)
         counts = self._dispatcher.counts
-        counts.count_layer(number, sorted_rows(chosen), tokens=self._rows, remote_rows=0, remote_tokens=0)
+        counts.count_layer(number, sorted_rows(experts), tokens=self._rows, remote_rows=0, remote_tokens=0)
         counts.local_calls += 1
-        self._observe(number, chosen, gates)
+        self._observe(number, experts, gates)
+        if self._is_lacking:
+            decode.prepare(number, self._rows * self._top_k)
 
     def _answer(self, index: int, number: int, chosen: Ints, gates: Floats) -> tuple[Ints, Floats]:
         """Bring what a layer lacks, or choose otherwise, and let the device go on; returns what is computed."""
         decode, began = self._decode, perf_counter()
-        decode.sources.close()  # the device has come past what was copied for layers before
         if self._substitution is not None:
             chosen, gates = self._substituted(index, number, chosen, gates)
-        lacking = missing(decode.table.slots[index], chosen)
-        brought = decode.bring(number, chosen, lacking)
+        wanted = chosen[chosen >= 0]
+        absent = list(dict.fromkeys(wanted[decode.table.slots[index][wanted] < 0].tolist()))
+        brought = decode.bring(number, wanted.tolist(), absent)
         slots = answer_slots(decode.table.slots[index], chosen)
         self._runner.release(self.news(slots, gates), self._stamp * self._layers + index + 1)
-        rows = self._dispatcher.counts.tier_rows
-        for copy in brought:
-            rows[copy.found] = rows.get(copy.found, 0) + rows_of([copy.key[1]], chosen)
-        others = chosen[~np.isin(chosen, [*lacking, -1])]
-        self._count_found(number, others)
+        self._new = {copy.key[1]: copy.found for copy in brought}
         self._began = number, began, len(brought)
-        decode.prepare(number, 2 * self._rows * self._top_k)
+        self.loads += len(brought)
         return chosen, gates
+
+    def _look_ahead(self, index: int, number: int, chosen: Ints) -> None:
+        """Begin to load what the next layer will probably lack, behind what this one waits for."""
+        decode = self._decode
+        guesses = self._runner.guessed(index, self._stamp)
+        likely = list(dict.fromkeys(guesses.T.ravel().tolist()))
+        likely = [expert for expert in likely if decode.table.slots[index + 1, expert] < 0]
+        if likely and decode.bring_ahead(number, likely, set(chosen.ravel().tolist())):
+            self._runner.tell(decode.table.take())
 
     def _substituted(self, index: int, number: int, chosen: Ints, gates: Floats) -> tuple[Ints, Floats]:
         """Return what a quality budget lets the layer compute instead."""
-        assert self._substitution is not None
+        substitution = self._substitution
+        if substitution is None:
+            return chosen, gates
         logits = self._runner.buffers.mail.scores[index].log()  # a softmax of them gives the scores again
-        self._substitution.see(self._decode.router(index), logits)
+        substitution.see(self._decode.router(index), logits)
         at_hand = self._decode.table.slots[index] >= 0
-        others, weights = self._substitution.apply(
-            number, torch.from_numpy(chosen), torch.from_numpy(gates).float(), at_hand
-        )
+        others, weights = substitution.apply(number, torch.from_numpy(chosen), torch.from_numpy(gates).float(), at_hand)
         return others.numpy(), weights.double().numpy()
 
     def _count_found(self, number: int, chosen: Ints) -> None:
-        rows, residency = self._dispatcher.counts.tier_rows, self._decode.residency
-        rows["device"] = rows.get("device", 0) + chosen.size
+        """Count rows by where their experts were found, and experts once."""
+        rows, residency, new = self._dispatcher.counts.tier_rows, self._decode.residency, self._new
+        flat = chosen[chosen >= 0].tolist()
+        if not new:
+            rows["device"] = rows.get("device", 0) + len(flat)
+        for expert in flat if new else ():
+            tier = new.get(expert, "device")
+            rows[tier] = rows.get(tier, 0) + 1
         if residency.caching is not None:
-            residency.counts.found["device"][number] += len(set(chosen.ravel().tolist()))
+            residency.counts.found["device"][number] += len(set(flat) - new.keys())
+        self._decode.redeem(number, flat)
+        self._new = {}
 
     def _note_load(self) -> None:
         """Note the loads that the layer before waited for, which is over."""
@@ -331,7 +421,7 @@ class _Step:
 
     def _observe(self, number: int, chosen: Ints, gates: Floats) -> None:
         shelf = self._decode.inside.shelf
-        if shelf.eviction is None or not shelf.lacking:
+        if shelf.eviction is None or not self._is_lacking:
             return
         with self._decode.inside.changed:
             if (chosen >= 0).all():

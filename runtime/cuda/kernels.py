@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from runtime.cuda.buffers import Buffers, KeyValues
+from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
 from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Lanes, RouterShape, Scale
 
 _FEW_ROWS: Final = 2  # so many products with a vector each read their weight faster than one with a matrix
@@ -75,7 +75,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight)
     rows, columns = weight.shape
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    block = 4 if rows <= 4096 else 8
+    block = 2
     _product[(len(x), triton.cdiv(rows, block))](
         x, weight, out, rows, columns,
         BLOCK_N=block, BLOCK_D=min(1024, triton.next_power_of_2(columns)), num_warps=4,
@@ -268,14 +268,15 @@ def attend(queries: torch.Tensor, heads: Heads, kv: KeyValues, layer: int) -> to
 
 @triton.jit
 def _route(
-    logits, table, slots, first, weights, stamp, seen_ids, seen_weights, seen_scores, fence,
-    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
-    IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr,
+    logits, table, slots, first, weights, stamp, seen_ids, seen_guesses, seen_weights, seen_scores, fence,
+    EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
+    IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr, STAMP: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    is_guess = tl.program_id(1) == 1
     experts = tl.arange(0, BLOCK)
     is_expert = experts < EXPERTS
-    raw = tl.load(logits + row * EXPERTS + experts, mask=is_expert, other=0.0)
+    raw = tl.load(logits + row * WIDTH + tl.program_id(1) * EXPERTS + experts, mask=is_expert, other=0.0)
     wide = tl.where(is_expert, raw.to(tl.float32), -1e30)
     odds = tl.where(is_expert, tl.exp(wide - tl.max(wide, axis=0)), 0.0)
     scores = odds / tl.sum(odds, axis=0)
@@ -289,31 +290,35 @@ def _route(
         chosen = tl.where(places == place, at, chosen)
         left = tl.where(experts == at, -1.0, left)
     is_place = places < TOP
-    if IS_NORMALISED:
-        best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
-    if IS_ROUNDED:
-        best = best.to(raw.dtype).to(tl.float32)
-    found = tl.load(table + chosen, mask=is_place, other=0)
     at = row * TOP + places
-    tl.store(slots + at, found, mask=is_place)
-    tl.store(first + at, found, mask=is_place)
-    tl.store(weights + at, best, mask=is_place)
-    tl.store(seen_scores + row * EXPERTS + experts, scores, mask=is_expert)
-    tl.store(seen_weights + at, best, mask=is_place)
-    tl.debug_barrier()
-    tl.atomic_add(fence, 0, sem="release", scope="sys")  # the host sees ids only after what they are about
-    tl.store(seen_ids + at, tl.load(stamp).to(tl.int64) * 65536 + chosen.to(tl.int64), mask=is_place)
+    word = tl.load(stamp).to(tl.int64) * STAMP + chosen.to(tl.int64)
+    if is_guess:
+        tl.store(seen_guesses + at, word, mask=is_place)
+    else:
+        if IS_NORMALISED:
+            best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
+        if IS_ROUNDED:
+            best = best.to(raw.dtype).to(tl.float32)
+        found = tl.load(table + chosen, mask=is_place, other=0, volatile=True)
+        tl.store(slots + at, found, mask=is_place)
+        tl.store(first + at, found, mask=is_place)
+        tl.store(weights + at, best, mask=is_place)
+        tl.store(seen_scores + row * EXPERTS + experts, scores, mask=is_expert)
+        tl.store(seen_weights + at, best, mask=is_place)
+        tl.debug_barrier()
+        tl.atomic_add(fence, 0, sem="release", scope="sys")  # the host sees ids only after what they are about
+        tl.store(seen_ids + at, word + tl.where(found >= 0, FOUND, 0), mask=is_place)
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, and tell the host."""
+    """Choose experts, look their slots up, and tell the host; guess likewise from what stands behind [B, E]."""
     mail = buffers.mail
-    _route[(logits.shape[0],)](
+    _route[(logits.shape[0], logits.shape[1] // shape.experts)](
         logits, buffers.table[layer], buffers.slots[layer], buffers.first[layer], buffers.weights[layer],
-        buffers.stamp, mail.ids[layer], mail.weights[layer], mail.scores[layer], buffers.fence,
-        EXPERTS=shape.experts, BLOCK=max(16, triton.next_power_of_2(shape.experts)), TOP=shape.top_k,
-        TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
-        IS_ROUNDED=shape.is_rounded, num_warps=1,
+        buffers.stamp, mail.ids[layer], mail.guesses[layer], mail.weights[layer], mail.scores[layer], buffers.fence,
+        EXPERTS=shape.experts, WIDTH=logits.shape[1], BLOCK=max(16, triton.next_power_of_2(shape.experts)),
+        TOP=shape.top_k, TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
+        IS_ROUNDED=shape.is_rounded, STAMP=STAMP, FOUND=FOUND, num_warps=1,
     )  # fmt: skip
 
 
@@ -340,6 +345,8 @@ def _wait(
         tl.store(weights + places, tl.load(inbox_weights + places, mask=inside, other=0.0, volatile=True), mask=inside)
         if IS_TIMED:
             took += tl.extra.cuda.globaltimer() - began
+        if seen < wanted:
+            took = tl.full([1], -1, tl.int64)
     tl.store(waited + layer + tl.arange(0, 1), took)
 
 
@@ -424,11 +431,11 @@ def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: to
 
 def down(active: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int) -> torch.Tensor:
     """Return the weighted sum of the experts' answers, [B, D]."""
-    rows, block = active.shape[0], 8
+    rows, block = active.shape[0], 4
     out = torch.empty((rows, lanes.hidden), dtype=active.dtype, device=active.device)
     _down[(rows, triton.cdiv(lanes.hidden, block))](
         active, lanes.memory, buffers.slots[layer], buffers.weights[layer], out, lanes.stride, lanes.down,
         lanes.hidden, lanes.ffn, TOP=active.shape[1], BLOCK_D=block,
-        BLOCK_F=min(512, triton.next_power_of_2(lanes.ffn)), num_warps=4,
+        BLOCK_F=min(1024, triton.next_power_of_2(lanes.ffn)), num_warps=2,
     )  # fmt: skip
     return out

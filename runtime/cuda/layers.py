@@ -25,13 +25,22 @@ _CHANGING_ROTARY: Final = ("dynamic", "longrope")  # their angles depend on how 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The tensors of a decoder layer; `norms` are weights and epsilon of the norms of queries and keys."""
+    """The tensors of a decoder layer.
+
+    Attributes
+    ----------
+    routers
+        [E, D], and behind it the next layer's, whose product with what this layer's experts get is a guess of what
+        that will choose.
+    norms
+        Weights and epsilon of the norms of queries and keys.
+    """
 
     first_norm: Scale
     second_norm: Scale
     qkv: torch.Tensor
     output: torch.Tensor
-    router: torch.Tensor
+    routers: torch.Tensor
     norms: tuple[torch.Tensor, torch.Tensor, float] | None
     heads: Heads
 
@@ -74,7 +83,7 @@ def step_parts(trunk: Trunk, layout: RecordLayout) -> StepParts | None:
     is_normalised = config.model_type == "mixtral" or bool(config.norm_topk_prob)
     return StepParts(
         trunk,
-        tuple(_parts_of(layer) for layer in layers),
+        tuple(_parts_of(layer, after) for layer, after in zip(layers, [*layers[1:], None], strict=True)),
         RouterShape(trunk.spec.experts, router.top_k, is_normalised, is_rounded),
         layers[0].mlp.experts.layer,
         layout.parts[1].shape[1],
@@ -89,8 +98,8 @@ def _is_odd(attention: Any, dtype: torch.dtype) -> bool:
     return has_bias or any(each.weight.dtype != dtype for each in projections) or size < 16 or bool(size & (size - 1))
 
 
-def _parts_of(layer: Any) -> LayerParts:
-    attention = layer.self_attn
+def _parts_of(layer: Any, after: Any) -> LayerParts:
+    attention, router = layer.self_attn, layer.mlp.gate.weight
     size = attention.head_dim
     queries, kv = (each.weight.shape[0] // size for each in (attention.q_proj, attention.k_proj))
     norms = None
@@ -101,7 +110,7 @@ def _parts_of(layer: Any) -> LayerParts:
         _scale(layer.post_attention_layernorm),
         _joined([attention.q_proj, attention.k_proj, attention.v_proj]),
         attention.o_proj.weight,
-        layer.mlp.gate.weight,
+        router if after is None else torch.cat([router, after.mlp.gate.weight]),
         norms,
         Heads(queries, kv, size, attention.scaling),
     )
@@ -175,7 +184,7 @@ class Step:
             qkv, _, total = ops.normed_product(total, delta, layer.first_norm, layer.qkv)
             queries = ops.rotate_store(qkv, cos, sin, layer.norms, layer.heads, kv, index)
             attended = ops.product(ops.attend(queries, layer.heads, kv, index), layer.output)
-            logits, normed, total = ops.normed_product(total, attended, layer.second_norm, layer.router)
+            logits, normed, total = ops.normed_product(total, attended, layer.second_norm, layer.routers)
             delta = self._experts(index, normed, logits, waits, lacking)
         if not trunk.has_head:
             return total if delta is None else total + delta

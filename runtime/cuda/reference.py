@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from runtime.cuda.buffers import Buffers, KeyValues
+from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
 
 
@@ -80,8 +80,8 @@ def _tensors(kv: KeyValues) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, and tell the host."""
-    scores = logits.float().softmax(-1)
+    """Choose experts, look their slots up, and tell the host; guess likewise from what stands behind [B, E]."""
+    scores = logits[:, : shape.experts].float().softmax(-1)
     weights, chosen = scores.topk(shape.top_k, dim=-1)
     if shape.is_normalised:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -91,7 +91,9 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
     buffers.slots[layer], buffers.first[layer], buffers.weights[layer] = found, found, weights.float()
     mail = buffers.mail
     mail.scores[layer], mail.weights[layer] = scores, weights.float()
-    mail.ids[layer] = buffers.stamp * 65536 + chosen
+    mail.ids[layer] = buffers.stamp * STAMP + (found >= 0) * FOUND + chosen
+    if logits.shape[1] > shape.experts:
+        mail.guesses[layer] = buffers.stamp * STAMP + logits[:, shape.experts :].topk(shape.top_k, dim=-1).indices
 
 
 def wait(buffers: Buffers, layer: int) -> None:

@@ -1,7 +1,8 @@
 """How a step is run: as a captured graph on a CUDA device, or operation by operation where the host is the device.
 
 Decides when a graph is captured: at the first step of its kind. Flow: control words and slot table → the step is
-launched → the host watches `ids` come in, and answers a layer that lacks experts with `release`. Must not know what is missing, or why.
+launched → the host watches what is `chosen`, and answers a layer that lacks experts with `release`. Must not know what
+is missing, or why.
 """
 
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.cuda.buffers import Buffers, arrived
+from runtime.cuda.buffers import Buffers, Chosen, arrived
 from runtime.cuda.copies import DeviceCopies
 from runtime.cuda.layers import Step
 from runtime.errors import DeviceLost
@@ -45,7 +46,7 @@ class Runner(Protocol):
         waits
             Whether layers may lack experts.
         serve
-            Called with each layer when it is about to choose; it asks for `ids` and may `release` it.
+            Called with each layer when it is about to choose; it asks for what is `chosen` and may `release` it.
 
         Returns
         -------
@@ -54,8 +55,16 @@ class Runner(Protocol):
         """
         ...
 
-    def ids(self, layer: int, stamp: int) -> Ints:
-        """Wait until a layer has chosen; returns the experts, [B, K]. Raises `DeviceLost`."""
+    def chosen(self, layer: int, stamp: int) -> Chosen:
+        """Wait until a layer has chosen. Raises `DeviceLost`."""
+        ...
+
+    def guessed(self, layer: int, stamp: int) -> Ints:
+        """Return what the next layer will probably choose, [B, K]; that layer has chosen."""
+        ...
+
+    def tell(self, table: NDArray[np.int32]) -> None:
+        """Let the device have the slot table behind what was launched on the copy stream before. Modifies."""
         ...
 
     def release(self, news: NDArray[np.int32], number: int) -> None:
@@ -70,23 +79,33 @@ class Graphs:
         self.step, self.buffers = step, buffers
         self._copies = copies
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._control = torch.zeros_like(buffers.control, device="cpu").pin_memory()
-        self._news = torch.zeros_like(buffers.news, device="cpu").pin_memory()
-        self._released = torch.zeros(1, dtype=torch.int64).pin_memory()
+        # what is sent is read later, behind copies that take their time: each message has memory of its own, and there
+        # are no more messages under way than two for each layer of a step, and of the one before
+        messages = 4 * len(buffers.slots) + 8
+        self._control = torch.zeros((2, buffers.control.numel()), dtype=torch.int64).pin_memory()
+        self._news = torch.zeros((messages, buffers.news.numel()), dtype=torch.int32).pin_memory()
+        self._numbers = torch.zeros(messages, dtype=torch.int64).pin_memory()
+        self._controls, self._messages = self._control.numpy(), self._news.numpy()
+        self._next = 0
         self._seen: Ints = buffers.mail.ids.numpy()
+        self._guesses: Ints = buffers.mail.guesses.numpy()
 
     def run(
         self, control: Ints, news: NDArray[np.int32] | None, _: Caches, *, waits: bool, serve: Serve
     ) -> torch.Tensor:
         """Run a step."""
+        with torch.cuda.device(self.buffers.control.device):
+            return self._run(control, news, waits, serve)
+
+    def _run(self, control: Ints, news: NDArray[np.int32] | None, waits: bool, serve: Serve) -> torch.Tensor:
         buffers = self.buffers
         if waits not in self._graphs:
             self._capture(control, waits)
-        self._control.numpy()[:] = control
-        buffers.control.copy_(self._control, non_blocking=True)
+        turn = int(control[0]) % 2
+        self._controls[turn] = control
+        buffers.control.copy_(self._control[turn], non_blocking=True)
         if news is not None:
-            self._news.numpy()[:] = news
-            buffers.news.copy_(self._news, non_blocking=True)
+            buffers.news.copy_(self._news[self._message(news)], non_blocking=True)
         graph, output = self._graphs[waits]
         graph.replay()
         try:
@@ -100,9 +119,15 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(self._copies.stream)
         return answer
 
+    def _message(self, words: NDArray[np.int32]) -> int:
+        """Write words into the next message; returns its number."""
+        number = self._next = (self._next + 1) % len(self._messages)
+        self._messages[number, : len(words)] = words
+        return number
+
     def _abandon(self) -> None:
         """Let a step come to its end without the experts that it lacks."""
-        self._send_release(_FOR_EVER)
+        self._release(0, _FOR_EVER)
         torch.cuda.synchronize()
         self.buffers.released.zero_()
 
@@ -128,11 +153,18 @@ class Graphs:
         self._graphs[waits] = graph, output
         buffers.news.copy_(before)
         buffers.mail.ids.zero_()
+        buffers.mail.guesses.zero_()
         torch.cuda.synchronize()
 
-    def ids(self, layer: int, stamp: int) -> Ints:
+    def chosen(self, layer: int, stamp: int) -> Chosen:
         """Wait until a layer has chosen."""
-        words = self._seen[layer]
+        return self._await(self._seen[layer], layer, stamp)
+
+    def guessed(self, layer: int, stamp: int) -> Ints:
+        """Return what the next layer will probably choose."""
+        return self._await(self._guesses[layer], layer, stamp).experts
+
+    def _await(self, words: Ints, layer: int, stamp: int) -> Chosen:
         deadline = 0.0
         while True:
             for _ in range(_GLANCES):
@@ -145,17 +177,23 @@ class Graphs:
                 raise DeviceLost(f"layer {layer} of a step did not come to an end in {_PATIENCE_S:.0f} s")
             time.sleep(0)  # another thread's turn
 
+    def tell(self, table: NDArray[np.int32]) -> None:
+        """Let the device have the slot table."""
+        self._send_news(self._message(table), len(table))
+
     def release(self, news: NDArray[np.int32], number: int) -> None:
         """Answer a layer that waits."""
-        self._news.numpy()[:] = news
-        with torch.cuda.stream(self._copies.stream):
-            self.buffers.news.copy_(self._news, non_blocking=True)
-        self._send_release(number)
+        message = self._message(news)
+        self._send_news(message, len(news))
+        self._release(message, number)
 
-    def _send_release(self, number: int) -> None:
-        self._released[0] = number
-        with torch.cuda.stream(self._copies.stream):
-            self.buffers.released.copy_(self._released, non_blocking=True)
+    def _send_news(self, message: int, words: int) -> None:
+        source = self._news.data_ptr() + message * self._news.stride(0) * 4
+        self._copies.send(self.buffers.news.data_ptr(), source, words * 4)
+
+    def _release(self, message: int, number: int) -> None:
+        self._numbers[message] = number
+        self._copies.send(self.buffers.released.data_ptr(), self._numbers.data_ptr() + 8 * message, 8)
 
 
 class Eager:
@@ -175,12 +213,23 @@ class Eager:
         kv = buffers.key_values._replace(tensors=caches)
         return self.step.run(kv, waits=waits, lacking=serve)
 
-    def ids(self, layer: int, stamp: int) -> Ints:
+    def chosen(self, layer: int, stamp: int) -> Chosen:
         """Return what a layer has chosen."""
-        found = arrived(self.buffers.mail.ids[layer].numpy(), stamp)
+        return self._read(self.buffers.mail.ids[layer], layer, stamp)
+
+    def guessed(self, layer: int, stamp: int) -> Ints:
+        """Return what the next layer will probably choose."""
+        return self._read(self.buffers.mail.guesses[layer], layer, stamp).experts
+
+    def _read(self, words: torch.Tensor, layer: int, stamp: int) -> Chosen:
+        found = arrived(words.numpy(), stamp)
         if found is None:
             raise DeviceLost(f"layer {layer} has not chosen yet")
         return found
+
+    def tell(self, table: NDArray[np.int32]) -> None:
+        """Let the device have the slot table."""
+        self.buffers.news[: len(table)] = torch.from_numpy(table)
 
     def release(self, news: NDArray[np.int32], number: int) -> None:
         """Answer the layer that runs."""

@@ -4,12 +4,13 @@ Decides which copies go when room is needed at once: the order is made up before
 eviction policy. Pure bookkeeping: no device. Axes: L layers of the range, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cuda.buffers import Chosen
 from runtime.shelf import Copy, CopyKey, Shelf
 from schemas.topology import Tier
 
@@ -60,9 +61,16 @@ class SlotTable:
 
 
 class Rooms:
-    """Slots for what a layer lacks. Whoever asks holds the shelf's lock, and has frozen it."""
+    """Slots for what is loaded. Whoever asks holds the shelf's lock, and has frozen it.
+
+    Attributes
+    ----------
+    prepared
+        Copies whose order is made up.
+    """
 
     def __init__(self, shelf: Shelf, tier: Tier = "device") -> None:
+        self.prepared = 0
         self._shelf = shelf
         self._tier: Tier = tier
         self._next: list[Copy] = []
@@ -71,33 +79,54 @@ class Rooms:
         """Make up the order in which copies will go, as seen from `layer`. Modifies."""
         with self._shelf.thawed():
             self._next = self._shelf.worst(layer, count, (self._tier,))
+        self.prepared = len(self._next)
 
     def take(self, layer: int, count: int) -> list[int]:
-        """Return up to so many slots, by eviction where none are free; fewer where copies are in use. Modifies."""
+        """Return up to so many slots while the device waits in `layer`; fewer where copies are in use. Modifies."""
+        slots = self._take(count, self._next)
+        if len(slots) < count:
+            self._shelf.forget_guesses(*self._shelf.guesses)
+            with self._shelf.thawed():
+                victims = self._shelf.worst(layer, count - len(slots), (self._tier,))
+            slots += self._take(count - len(slots), victims)
+        self.prepared = len(self._next)
+        return slots
+
+    def take_passed(self, layer: int, count: int, chosen: Container[int]) -> list[int]:
+        """Return up to so many slots while the device goes on behind the router of `layer`. Modifies.
+
+        What this step cannot read any more makes room: experts of layers before, and of this one but for the chosen.
+        """
+        passed = [
+            copy for copy in self._next if copy.key[0] < layer or (copy.key[0] == layer and copy.key[1] not in chosen)
+        ]
+        slots = self._take(count, passed)
+        self._next = [copy for copy in self._next if copy in self._shelf.evictable]
+        self.prepared = len(self._next)
+        return slots
+
+    def _take(self, count: int, victims: list[Copy]) -> list[int]:
+        """Take free slots, then those of victims, which are taken off the list."""
         shelf, tier = self._shelf, self._tier
         taken = shelf.take(tier, count)
         with shelf.thawed():
-            while len(taken) < count and self._next:
-                copy = self._next.pop(0)
+            while len(taken) < count and victims:
+                copy = victims.pop(0)
                 if copy in shelf.evictable:
-                    shelf.evict(copy)
-                    taken += shelf.take(tier, 1)
-            if len(taken) < count:
-                shelf.forget_guesses(*shelf.guesses)
-                for copy in shelf.worst(layer, count - len(taken), (tier,)):
                     shelf.evict(copy)
                     taken += shelf.take(tier, 1)
         return [slot for _, slot in taken]
 
 
-def missing(slots: NDArray[np.int32], chosen: NDArray[np.int64]) -> list[int]:
-    """Return the experts among the chosen that have no slot, each once, in the order in which they are chosen.
+def lacking(chosen: Chosen) -> list[int]:
+    """Return the experts that the device did not find, each once, in the order in which they are chosen.
 
-    >>> missing(np.array([4, -1, 2, -1], dtype=np.int32), np.array([[3, 0], [1, 3]]))
+    >>> lacking(Chosen(np.array([[3, 0], [1, 3]]), np.array([[False, True], [False, False]])))
     [3, 1]
     """
-    flat = chosen.ravel()
-    return list(dict.fromkeys(flat[slots[flat] < 0].tolist()))
+    if chosen.found.all():
+        return []
+    return list(dict.fromkeys(chosen.experts[~chosen.found].tolist()))
 
 
 def answer_slots(slots: NDArray[np.int32], chosen: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -119,8 +148,3 @@ def sorted_rows(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the experts of all rows, sorted, without those that are none."""
     flat = chosen.ravel()
     return np.sort(flat[flat >= 0])
-
-
-def rows_of(experts: Sequence[int], chosen: NDArray[np.int64]) -> int:
-    """Return how many rows are computed by some experts."""
-    return int(np.isin(chosen, experts).sum())

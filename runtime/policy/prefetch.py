@@ -11,6 +11,7 @@ _FADE: Final = 0.95
 _HANDOVER_S: Final = 2e-3  # quicker loads are best made by who needs them: threads that share two cores cost more
 _TRUSTED: Final = 0.5  # share of guesses that must come true
 _FEW: Final = 32
+_EXPECTED: Final = 0.85  # of the guesses come true (RUNTIME.md: 81 to 89 %)
 
 
 @dataclass
@@ -59,6 +60,19 @@ class Slack:
     def is_slow(self) -> bool:
         """Whether loads take so long that another thread should make them."""
         return self.load_s > _HANDOVER_S
+
+    @property
+    def pays(self) -> bool:
+        """Whether a load that is begun while the device works saves more than it costs, as far as is known.
+
+        A guess that comes true hides, of its load, at most the time that a layer takes; one that does not keeps the
+        link from what is asked for.
+
+        >>> Slack(load_s=1.7e-4, idle_s=6e-5).pays, Slack(load_s=7e-3, idle_s=2e-4).pays
+        (True, False)
+        """
+        share = self.came_true / self.guesses if self.guesses >= _FEW else _EXPECTED
+        return share * min(self.load_s, self.idle_s) > (1 - share) * self.load_s
 
     @property
     def room(self) -> int:

@@ -11,8 +11,6 @@ from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.layers import step_parts
 from runtime.engine import Segment, generate
-from runtime.importance import Importance
-from runtime.policy.quality import Controller
 
 PROMPT = [5, 17, 99, 3, 42, 7]
 

@@ -1,0 +1,380 @@
+"""Decoding on one CUDA device: ``python -m tests.bench.cuda [STAGE …]``.
+
+Stages: ``families`` (the same greedy tokens as transformers with all experts on the device), ``resident`` (a token when
+every expert has a slot, against transformers), ``capped`` (a quarter of the experts has slots, routing of a recorded
+trace), ``large`` (experts of 352 MB, bound by the link). Figures are of one run on the machine that is named first.
+"""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from runtime.alone import Alone
+from runtime.cuda.copies import DeviceCopies
+from runtime.engine import Segment
+from runtime.importance import Importance
+from runtime.policy.quality import Allowance, Controller
+from runtime.policy.routing import MassBudget
+from tests.bench.cuda_models import (
+    MIXTRAL,
+    QWEN,
+    Forced,
+    Shape,
+    fill_trunk,
+    grouped,
+    open_shape,
+    read_forced,
+    spoil_guesses,
+    write_hollow,
+)
+from tests.families import FAMILIES, make_checkpoint
+
+TRACE = Path("../shared/data/traces/qwen.route.csv")
+WRONG_GUESSES = 0.15  # RUNTIME.md: of real routers on the layer before, 81 to 89 % come true
+STAGES = ("families", "resident", "capped", "large")
+_PROMPT = [5, 17, 99, 3, 42, 7, 12, 80]
+
+
+@click.command()
+@click.argument("stages", nargs=-1, type=click.Choice(STAGES))
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--trace", type=click.Path(path_type=Path), default=TRACE, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--no-accelerate", is_flag=True, help="Leave accelerate's offload out, which takes a while.")
+def main(stages: tuple[str, ...], device: str, trace: Path, json_file: Path | None, no_accelerate: bool) -> None:
+    """Measure and print."""
+    found: dict[str, Any] = {"machine": machine(device)}
+    click.echo(found["machine"])
+    run: dict[str, Callable[[], Any]] = {
+        "families": lambda: families(device),
+        "resident": lambda: resident(QWEN, device),
+        "capped": lambda: capped(QWEN, device, trace, with_accelerate=not no_accelerate),
+        "large": lambda: large(MIXTRAL, device, trace),
+    }
+    for stage in stages or STAGES:
+        click.echo(f"\n{stage}")
+        began = time.perf_counter()
+        found[stage] = run[stage]()
+        click.echo(f"  ({time.perf_counter() - began:.0f} s)")
+        if json_file is not None:
+            json_file.write_text(json.dumps(found, indent=1))
+
+
+def machine(device: str) -> str:
+    """Name the device and what runs on it."""
+    import transformers
+
+    name = torch.cuda.get_device_name(torch.device(device))
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+@contextmanager
+def cleared() -> Iterator[None]:
+    """Let the device's memory be free afterwards."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def families(device: str) -> dict[str, Any]:
+    """Generate greedily from small random checkpoints, with few slots and with many."""
+    from runtime.loading import load_whole
+
+    found = {}
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as directory, cleared():
+            path = make_checkpoint(family, Path(directory))
+            model = load_whole(path, dtype="float32", device=device)
+            ids = torch.tensor([_PROMPT], device=device)
+            with torch.inference_mode():
+                want = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None,
+                    pad_token_id=0,
+                )[0, len(_PROMPT) :].tolist()  # fmt: skip
+            equal, captured = {}, False
+            for slots in (None, 7):
+                alone = Alone(path, device=device, max_tokens=64)
+                spec = alone.segment.trunk.spec
+                captured = alone.segment.captured is not None
+                if slots is not None:
+                    alone = Alone(
+                        path, device=device, max_tokens=64,
+                        budget=_trunk_bytes(alone.segment, 64) + slots * spec.expert_bytes,
+                    )  # fmt: skip
+                got = list(alone.generate(_PROMPT, max_tokens=24, stop_ids=frozenset()))
+                equal["all" if slots is None else slots] = got == want
+                assert alone.fallen == "", alone.fallen
+            found[family] = {"captured": captured, "equal": equal}
+            click.echo(f"  {family:12s} {'captured' if captured else 'ordinary':10s} same tokens: {equal}")
+    return found
+
+
+def _trunk_bytes(segment: Segment, tokens: int) -> int:
+    spec = segment.trunk.spec
+    layers = range(spec.num_decoder_layers)
+    return spec.range_bytes(layers) + spec.kv_bytes_per_token_layer * len(layers) * tokens
+
+
+def timed(step: Callable[[int], Any], count: int, *, skip: int = 8) -> list[float]:
+    """Return the milliseconds of each step but the first few, each ended by reading its token."""
+    took = []
+    for number in range(count):
+        began = time.perf_counter()
+        step(number)
+        took.append(1e3 * (time.perf_counter() - began))
+    return took[skip:]
+
+
+def of_segment(segment: Segment, device: str, *, first: int = 0) -> Callable[[int], int]:
+    """Return what decodes the tokens from number `first` on in a fresh session, after a prompt of 32 tokens."""
+    segment.open("bench", 2048)
+    segment.step("bench", torch.arange(32, device=device))
+
+    def step(number: int) -> int:
+        logits = segment.step("bench", torch.tensor([first + number], device=device))
+        return int(logits[-1].argmax())
+
+    return step
+
+
+def of_model(model: Any, device: str) -> Callable[[int], int]:
+    """Return what decodes with transformers."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.arange(32, device=device)[None], past_key_values=cache)
+
+    @torch.inference_mode()
+    def step(number: int) -> int:
+        output = model(torch.tensor([[number]], device=device), past_key_values=cache)
+        return int(output.logits[0, -1].argmax())
+
+    return step
+
+
+def whole_model(shape: Shape, device: str, top_k: int | None = None) -> Any:
+    """Make transformers' own model, all on one device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape.config(top_k), dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False)
+
+
+def resident(shape: Shape, device: str) -> dict[str, Any]:
+    """Time a token when every expert is on the device."""
+    found: dict[str, Any] = {}
+    with cleared():
+        model = whole_model(shape, device)
+        for name, steps in (("grouped_mm", 40), ("batched_mm", 40), ("eager", 20)):
+            model.set_experts_implementation(name)
+            found[f"transformers {name}"] = statistics.median(timed(of_model(model, device), steps))
+        del model
+    with cleared(), tempfile.TemporaryDirectory() as directory:
+        path = write_hollow(shape, Path(directory), shape.top_k)
+        segment = open_shape(path, device, forced=None, share=1.0)
+        fill_slots(segment)
+        found["ours"] = statistics.median(timed(of_segment(segment, device), 100))
+        captured, segment.captured = segment.captured, None
+        segment.close("bench")
+        found["ours, operation by operation"] = statistics.median(timed(of_segment(segment, device), 20))
+        segment.captured = captured
+        segment.close("bench")
+        found["ours, head left out"] = headless(segment, device)
+        segment.close("bench")
+        del segment, captured
+    _print_ms(found, "transformers grouped_mm")
+    return found
+
+
+def headless(segment: Segment, device: str) -> float:
+    """Time a step without vocabulary: layers alone."""
+    step = of_segment(segment, device)
+    step(0)
+    times = []
+    for number in range(1, 60):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        segment.step("bench", torch.tensor([number], device=device), keep="none")
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times[8:])
+
+
+def fill_slots(segment: Segment) -> None:
+    """Load every expert that there is a slot for."""
+    spec, residency = segment.trunk.spec, segment.residency
+    for layer in range(spec.layers):
+        for _ in residency.lend(layer, range(spec.experts)):
+            pass
+    torch.cuda.synchronize()
+
+
+def capped(shape: Shape, device: str, trace: Path, *, with_accelerate: bool) -> dict[str, Any]:
+    """Time tokens when a quarter of the experts has slots and the others are in host memory."""
+    forced = read_forced(trace, shape.layers)
+    found: dict[str, Any] = {"top_k": forced.top_k}
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_hollow(shape, Path(directory), forced.top_k)
+        with cleared():
+            segment = open_shape(path, device, forced=forced, share=1.0)
+            fill_slots(segment)
+            found["resident_ms"] = statistics.mean(timed(of_segment(segment, device), len(forced.experts)))
+            del segment
+        for name, options in {
+            "rates, looking ahead": {},
+            "rates": {"prefetch": False},
+            "lru": {"eviction": "lru", "prefetch": False},
+        }.items():
+            with cleared():
+                segment = open_shape(path, device, forced=forced, share=0.25, **options)  # type: ignore[arg-type]
+                spoil_guesses(segment, forced, WRONG_GUESSES)
+                found[name] = under_load(segment, device, forced, found["resident_ms"])
+                del segment
+    if with_accelerate:
+        with cleared():
+            found["accelerate_ms"] = accelerated(shape, device, forced)
+    _print_capped(found)
+    return found
+
+
+def under_load(segment: Segment, device: str, forced: Forced, resident_ms: float) -> dict[str, Any]:
+    """Run the trace once to fill slots and host memory, and time it the second time."""
+    warm = of_segment(segment, device)
+    for number in range(len(forced.experts)):
+        warm(number)
+    segment.close("bench")
+    step = of_segment(segment, device)
+    counts = segment.residency.counts
+    skip = 8
+    for number in range(skip):
+        step(number)
+    loads, bytes_before, waited = sum(counts.loads), sum(counts.load_bytes), sum(counts.waited_s)
+    before = segment.counters.snapshot()
+    took = timed(lambda number: step(skip + number), len(forced.experts) - skip, skip=0)
+    after, tokens = segment.counters.snapshot(), len(took)
+    routed = (after.routed - before.routed).sum()
+    link = link_rate(segment)
+    num_bytes = (sum(counts.load_bytes) - bytes_before) / tokens
+    link_ms = 1e3 * num_bytes / link
+    mean = statistics.mean(took)
+    return {
+        "ms": mean,
+        "median_ms": statistics.median(took),
+        "loads_per_token": (sum(counts.loads) - loads) / tokens,
+        "hit_rate": 1 - (sum(counts.loads) - loads) / routed,
+        "bytes_per_token": num_bytes,
+        "link_bytes_per_s": link,
+        "link_ms": link_ms,
+        "prefetched_per_token": sum(counts.prefetched) / len(forced.experts) / 2,
+        "prefetch_hits_per_token": sum(counts.prefetch_hits) / len(forced.experts) / 2,
+        "waited_ms": 1e3 * (sum(counts.waited_s) - waited) / tokens,
+        "against_floor": mean / max(resident_ms, link_ms),
+        "floor_ms": max(resident_ms, link_ms),
+        "replaced_share": (after.replaced_rows - before.replaced_rows) / routed,
+        "lost_mass_share": (after.lost_mass - before.lost_mass) / max(1, after.events - before.events),
+    }
+
+
+def link_rate(segment: Segment) -> float:
+    """Return bytes a second that whole slots are copied with, from pinned memory, one after the other."""
+    inside = segment.residency.inside
+    copies: DeviceCopies = inside.loader.copies  # type: ignore[assignment]
+    pool = inside.pool
+    with copies.staged() as (staging, slot):
+        source = staging.whole(slot)
+        targets = [torch.empty_like(source, device=pool.whole(0).device) for _ in range(2)]
+        rates = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            count = max(4, int(2e9 / len(source)))
+            began = time.perf_counter()
+            with torch.cuda.stream(copies.stream):
+                for number in range(count):
+                    targets[number % 2].copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            rates.append(count * len(source) / (time.perf_counter() - began))
+    return max(rates)
+
+
+def accelerated(shape: Shape, device: str, forced: Forced) -> float:
+    """Time accelerate's offload to host memory; milliseconds a token."""
+    from accelerate import cpu_offload
+
+    model = whole_model(shape, device, forced.top_k)
+    fill_trunk(model, forced)
+    model = model.to("cpu")
+    model.set_experts_implementation("grouped_mm")
+    cpu_offload(model, execution_device=torch.device(device))
+    return statistics.median(timed(of_model(model, device), 4, skip=1))
+
+
+def large(shape: Shape, device: str, trace: Path) -> dict[str, Any]:
+    """Time tokens of experts so large that the link is all that counts."""
+    found: dict[str, Any] = {}
+    source = read_forced(trace, shape.layers)
+    forced = grouped(source, shape.layers, shape.experts, shape.top_k)
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_hollow(shape, Path(directory), shape.top_k)
+        with cleared():
+            segment = open_shape(path, device, forced=forced, share=1.0)
+            fill_slots(segment)
+            found["resident_ms"] = statistics.median(timed(of_segment(segment, device), 60))
+            del segment
+        for share in (0.25, 0.5):
+            arms: dict[str, dict[str, Any]] = {
+                "lru": {"eviction": "lru", "prefetch": False},
+                "rates": {},
+                "rates, substitution": {"importance": substitution(shape)},
+            }
+            for name, options in arms.items():
+                with cleared():
+                    segment = open_shape(path, device, forced=forced, share=share, **options)
+                    spoil_guesses(segment, forced, WRONG_GUESSES)
+                    found[f"{share:.0%} {name}"] = under_load(segment, device, forced, found["resident_ms"])
+                    del segment
+    _print_capped(found)
+    return found
+
+
+def substitution(shape: Shape) -> Importance:
+    """Return a router-mass policy that is not held to a budget: a random model has no quality to lose."""
+    allowance = Allowance(budget=1.0, nll=(1.0,) * shape.layers, nll_per_mass=(1.0,) * shape.layers, warmup=16)
+    return Importance(MassBudget((0.2,) * shape.layers), Controller(allowance), is_whole=False)
+
+
+def _print_ms(found: dict[str, float], against: str) -> None:
+    for name, value in found.items():
+        click.echo(f"  {name:32s}{value:9.3f} ms a token{found[against] / value:9.1f} ×")
+
+
+def _print_capped(found: dict[str, Any]) -> None:
+    click.echo(f"  all experts resident: {found['resident_ms']:.3f} ms a token")
+    for name, arm in found.items():
+        if isinstance(arm, dict):
+            click.echo(
+                f"  {name:26s}{arm['ms']:9.3f} ms a token; {arm['loads_per_token']:6.2f} loads, hit rate "
+                f"{arm['hit_rate']:.1%}, {arm['bytes_per_token'] / 1e6:8.1f} MB = {arm['link_ms']:.3f} ms at "
+                f"{arm['link_bytes_per_s'] / 1e9:.1f} GB/s; waited {arm['waited_ms']:.3f} ms; "
+                f"{arm['against_floor']:.2f} × the larger of both; ahead {arm['prefetch_hits_per_token']:.1f} of "
+                f"{arm['prefetched_per_token']:.1f}; replaced {arm['replaced_share']:.1%}"
+            )
+    if "accelerate_ms" in found:
+        ratio = found["accelerate_ms"] / found["rates, looking ahead"]["ms"]
+        click.echo(f"  accelerate, offload to host memory: {found['accelerate_ms']:.0f} ms, {ratio:.0f} × ours")
+
+
+if __name__ == "__main__":
+    main()
