@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from runtime.policy.cache import Cache, CacheTooSmall
-from runtime.policy.eviction import EVICTIONS, Belady, CycLfu, LeastStale, Lfu, Lru, Rates, ScoreAverage
+from runtime.policy.eviction import EVICTIONS, Belady, CycLfu, Deferred, LeastStale, Lfu, Lru, Rates, ScoreAverage
 
 L, E, K = 3, 4, 2
 
@@ -107,3 +107,25 @@ def test_a_layer_keeps_to_its_own_slots():
 def test_a_cache_below_top_k_is_refused():
     with pytest.raises(CacheTooSmall, match="needs 3 experts at once, the cache has 2 slots; give it at least 3"):
         Cache(L, E, 2, Lru(L, E)).request(0, np.array([0, 1, 2]))
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_what_is_learnt_when_asked_is_the_same(name):
+    now, later = EVICTIONS[name](L, E), Deferred(EVICTIONS[name](L, E))
+    draw = np.random.default_rng(4)
+    for _ in range(20):
+        for layer in range(L):
+            chosen, scores = draw.permutation(E)[:K], draw.random(K).astype(np.float32)
+            now.observe(layer, chosen[None], scores[None].astype(np.float64), K)
+            if draw.random() < 0.8:
+                later.note(layer, chosen.tolist(), scores)
+            else:
+                later.observe(layer, chosen[None], scores[None].astype(np.float64), K)
+        np.testing.assert_array_equal(now.worth(np.arange(L * E), 1), later.worth(np.arange(L * E), 1))
+
+
+def test_what_lies_far_back_is_forgotten_unless_somebody_asks():
+    later = Deferred(Lru(1, 4), most=2)
+    for expert in range(4):
+        later.note(0, [expert], np.ones(1, dtype=np.float32))
+    assert later.worth(np.arange(4), 0).tolist() == [-1, -1, 1, 2]
