@@ -126,3 +126,11 @@ class ProgressLine:
         if self.shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+def topology_of_plan(plan: Path, topology: Path | None) -> Path:
+    """Return the topology that was given with a plan, else the one beside it; raises `UsageError` without any."""
+    beside = plan.parent / "topology.yaml"
+    if topology is None and not beside.is_file():
+        raise click.UsageError(f"a plan has no links; there is no {beside}: give --topology")
+    return topology or beside

@@ -26,6 +26,7 @@ from planner.options import (
     print_json,
     seed_option,
     time_option,
+    topology_of_plan,
     warn_short_traces,
 )
 from planner.problem import Problem
@@ -119,23 +120,32 @@ def _solve_with(solver: str, objective: ObjectiveName, limits: SolveLimits, *, i
 
 
 @click.command()
-@click.argument("topology", type=EXISTING)
+@click.argument("file", type=EXISTING, metavar="TOPOLOGY|PLAN")
+@click.option("--topology", type=EXISTING, help="Of a plan (topology.yaml beside PLAN).")
 @objective_option
 @time_option
 @gap_option
 @seed_option
 @json_option
-def explain(*, topology: Path, objective: Any, time_limit: float, gap: float | None, seed: int, as_json: bool) -> None:
+def explain(
+    *, file: Path, topology: Path | None, objective: Any, time_limit: float, gap: float | None, seed: int, as_json: bool
+) -> None:
     """Say what binds, what a token's path costs and why, and what more memory or faster links would bring.
 
-    Solves once, and again for every what-if; the time limit is for each.
+    Solves a topology once, or takes a plan (.json) as it is, and solves again for every what-if; the time limit is for
+    each. What-ifs of a plan count what solving again brings, too.
     """
+    from planner.advice.explain import as_planned
     from planner.advice.explain import explain as find
 
-    inputs = load_inputs(topology)
+    is_plan = file.suffix == ".json"
+    if topology is not None and not is_plan:
+        raise click.UsageError(f"--topology goes with a plan (.json), {file} is a topology itself")
+    inputs = load_inputs(topology_of_plan(file, topology) if is_plan else file)
     warn_short_traces(inputs)
     solve = _solve_with("decomposition", objective, limits_of(objective, time_limit, gap, seed), in_process=True)
-    found = find(inputs, solve(inputs.problem()), solve)
+    solved = as_planned(inputs, load_plan(file), objective) if is_plan else solve(inputs.problem())
+    found = find(inputs, solved, solve)
     if as_json:
         paths = [path.model_dump(mode="json") for path in found.paths]
         print_json({**asdict(replace(found, paths=())), "paths": paths})

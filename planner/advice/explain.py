@@ -13,10 +13,12 @@ import numpy as np
 
 from planner.assemble import Solved
 from planner.inputs import Inputs
-from planner.objective import link_load, node_load, plan_cost
+from planner.objective import ObjectiveName, judge, link_load, node_load, plan_cost
 from planner.problem import Problem
+from planner.simulate.placement import placed_by, require_cluster, routing_by, with_trunk_of
+from planner.solvers.base import Result, SolveStatus, StopReason, default_gap
 from planner.trunk.story import path_summaries
-from schemas.plan import PathSummary
+from schemas.plan import PathSummary, Plan
 from schemas.topology import Topology
 
 _BINDS: Final = 0.98  # of a limit
@@ -85,6 +87,28 @@ def explain(inputs: Inputs, solved: Solved, solve: Solve) -> Explanation:
         what_ifs=(*_more_memory(inputs, solved, solve), *_faster_links(inputs, solved, solve)),
         paths=path_summaries(solved.problem, solved.routing, solved.trials),
     )
+
+
+def as_planned(inputs: Inputs, plan: Plan, objective: ObjectiveName) -> Solved:
+    """Return a plan's placement, routes and paths as they are, judged on the inputs; no prices are known of it.
+
+    Raises
+    ------
+    UnlikePlan
+        The plan is of another cluster, model or places.
+    """
+    require_cluster(plan, inputs.topology.cluster)
+    problem = with_trunk_of(plan, inputs.problem())
+    placed, routing = placed_by(plan, problem), routing_by(plan, problem)
+    result = Result(
+        solver=plan.summary.solver,
+        status=SolveStatus.FEASIBLE,
+        stop_reason=StopReason.FINISHED,
+        seconds=plan.summary.seconds,
+        placed=placed,
+        objective=plan_cost(problem, routing, objective),
+    )
+    return Solved(problem, result, placed, routing, judge(problem, routing), objective, default_gap(objective))
 
 
 def _rate(solved: Solved) -> float:

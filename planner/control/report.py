@@ -30,6 +30,7 @@ def status_view(report: StatusReport) -> RenderableType:
         table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), str(node.epoch), *held, *_figures(node))
     head = Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}")
     notes = [Text(f"{node.id}: {words}") for node in report.nodes if (words := _precision(node))]
+    notes += [Text(f"{node.id}: {words}") for node in report.nodes if (words := _guests(node))]
     notes += [Text(f"{node.id}: {node.quality.note}") for node in report.nodes if node.quality and node.quality.note]
     running = [node for node in report.nodes if node.hops_per_token is not None]
     paths = (Text(), path_table(running)) if running else ()
@@ -90,6 +91,17 @@ def _shown(title: str, value: float) -> str:
     if title == "bytes":
         return format_bytes(round(value))
     return f"{value:.0f}" if title in _COUNTED else f"{value:.1%}"
+
+
+def _guests(node: NodeStatus) -> str:
+    """Say what a node caches of others' experts."""
+    cache = node.cache
+    if cache is None or not cache.brought:
+        return ""
+    return (
+        f"brought {cache.brought} experts of other nodes ({format_bytes(cache.brought_bytes)}) into memory that the "
+        f"plan leaves free, and found them there {cache.guest_hits} times"
+    )
 
 
 def path_table(nodes: Sequence[NodeStatus]) -> Table:

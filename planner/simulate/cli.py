@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from planner.options import topology_of_plan
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -65,18 +67,11 @@ def simulate(
         sessions=sessions,
         seed=seed,
     )
-    found = simulate_plan(plan, _topology_of(plan, topology), _by_workload(traces), settings)
+    found = simulate_plan(plan, topology_of_plan(plan, topology), _by_workload(traces), settings)
     if as_json:
         click.echo(json.dumps({**document(found), "settings": asdict(settings)}, indent=1, ensure_ascii=False))
     else:
         show(found)
-
-
-def _topology_of(plan: Path, topology: Path | None) -> Path:
-    beside = plan.parent / "topology.yaml"
-    if topology is None and not beside.is_file():
-        raise click.UsageError(f"a plan has no links; there is no {beside}: give --topology")
-    return topology or beside
 
 
 def _by_workload(traces: tuple[str, ...]) -> Mapping[str, Path]:

@@ -96,3 +96,9 @@ def with_trunk_of(plan: Plan, problem: Problem) -> Problem:
                     )
                 trunk[row, (decoder >= segment.first_layer) & (decoder <= segment.last_layer)] = index[segment.node]
     return problem.with_trunk(trunk)
+
+
+def require_cluster(plan: Plan, cluster: str) -> None:
+    """Raise `UnlikePlan` where a plan is of another cluster than the topology."""
+    if plan.cluster != cluster:
+        raise UnlikePlan([f"the plan is of cluster {plan.cluster!r}, the topology of {cluster!r}"])

@@ -11,7 +11,7 @@ from planner.inputs import load_inputs
 from planner.simulate.arrivals import Arrivals
 from planner.simulate.network import build_network
 from planner.simulate.outcome import Simulation, simulate
-from planner.simulate.placement import UnlikePlan, routing_by, with_trunk_of
+from planner.simulate.placement import require_cluster, routing_by, with_trunk_of
 from schemas.files import Fault, InvalidFile
 from schemas.plan import load_plan
 
@@ -30,8 +30,7 @@ def simulate_plan(plan_file: Path, topology: Path, traces: Mapping[str, Path], a
         Files that are wrong or do not belong together.
     """
     plan, inputs = load_plan(plan_file), load_inputs(topology)
-    if plan.cluster != inputs.topology.cluster:
-        raise UnlikePlan([f"the plan is of cluster {plan.cluster!r}, the topology of {inputs.topology.cluster!r}"])
+    require_cluster(plan, inputs.topology.cluster)
     if unknown := sorted(set(traces) - set(inputs.traces)):
         known = ", ".join(sorted(inputs.traces))
         fault = Fault("workload", f"{unknown[0]!r} enters at no node; workloads are {known}")

@@ -24,7 +24,14 @@ def neighbours(trunk_node: Ints, paths: Sequence[Ints], num_nodes: int) -> Itera
 
 
 def single_layers(trunk_node: Ints, num_nodes: int) -> Iterator[Ints]:
-    """Yield trunks in which one layer of one ingress runs elsewhere."""
+    """Yield trunks in which one layer runs elsewhere, for all ingresses or for one."""
+    if len(trunk_node) > 1:
+        for layer in range(trunk_node.shape[1]):
+            for node in range(num_nodes):
+                if (trunk_node[:, layer] != node).any():
+                    changed = trunk_node.copy()
+                    changed[:, layer] = node
+                    yield changed
     for ingress, layer in np.ndindex(*trunk_node.shape):
         for node in range(num_nodes):
             if trunk_node[ingress, layer] != node:

@@ -40,6 +40,7 @@ _WEIGH_SHARE: Final = 0.1  # of the time, to improve the placement for staying w
 _WEIGH_S: Final = 5.0  # seconds of it at most
 _IMPROVED: Final = 4  # trunks that are improved in turn
 _FINALISTS: Final = 3  # trunks on which the asked solver has its say
+_FEW_LAYERS: Final = 64  # layers of all ingresses × nodes up to which a search moves layers one by one
 _SAME: Final = 1e-9
 
 
@@ -226,7 +227,7 @@ class _Search:
         found = True
         while found:
             found = False
-            for trunk in neighbours(here, paths, self.problem.num_nodes):
+            for trunk in self._near(here, paths):
                 if self._over(_EXPLORE_SHARE) or self._closed():
                     return
                 if trunk.tobytes() in seen or not self.problem.room.fits(trunk):
@@ -237,6 +238,12 @@ class _Search:
                     here, best, found = trunk, solved.judgement.predicted_latency_s, True
                     self._follow_to(entry, solved)
                     break
+
+    def _near(self, here: Ints, paths: list[Ints]) -> Iterator[Ints]:
+        """Trunks nearby; where they are few, those too in which one layer alone goes elsewhere."""
+        yield from neighbours(here, paths, self.problem.num_nodes)
+        if here.size * self.problem.num_nodes <= _FEW_LAYERS:
+            yield from single_layers(here, self.problem.num_nodes)
 
     def _paths(self) -> list[Ints]:
         """Paths that the best trunks have, and those of the ingresses that stay."""

@@ -134,6 +134,26 @@ def test_simulate_is_wired_in(planner, workspace):
     assert json.loads(ran.out)["latency"]["p95_s"] > 0
 
 
+def test_explain_takes_a_plan_as_it_is(planner, workspace, tmp_path):
+    path = workspace.write()
+    assert planner("solve", path, "--solver", "uniform").code == 0
+    plan = load_plan(tmp_path / "plan.json")
+    ran = planner("explain", tmp_path / "plan.json", "--topology", path, *QUICK, "--json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    assert all(node["price_ms_per_mib"] is None for node in document["nodes"])
+    assert [node["used_bytes"] for node in document["nodes"]] == [node.bytes for node in plan.summary.nodes]
+    layers = [layer["node"] for path in document["paths"] for layer in path["layers"]]
+    assert layers == [name for name in ("a", "b", "c") for _ in range(4)]
+    best = json.loads(planner("solve", path, *QUICK, "--json").out)["predicted_latency_s"]
+    gained = plan.summary.predicted_latency_s - best
+    assert min(item["checked_s"] for item in document["what_ifs"]) > 0.9 * gained
+    assert planner("explain", path, "--topology", path).code == 2
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text().replace("test", "another", 1))
+    assert planner("explain", tmp_path / "plan.json", "--topology", other).code == 2
+
+
 def test_explain_prices_memory_and_checks_what_ifs(planner, workspace):
     ran = planner("explain", workspace.write(), *QUICK, "--json")
     assert ran.code == 0, ran.err

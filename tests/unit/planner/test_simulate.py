@@ -8,6 +8,7 @@ from planner.simulate import Arrivals, build_network, simulate
 from planner.simulate.arrivals import draw_requests, tokens_by_ingress
 from planner.simulate.clock import run
 from planner.simulate.script import build_script
+from runtime.sampling import prefill_chunks
 from schemas.topology import Compute
 from tests.small_clusters import make_model, make_problem, make_topology, own_favourites
 
@@ -204,6 +205,12 @@ def test_a_prompt_waits_a_round_trip_in_each_layer_that_calls_but_its_chunks_wai
     assert found.first_tokens["n0"].mean_s == pytest.approx(one + 2 * (layer + experts) + layer, rel=1e-3)
     assert judge(problem, routing).prompt_s[0] == pytest.approx(found.first_tokens["n0"].mean_s, rel=1e-3)
     assert found.first_tokens["n0"].mean_s < 2 * one
+
+
+def test_chunks_are_those_that_agents_compute():
+    _, problem, _ = prompted(700, compute=Compute())
+    pieces = [piece.stop - piece.start for piece in prefill_chunks(700)]
+    assert problem.prompts.chunks(0) == pieces
 
 
 def prompted(tokens, *, compute, stays=False, **options):
