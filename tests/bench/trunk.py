@@ -45,10 +45,11 @@ from tests.bench.trunk_scene import (
 )
 from tests.cluster import Stream, wait_for
 
+QUICK: Final = ("--time-limit", "10")
 ARMS: Final = {
-    "ours, trunk moves": ("--trunk", "move"),
-    "ours, prompts counted": ("--trunk", "move"),
-    "ours, trunk stays": ("--trunk", "stay"),
+    "ours, trunk moves": ("--trunk", "move", *QUICK),
+    "ours, prompts counted": ("--trunk", "move", *QUICK),
+    "ours, trunk stays": ("--trunk", "stay", *QUICK),
     "dancemoe, trunk stays": ("--trunk", "stay", "--solver", "dancemoe"),
     "pipeline by memory": ("--solver", "pipeline"),
     "pipeline by speed": ("--solver", "pipeline-speed"),
