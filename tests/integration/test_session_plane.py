@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zmq
 
@@ -24,14 +25,16 @@ from agent.transport import bind, make_socket
 from runtime.engine import Segment as Runner
 from runtime.errors import ContextFull
 from runtime.loading import TensorPool, load_tokenizer, load_trunk
+from runtime.records import RecordFile
 from runtime.routing import EpochBoard, Routing
-from runtime.slots import Residency
+from runtime.slots import Caching, Residency
 from runtime.store import Store
 from schemas import messages as msg
 from schemas.address import Address
 from schemas.placement import Route
 from schemas.plan import TrunkPath
 from schemas.sessions import CloseSession, OpenSession, SessionAlive, StepHeader, encode_session, pack_step
+from schemas.store import RECORDS_NAME
 from schemas.wire import Limits
 from tests.cluster import MODEL, PROMPTS, ring, spec, wait_for
 from tests.integration.conftest import NUM_TOKENS
@@ -73,12 +76,19 @@ class Node:
 class World:
     """Nodes a, b and c, every expert at each of them, and the path of what enters at a."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, *, share: float = 1.0) -> None:
         opened = Store.open(store)
         self.model = spec()
-        self.residency = Residency(opened.manifest.layout, {"device": self.model.total_expert_bytes})
+        self.residency = Residency(
+            opened.manifest.layout,
+            {"device": round(share * self.model.total_expert_bytes)},
+            caching=Caching(4, 16) if share < 1 else None,
+        )
         for key, record in opened.by_key.items():
-            self.residency.put(key, "device", opened.read(record.sha256))
+            if share < 1:
+                self.residency.place(key, RecordFile(store / RECORDS_NAME, record.sha256, record.offset))
+            else:
+                self.residency.put(key, "device", opened.read(record.sha256))
         self.board = EpochBoard(Routing.all_local(1, layers=4, experts=16))
         self.pool = TensorPool()
         self.endpoints: dict[str, msg.Endpoints] = {}
@@ -126,7 +136,8 @@ class World:
 
     def generate(
         self, prompt: str, count: int = NUM_TOKENS, *, enough: int | None = None,
-        seen: Callable[[int], None] = lambda _: None, patience_s: float = 20.0, **options: object,
+        seen: Callable[[int], None] = lambda _: None, patience_s: float = 20.0,
+        stop: threading.Event | None = None, **options: object,
     ) -> list[int]:  # fmt: skip
         """Answer a prompt; cancel after `enough` tokens; tell `seen` how many there are."""
         generator = Generator(
@@ -135,13 +146,19 @@ class World:
         request = msg.GenerateRequest(request="r", prompt=prompt, max_tokens=count, **options)  # type: ignore[arg-type]
         tokens: list[int] = []
         try:
-            for message in generator.generate(request, lambda: enough is not None and len(tokens) >= enough):
+            is_over = stop.is_set if stop else lambda: enough is not None and len(tokens) >= enough
+            for message in generator.generate(request, is_over):
                 if isinstance(message, msg.Generated):
                     tokens.append(message.token)
                     seen(len(tokens))
         except RequestCancelled:
-            assert enough is not None
+            assert enough is not None or stop is not None
         return tokens
+
+    def routed(self) -> np.ndarray:
+        """Tokens routed to each expert so far at any node, [L, E]."""
+        counted = [s.counters.snapshot() for node in self.nodes.values() for s in node.plane.offer.segments.values()]
+        return np.sum([counts.routed for counts in counted], axis=0)
 
     def kv_used(self) -> int:
         return sum(s.kv_used for node in self.nodes.values() for s in node.plane.offer.segments.values())
@@ -162,8 +179,8 @@ class World:
 
 
 @contextmanager
-def made(store: Path) -> Iterator[World]:
-    world = World(store)
+def made(store: Path, **options: float) -> Iterator[World]:
+    world = World(store, **options)
     try:
         yield world
     finally:
@@ -222,6 +239,35 @@ def test_answers_that_meet_at_a_node_keep_their_own_tokens(
     for thread in threads:
         thread.join()
     assert answers == {number: one_node(PROMPTS[number % 3], 40 + number) for number in range(SESSIONS)}
+
+
+def test_one_that_waits_long_holds_nobody_up_and_frees_what_it_took(
+    store: Path, one_node: Callable[[str, int], list[int]]
+) -> None:
+    """Through a cache of a quarter of the experts; one answer needs an expert whose holder does not answer."""
+    quick, slow = PROMPTS[2], PROMPTS[0]
+    with made(store, share=0.25) as world:
+        world.use(ring("a", "b:0-3"))
+        assert world.generate(quick, 24) == one_node(quick, 24)
+        asked = world.routed()
+        assert world.generate(slow, 1) == one_node(slow, 1)
+        layer, expert = map(int, np.argwhere((world.routed() > asked) & (asked == 0))[0])
+        routes = [Route(ingress="b", layer=layer, expert=expert, holder="dead")]
+        local = [(n // 16, n % 16) for n in range(64) if (n // 16, n % 16) != (layer, expert)]
+        world.board.install(Routing.build(2, layers=4, experts=16, local=local, routes=routes))
+        given_up = threading.Event()
+        waits = threading.Thread(target=lambda: world.generate(slow, 24, stop=given_up))
+        waits.start()
+        wait_for(world.kv_used, timeout_s=5, what="the session")
+        loads = sum(world.residency.counts.loads)
+        for _ in range(2):
+            assert world.generate(quick, 24) == one_node(quick, 24)
+        assert sum(world.residency.counts.loads) > loads
+        assert waits.is_alive(), "it did not wait"
+        given_up.set()
+        waits.join(10)
+        world.require_clean()
+        assert world.residency.used()["device"] <= world.residency.budgets["device"]
 
 
 @pytest.mark.parametrize("combine", ["partial", "ordered"])
