@@ -23,7 +23,8 @@ from runtime.errors import RuntimeFault
 from runtime.records import FetchedRecord, RecordFile, Source
 from runtime.slots import Key, Record, Residency
 from runtime.store import Store
-from schemas.messages import AssignedReplica
+from schemas.messages import AssignedReplica, Hop
+from schemas.messages import Record as RecordName
 from schemas.outcome import ExitCode
 from schemas.precision import LowPrecision
 from schemas.store import RECORDS_NAME
@@ -185,6 +186,23 @@ class Holdings:
             (each.layout.precision, each.records[key[0] * manifest.model.experts + key[1]]) for each in manifest.packed
         ]
         return [(precision, RecordFile(file, record.sha256, record.offset)) for precision, record in found]
+
+    def invite(self, routing: Iterable[Hop]) -> None:
+        """Let experts that others compute for this node be cached here, from its own store or from them. Modifies."""
+        guests: dict[Key, list[Source]] = {}
+        for hop in routing:
+            record = RecordName(
+                layer=hop.layer, expert=hop.expert, sha256=hop.sha256, bytes=self.residency.layout.bytes
+            )
+            replica = AssignedReplica(record=record, tier="device", sources=hop.holders)
+            guests[hop.layer, hop.expert] = self._sources(replica)
+            if self._fetch is not None:
+                guests[hop.layer, hop.expert].append(FetchedRecord(hop.sha256, partial(self._brought, replica)))
+        self.residency.invite(guests)
+
+    def _brought(self, replica: AssignedReplica, _: str) -> Record:
+        assert self._fetch is not None  # noqa: S101
+        return self._fetch(replica)
 
     def _fetched(self, replica: AssignedReplica, name: str) -> Record:
         log.warning("record %s… is fetched from other nodes", name[:12])

@@ -369,6 +369,8 @@ class Node:
             case m.Keep(assignments):
                 self._set_fence()  # first: a call that is let in must find its expert
                 self._holdings.keep(wanted_replicas(assignments), wanted_parts(assignments))
+                if (active := self._machine.state.active) is not None:
+                    self._invite(active)  # what was dropped just now may come back as a guest
                 self._release()
                 self._allowance.fit(assignments)
             case _:
@@ -387,8 +389,16 @@ class Node:
         shape = {"layers": self._spec.layers, "experts": self._spec.experts}
         self._routes = epoch_routes(assignment, self._settings.node, **shape)
         self._board.install(self._routes.routing)
+        self._invite(assignment)
         self._layers.spend(self._spending(assignment))
         self._layers.activate(assignment)
+
+    def _invite(self, active: msg.Assignment) -> None:
+        """Let what others compute for this node be cached here, where the config allows it."""
+        if self._settings.peer_cache:
+            me, named = self._settings.node, [hop for hop in active.routing if hop.sha256]
+            others = [hop.model_copy(update={"holders": tuple(h for h in hop.holders if h != me)}) for hop in named]
+            self._holdings.invite(hop for hop in others if hop.holders)
 
     def _spending(self, assignment: msg.Assignment) -> Importance | None:
         """Return what decode steps may give up under an assignment."""

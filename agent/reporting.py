@@ -147,7 +147,7 @@ class Reporter:
 def _cache_use(residency: Residency) -> msg.CacheUse | None:
     """Return what the cache did; None while every expert has a place of its own."""
     counts = residency.counts
-    if not residency.is_caching and not any(counts.loads):
+    if not residency.is_caching and not any(counts.loads) and not any(counts.brought):
         return None
     return msg.CacheUse(
         found=sum(map(sum, counts.found.values())),
@@ -156,6 +156,9 @@ def _cache_use(residency: Residency) -> msg.CacheUse | None:
         waited_s=sum(counts.waited_s),
         prefetched=sum(counts.prefetched),
         prefetch_hits=sum(counts.prefetch_hits),
+        brought=sum(counts.brought),
+        brought_bytes=sum(counts.brought_bytes),
+        guest_hits=sum(counts.guest_hits),
     )
 
 

@@ -59,6 +59,8 @@ class Settings(FrozenModel):
         As in the topology. Trunk and KV cache of the layers that run here are taken from `memory` too.
     device_budget
         Less of the device than `memory` tells the planner: experts beyond it are loaded when they are asked for.
+    peer_cache
+        Cache experts of other nodes, too, where the plan leaves memory free and calls cost more than bringing them.
     eviction, prefetch
         Of experts that are cached in memory which the plan leaves free.
     precision
@@ -89,6 +91,7 @@ class Settings(FrozenModel):
     device_budget: Bytes | None = None
     eviction: Literal["rates", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True
+    peer_cache: bool = True
     precision: Precision = "checkpoint"
     low_precision: LowPrecision | None = None
     quality: OwnQuality = OwnQuality()

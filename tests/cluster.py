@@ -123,6 +123,7 @@ class Cluster:
             "data": f"data-{node}",
             "memory": self.memory_of(node),
             "dtype": self.dtype,
+            "peer_cache": False,  # else nodes soon have what a test means to be elsewhere
             "context": self._given["context"] if self._given else {"tokens": 1024, "sessions": 3},
             **({"store": str(self._store)} if node == self.nodes[0] else {}),
             **self._settings,

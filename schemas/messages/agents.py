@@ -87,6 +87,8 @@ class CacheUse(FrozenModel):
         What steps waited for that.
     prefetched, prefetch_hits
         Experts that were read ahead, and those of them that were asked for.
+    brought, brought_bytes, guest_hits
+        Experts of other nodes that were brought here, with their bytes, and how often such were found in memory.
     """
 
     found: Count = 0
@@ -95,6 +97,9 @@ class CacheUse(FrozenModel):
     waited_s: Annotated[float, Field(ge=0)] = 0.0
     prefetched: Count = 0
     prefetch_hits: Count = 0
+    brought: Count = 0
+    brought_bytes: Count = 0
+    guest_hits: Count = 0
 
 
 class Served(FrozenModel):
