@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+LOOK_AHEAD: Final = 2
+"""Layers whose choice is guessed."""
+
 
 class KeyValues(NamedTuple):
     """Where the keys and values of each token's session lie.
@@ -43,7 +46,7 @@ class Mail:
     ids
         [L, B, K] int64: see `arrived`.
     guesses
-        [L, B, K] int64 likewise: what the layer after will probably choose, best first; of the last layer nothing.
+        [L, A, B, K] int64 likewise: what the A layers after will probably choose, best first, where there are any.
     weights, scores
         [L, B, K] and [L, B, E] float32, of the ids beside them.
     waited_ns
@@ -123,7 +126,7 @@ def make_buffers(device: torch.device, *, layers: int, rows: int, experts: int, 
 
     mail = Mail(
         own(layers, rows, top_k, dtype=torch.int64),
-        own(layers, rows, top_k, dtype=torch.int64),
+        own(layers, LOOK_AHEAD, rows, top_k, dtype=torch.int64),
         own(layers, rows, top_k, dtype=torch.float32),
         own(layers, rows, experts, dtype=torch.float32),
         own(layers, dtype=torch.int64),

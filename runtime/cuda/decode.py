@@ -8,19 +8,22 @@ gives slots up meanwhile. Must not know sessions or epochs. Axes: B tokens, L la
 
 import logging
 import threading
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from runtime.cuda import reference
-from runtime.cuda.buffers import make_buffers
+from runtime.cuda.buffers import LOOK_AHEAD, make_buffers
 from runtime.cuda.layers import Step, StepParts, lanes_of, step_parts
-from runtime.cuda.runners import Caches, Eager, Graphs, Runner
+from runtime.cuda.runners import Eager, Graphs, Runner
 from runtime.cuda.table import ABSENT, Rooms, SlotTable, answer_slots, covers, fits, lacking, sorted_rows
 from runtime.dispatch import Dispatcher
 from runtime.errors import DeviceLost, ExpertUnavailable, RuntimeFault
@@ -50,6 +53,14 @@ def captured_decode(trunk: Trunk, residency: Residency) -> "CapturedDecode | Non
     return None if parts is None else CapturedDecode(parts, residency, kernels)
 
 
+class _States(NamedTuple):
+    """Where a session's keys and values lie, by layer: the tensors, their addresses [L, 2], and elements per head."""
+
+    tensors: list[tuple[torch.Tensor, torch.Tensor]]
+    addresses: Ints
+    stride: int
+
+
 class CapturedDecode:
     """Decodes with the layers of one trunk, from the experts of one residency. Thread-safe.
 
@@ -57,6 +68,11 @@ class CapturedDecode:
     ----------
     ops
         `runtime.cuda.kernels` on a device; `runtime.cuda.reference` computes the same anywhere.
+
+    Attributes
+    ----------
+    pending
+        Bookkeeping that is done when the host has nothing else to do.
     """
 
     def __init__(self, parts: StepParts, residency: Residency, ops: Any = reference) -> None:
@@ -66,6 +82,9 @@ class CapturedDecode:
         self.table = SlotTable(parts.first_layer, len(parts.layers), parts.router.experts)
         self._sources: list[Copy] = []
         self._waits = False
+        self._busy_until = 0.0
+        self._states: WeakKeyDictionary[Any, _States] = WeakKeyDictionary()
+        self.pending: deque[Callable[[], None]] = deque()
         self._last = 0.0, 0  # seconds of the step before, and the loads that it waited for
         self.parts = parts
         self._ops = ops
@@ -113,9 +132,9 @@ class CapturedDecode:
                 shelf.end_use([*used, *started])
         return started
 
-    def bring_ahead(self, number: int, likely: Sequence[int], chosen: Container[int]) -> bool:
-        """Begin to load what the layer after `number` will probably lack; returns whether anything is. Modifies."""
-        shelf, after = self.inside.shelf, number + 1
+    def bring_ahead(self, number: int, ahead: int, likely: Sequence[int], chosen: Container[int]) -> bool:
+        """Begin to load what a layer behind `number` will probably lack; returns whether anything is. Modifies."""
+        shelf, after = self.inside.shelf, number + ahead
         with self.inside.changed:
             absent = [
                 expert
@@ -137,6 +156,18 @@ class CapturedDecode:
         except RuntimeFault as error:
             log.warning("an expert that was guessed cannot be loaded: %s", error)
         return bool(copies)
+
+    @property
+    def is_link_idle(self) -> bool:
+        """Whether the link will have nothing to do before the next layer chooses, as far as is known."""
+        return self._busy_until - perf_counter() < self.inside.shelf.slack.idle_s
+
+    def catch_up(self) -> bool:
+        """Do some of the bookkeeping that can wait; returns whether there was any. Modifies."""
+        if not self.pending:
+            return False
+        self.pending.popleft()()
+        return True
 
     def redeem(self, number: int, chosen: Iterable[int]) -> None:
         """Count the guesses of a layer that came true; the others may go. Modifies."""
@@ -181,6 +212,7 @@ class CapturedDecode:
         """Begin to fill copies, and give them out: whoever uses them comes behind on the stream."""
         shelf, size = self.inside.shelf, self.residency.layout.bytes
         left = list(copies)
+        self._busy_until = max(self._busy_until, perf_counter()) + len(left) * shelf.slack.load_s
         try:
             for copy in copies:
                 host = self.inside.loader.start(copy)
@@ -211,8 +243,17 @@ class CapturedDecode:
             and dispatcher.combine == "partial"
             and dispatcher.routing.is_local
             and fits(self.inside.pool.slots, rows, router.top_k, router.experts)
-            and all(hasattr(layer, "written") and layer.is_initialized for cache in caches for layer in cache.layers)
+            and all(cache in self._states or self._is_plain(cache) for cache in caches)
         )
+
+    def _is_plain(self, cache: Any) -> bool:
+        """Whether the keys and values of a session lie where they will stay; notes them then."""
+        if not all(hasattr(layer, "written") and layer.is_initialized for layer in cache.layers):
+            return False
+        tensors = [layer.memory for layer in cache.layers]
+        addresses = np.array([[state.data_ptr() for state in pair] for pair in tensors], dtype=np.int64)
+        self._states[cache] = _States(tensors, addresses, tensors[0][0].stride(0))
+        return True
 
     def run(
         self, dispatcher: Dispatcher, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]
@@ -238,22 +279,18 @@ class CapturedDecode:
         ExpertUnavailable, ExpertLost
             As `Residency.lend`.
         """
-        layers = len(self.parts.layers)
         with self._lock, self._alone():
             self._stamp += 1
             runner = self._runner(len(caches))
             self._note_waits(runner, dispatcher)
-            step = _Step(self, runner, dispatcher, self._stamp)
-            states = [[cache.layers[index].memory for cache in caches] for index in range(layers)]
+            step = _Step(self, runner, dispatcher, self._stamp, caches)
+            states = [self._states[cache] for cache in caches]
             runner.step.inputs.copy_(inputs)
-            control = self._control(states, seen)
             news = step.news() if self.table.is_new else None
             self._waits = not covers(self.table.slots)
-            for cache in caches:
-                for layer in cache.layers:
-                    layer.written(1)
             began = perf_counter()
-            answer = runner.run(control, news, states, waits=self._waits, serve=step.serve)
+            tensors = [list(layer) for layer in zip(*(each.tensors for each in states), strict=True)]
+            answer = runner.run(self._control(states, seen), news, tensors, waits=self._waits, serve=step.serve)
             self._last = perf_counter() - began, step.loads
             return answer
 
@@ -283,11 +320,10 @@ class CapturedDecode:
             self.table.is_new = True
         return found
 
-    def _control(self, states: Caches, seen: Sequence[int]) -> Ints:
-        """Return the words of `Buffers.control`; tokens come by themselves."""
-        strides = [keys.stride(0) for keys, _ in states[0]]
-        addresses = [state.data_ptr() for layer in states for pair in layer for state in pair]
-        return np.array([self._stamp, 0, *seen, *strides, *addresses], dtype=np.int64)
+    def _control(self, states: Sequence[_States], seen: Sequence[int]) -> Ints:
+        """Return the words of `Buffers.control`."""
+        words = [np.array([self._stamp, 0, *seen, *(each.stride for each in states)], dtype=np.int64)]
+        return np.concatenate([*words, np.stack([each.addresses for each in states], axis=1).ravel()])
 
     def _note_waits(self, runner: Runner, dispatcher: Dispatcher) -> None:
         """Count what the device waited in the step before, which is over."""
@@ -319,7 +355,10 @@ class _Step:
         That layers waited for.
     """
 
-    def __init__(self, decode: CapturedDecode, runner: Runner, dispatcher: Dispatcher, stamp: int) -> None:
+    def __init__(
+        self, decode: CapturedDecode, runner: Runner, dispatcher: Dispatcher, stamp: int, caches: Sequence[Any]
+    ) -> None:
+        self._caches = caches
         self._decode = decode
         self._runner = runner
         self._dispatcher = dispatcher
@@ -339,9 +378,10 @@ class _Step:
         return np.concatenate([self._decode.table.take(), slots, gates.view(np.int32)])
 
     def serve(self, index: int) -> None:
-        """Bring what a layer that has chosen lacks, and what the next one will; count it then."""
-        chosen = self._runner.chosen(index, self._stamp)
-        number, decode = self._decode.first_layer + index, self._decode
+        """Bring what a layer that has chosen lacks, and what those after will; count it then."""
+        decode = self._decode
+        chosen = self._runner.chosen(index, self._stamp, decode.catch_up)
+        number = decode.first_layer + index
         if index == 0:
             decode.end_sources()  # the device has come past whatever was copied in the step before
         gates: Floats = self._runner.buffers.mail.weights[index].numpy().astype(np.float64)
@@ -350,15 +390,16 @@ class _Step:
         if absent:
             self._note_load()
             experts, gates = self._answer(index, number, experts, gates)
-        if index + 1 < self._layers and decode.looks_ahead:
-            self._look_ahead(index, number, experts)
+        if decode.looks_ahead:
+            self._look_ahead(index, number, set(experts.ravel().tolist()))
+        self._advance(index)
         self._count_found(number, experts)
         counts = self._dispatcher.counts
         counts.count_layer(number, sorted_rows(experts), tokens=self._rows, remote_rows=0, remote_tokens=0)
         counts.local_calls += 1
-        self._observe(number, experts, gates)
         if self._is_lacking:
-            decode.prepare(number, self._rows * self._top_k)
+            decode.pending.append(partial(self._observe, number, experts, gates))
+            decode.pending.append(partial(decode.prepare, number, self._rows * self._top_k))
 
     def _answer(self, index: int, number: int, chosen: Ints, gates: Floats) -> tuple[Ints, Floats]:
         """Bring what a layer lacks, or choose otherwise, and let the device go on; returns what is computed."""
@@ -375,14 +416,23 @@ class _Step:
         self.loads += len(brought)
         return chosen, gates
 
-    def _look_ahead(self, index: int, number: int, chosen: Ints) -> None:
-        """Begin to load what the next layer will probably lack, behind what this one waits for."""
-        decode = self._decode
-        guesses = self._runner.guessed(index, self._stamp)
-        likely = list(dict.fromkeys(guesses.T.ravel().tolist()))
-        likely = [expert for expert in likely if decode.table.slots[index + 1, expert] < 0]
-        if likely and decode.bring_ahead(number, likely, set(chosen.ravel().tolist())):
-            self._runner.tell(decode.table.take())
+    def _look_ahead(self, index: int, number: int, chosen: set[int]) -> None:
+        """Begin to load what layers after will probably lack, behind what this one waits for.
+
+        What the next one will lack; and where the link would have nothing to do then, one expert of the layer after.
+        """
+        decode, table = self._decode, self._decode.table
+        is_new = False
+        for ahead in range(1, min(LOOK_AHEAD, self._layers - 1 - index) + 1):
+            if ahead > 1 and not decode.is_link_idle:
+                break
+            guesses = self._runner.guessed(index, ahead, self._stamp)
+            likely = list(dict.fromkeys(guesses.T.ravel().tolist()))
+            likely = [expert for expert in likely if table.slots[index + ahead, expert] < 0]
+            if likely:
+                is_new |= decode.bring_ahead(number, ahead, likely if ahead == 1 else likely[:1], chosen)
+        if is_new:
+            self._runner.tell(table.take())
 
     def _substituted(self, index: int, number: int, chosen: Ints, gates: Floats) -> tuple[Ints, Floats]:
         """Return what a quality budget lets the layer compute instead."""
@@ -394,6 +444,11 @@ class _Step:
         at_hand = self._decode.table.slots[index] >= 0
         others, weights = substitution.apply(number, torch.from_numpy(chosen), torch.from_numpy(gates).float(), at_hand)
         return others.numpy(), weights.double().numpy()
+
+    def _advance(self, index: int) -> None:
+        """Let the caches know what the device has written, or is about to."""
+        for cache in self._caches:
+            cache.layers[index].written(1)
 
     def _count_found(self, number: int, chosen: Ints) -> None:
         """Count rows by where their experts were found, and experts once."""

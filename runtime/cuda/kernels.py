@@ -273,10 +273,10 @@ def _route(
     IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr, STAMP: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    is_guess = tl.program_id(1) == 1
+    ahead = tl.program_id(1)
     experts = tl.arange(0, BLOCK)
     is_expert = experts < EXPERTS
-    raw = tl.load(logits + row * WIDTH + tl.program_id(1) * EXPERTS + experts, mask=is_expert, other=0.0)
+    raw = tl.load(logits + row * WIDTH + ahead * EXPERTS + experts, mask=is_expert, other=0.0)
     wide = tl.where(is_expert, raw.to(tl.float32), -1e30)
     odds = tl.where(is_expert, tl.exp(wide - tl.max(wide, axis=0)), 0.0)
     scores = odds / tl.sum(odds, axis=0)
@@ -292,8 +292,8 @@ def _route(
     is_place = places < TOP
     at = row * TOP + places
     word = tl.load(stamp).to(tl.int64) * STAMP + chosen.to(tl.int64)
-    if is_guess:
-        tl.store(seen_guesses + at, word, mask=is_place)
+    if ahead > 0:
+        tl.store(seen_guesses + (ahead - 1) * tl.num_programs(0) * TOP + at, word, mask=is_place)
     else:
         if IS_NORMALISED:
             best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
@@ -311,7 +311,7 @@ def _route(
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, and tell the host; guess likewise from what stands behind [B, E]."""
+    """Choose experts, look their slots up, and tell the host; guess likewise from the logits of layers after, behind [B, E]."""
     mail = buffers.mail
     _route[(logits.shape[0], logits.shape[1] // shape.experts)](
         logits, buffers.table[layer], buffers.slots[layer], buffers.first[layer], buffers.weights[layer],

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
-from runtime.cuda.buffers import Buffers
+from runtime.cuda.buffers import LOOK_AHEAD, Buffers
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
 from runtime.loading import Trunk
 from runtime.pool import SlotPool
@@ -30,8 +30,8 @@ class LayerParts:
     Attributes
     ----------
     routers
-        [E, D], and behind it the next layer's, whose product with what this layer's experts get is a guess of what
-        that will choose.
+        [E, D], and behind it those of the layers after, whose product with what this layer's experts get is a guess of
+        what they will choose.
     norms
         Weights and epsilon of the norms of queries and keys.
     """
@@ -83,7 +83,7 @@ def step_parts(trunk: Trunk, layout: RecordLayout) -> StepParts | None:
     is_normalised = config.model_type == "mixtral" or bool(config.norm_topk_prob)
     return StepParts(
         trunk,
-        tuple(_parts_of(layer, after) for layer, after in zip(layers, [*layers[1:], None], strict=True)),
+        tuple(_parts_of(layers, index) for index in range(len(layers))),
         RouterShape(trunk.spec.experts, router.top_k, is_normalised, is_rounded),
         layers[0].mlp.experts.layer,
         layout.parts[1].shape[1],
@@ -98,8 +98,9 @@ def _is_odd(attention: Any, dtype: torch.dtype) -> bool:
     return has_bias or any(each.weight.dtype != dtype for each in projections) or size < 16 or bool(size & (size - 1))
 
 
-def _parts_of(layer: Any, after: Any) -> LayerParts:
-    attention, router = layer.self_attn, layer.mlp.gate.weight
+def _parts_of(layers: list[Any], index: int) -> LayerParts:
+    layer = layers[index]
+    attention = layer.self_attn
     size = attention.head_dim
     queries, kv = (each.weight.shape[0] // size for each in (attention.q_proj, attention.k_proj))
     norms = None
@@ -110,7 +111,7 @@ def _parts_of(layer: Any, after: Any) -> LayerParts:
         _scale(layer.post_attention_layernorm),
         _joined([attention.q_proj, attention.k_proj, attention.v_proj]),
         attention.o_proj.weight,
-        router if after is None else torch.cat([router, after.mlp.gate.weight]),
+        torch.cat([each.mlp.gate.weight for each in layers[index : index + 1 + LOOK_AHEAD]]),
         norms,
         Heads(queries, kv, size, attention.scaling),
     )

@@ -80,7 +80,7 @@ def _tensors(kv: KeyValues) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, and tell the host; guess likewise from what stands behind [B, E]."""
+    """Choose experts, look their slots up, and tell the host; guess likewise from the logits of layers after, behind [B, E]."""
     scores = logits[:, : shape.experts].float().softmax(-1)
     weights, chosen = scores.topk(shape.top_k, dim=-1)
     if shape.is_normalised:
@@ -92,8 +92,8 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
     mail = buffers.mail
     mail.scores[layer], mail.weights[layer] = scores, weights.float()
     mail.ids[layer] = buffers.stamp * STAMP + (found >= 0) * FOUND + chosen
-    if logits.shape[1] > shape.experts:
-        mail.guesses[layer] = buffers.stamp * STAMP + logits[:, shape.experts :].topk(shape.top_k, dim=-1).indices
+    for ahead, guess in enumerate(logits.split(shape.experts, dim=1)[1:]):
+        mail.guesses[layer, ahead] = buffers.stamp * STAMP + guess.topk(shape.top_k, dim=-1).indices
 
 
 def wait(buffers: Buffers, layer: int) -> None:

@@ -24,6 +24,8 @@ _FOR_EVER: Final = 1 << 62
 
 Ints = NDArray[np.int64]
 Serve = Callable[[int], None]
+Idle = Callable[[], bool]
+"""Does some work, unless there is none."""
 Caches = list[list[tuple[torch.Tensor, torch.Tensor]]]
 """Keys and values [H, S, d] by layer and token."""
 
@@ -55,12 +57,12 @@ class Runner(Protocol):
         """
         ...
 
-    def chosen(self, layer: int, stamp: int) -> Chosen:
-        """Wait until a layer has chosen. Raises `DeviceLost`."""
+    def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
+        """Wait until a layer has chosen, doing what can be done meanwhile. Raises `DeviceLost`."""
         ...
 
-    def guessed(self, layer: int, stamp: int) -> Ints:
-        """Return what the next layer will probably choose, [B, K]; that layer has chosen."""
+    def guessed(self, layer: int, ahead: int, stamp: int) -> Ints:
+        """Return what the layer so far behind one that has chosen will probably choose, [B, K]."""
         ...
 
     def tell(self, table: NDArray[np.int32]) -> None:
@@ -108,13 +110,13 @@ class Graphs:
             buffers.news.copy_(self._news[self._message(news)], non_blocking=True)
         graph, output = self._graphs[waits]
         graph.replay()
+        answer = output.clone()
         try:
             for layer in range(len(buffers.slots)):
                 serve(layer)
         except BaseException:
             self._abandon()
             raise
-        answer = output.clone()
         self._copies.fences.read_all()
         torch.cuda.current_stream().wait_stream(self._copies.stream)
         return answer
@@ -156,13 +158,15 @@ class Graphs:
         buffers.mail.guesses.zero_()
         torch.cuda.synchronize()
 
-    def chosen(self, layer: int, stamp: int) -> Chosen:
+    def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
         """Wait until a layer has chosen."""
-        return self._await(self._seen[layer], layer, stamp)
+        while (found := arrived(self._seen[layer], stamp)) is None and idle():
+            pass
+        return found or self._await(self._seen[layer], layer, stamp)
 
-    def guessed(self, layer: int, stamp: int) -> Ints:
-        """Return what the next layer will probably choose."""
-        return self._await(self._guesses[layer], layer, stamp).experts
+    def guessed(self, layer: int, ahead: int, stamp: int) -> Ints:
+        """Return what a layer behind will probably choose."""
+        return self._await(self._guesses[layer, ahead - 1], layer, stamp).experts
 
     def _await(self, words: Ints, layer: int, stamp: int) -> Chosen:
         deadline = 0.0
@@ -213,13 +217,15 @@ class Eager:
         kv = buffers.key_values._replace(tensors=caches)
         return self.step.run(kv, waits=waits, lacking=serve)
 
-    def chosen(self, layer: int, stamp: int) -> Chosen:
+    def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
         """Return what a layer has chosen."""
+        while idle():
+            pass
         return self._read(self.buffers.mail.ids[layer], layer, stamp)
 
-    def guessed(self, layer: int, stamp: int) -> Ints:
-        """Return what the next layer will probably choose."""
-        return self._read(self.buffers.mail.guesses[layer], layer, stamp).experts
+    def guessed(self, layer: int, ahead: int, stamp: int) -> Ints:
+        """Return what a layer behind will probably choose."""
+        return self._read(self.buffers.mail.guesses[layer, ahead - 1], layer, stamp).experts
 
     def _read(self, words: torch.Tensor, layer: int, stamp: int) -> Chosen:
         found = arrived(words.numpy(), stamp)

@@ -39,7 +39,7 @@ from tests.bench.cuda_models import (
 from tests.families import FAMILIES, make_checkpoint
 
 TRACE = Path("../shared/data/traces/qwen.route.csv")
-WRONG_GUESSES = 0.15  # RUNTIME.md: of real routers on the layer before, 81 to 89 % come true
+WRONG_GUESSES = (0.15, 0.22)  # RUNTIME.md: of real routers one layer ahead, 81 to 89 % come true; two ahead, fewer
 STAGES = ("families", "resident", "capped", "large")
 _PROMPT = [5, 17, 99, 3, 42, 7, 12, 80]
 
@@ -325,7 +325,7 @@ def large(shape: Shape, device: str, trace: Path) -> dict[str, Any]:
     """Time tokens of experts so large that the link is all that counts."""
     found: dict[str, Any] = {}
     source = read_forced(trace, shape.layers)
-    forced = grouped(source, shape.layers, shape.experts, shape.top_k)
+    forced = grouped(source, shape.layers, shape.experts)
     with tempfile.TemporaryDirectory() as directory:
         path = write_hollow(shape, Path(directory), shape.top_k)
         with cleared():

@@ -5,6 +5,8 @@ to, and a router's column of that dimension ranks the experts as the trace did, 
 """
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -95,16 +97,16 @@ def read_forced(path: Path, layers: int) -> Forced:
     return Forced(np.take_along_axis(experts, order, -1)[:CODES], np.take_along_axis(weights, order, -1)[:CODES])
 
 
-def grouped(forced: Forced, layers: int, experts: int, top_k: int) -> Forced:
-    """Make a trace of fewer, larger experts: neighbours are one, which has their summed weights."""
+def grouped(forced: Forced, layers: int, experts: int) -> Forced:
+    """Make a trace of fewer, larger experts, all ranked: neighbours are one, which has their summed weights."""
     tokens, _, _ = forced.experts.shape
     mass = np.zeros((tokens, layers, experts))
     size = (int(forced.experts.max()) // experts) + 1
     for token in range(tokens):
         for layer in range(layers):
             np.add.at(mass[token, layer], forced.experts[token, layer] // size, forced.weights[token, layer])
-    order = np.argsort(-mass, axis=-1, kind="stable")[..., :top_k]
-    return Forced(order, np.take_along_axis(mass, order, -1) + 1e-3)
+    order = np.argsort(-mass, axis=-1, kind="stable")
+    return Forced(order, np.take_along_axis(mass, order, -1) + 1e-2)
 
 
 def write_hollow(shape: Shape, path: Path, top_k: int) -> Path:
@@ -188,8 +190,9 @@ def fill_trunk(model: Any, forced: Forced | None) -> None:
             router.zero_()
             ranks = torch.zeros(len(router), tokens)
             experts = torch.from_numpy(forced.experts[:, index])  # [T, K]
-            falling = torch.linspace(3.0, 2.0, experts.shape[1]).expand(tokens, -1) / 45
-            ranks.scatter_(0, experts.T, falling.T)
+            weights = torch.from_numpy(forced.weights[:, index]).float().clamp_min(1e-3)
+            odds = weights.log() - math.log(1e-3) + 1  # whoever is not among them has 0
+            ranks.scatter_(0, experts.T, odds.T / 45)  # what a code of 8 is after its norm
             router[:, :tokens] = ranks.to(router)
 
 
@@ -225,14 +228,17 @@ def open_shape(
     return Segment(random_trunk(path, device, forced), residency, board, importance=importance)
 
 
-def spoil_guesses(segment: Segment, forced: Forced, share: float) -> None:
-    """Let a share of the guesses of what the next layer chooses name another expert: forced routers know too much."""
+def spoil_guesses(segment: Segment, forced: Forced, shares: Sequence[float]) -> None:
+    """Let shares of the guesses of what layers after choose name other experts: forced routers know too much."""
     assert segment.captured is not None
     rng = np.random.default_rng(0)
     layers = segment.captured.parts.layers
-    for index, layer in enumerate(layers[:-1]):
-        guess = layer.routers[len(layer.routers) // 2 :]
-        for token, experts in enumerate(forced.experts[:, index + 1]):
-            for expert in experts[rng.random(len(experts)) < share].tolist():
-                other = int(rng.integers(len(guess)))
-                guess[[expert, other], token] = guess[[other, expert], token]
+    count = segment.trunk.spec.experts
+    for index, layer in enumerate(layers):
+        for ahead, guess in enumerate(layer.routers.split(count)[1:], start=1):
+            columns = guess.T[: len(forced.experts)].clone()  # [T, E]
+            for token, experts in enumerate(forced.experts[:, index + ahead]):
+                for expert in experts[rng.random(len(experts)) < shares[ahead - 1]].tolist():
+                    other = int(rng.integers(count))
+                    columns[token, [expert, other]] = columns[token, [other, expert]]
+            guess.T[: len(columns)] = columns

@@ -102,7 +102,7 @@ def test_rotation_and_attention(kernels: Any, dtype: torch.dtype, has_norm: bool
 @pytest.mark.parametrize("is_normalised", [True, False])
 def test_routing_tells_the_host(kernels: Any, dtype: torch.dtype, is_normalised: bool) -> None:
     shape = RouterShape(EXPERTS, TOP, is_normalised, is_rounded=True)
-    logits = drawn(ROWS, 2 * EXPERTS, dtype=dtype)
+    logits = drawn(ROWS, 3 * EXPERTS, dtype=dtype)
     table = torch.arange(EXPERTS, dtype=torch.int32) * 2 - 3
     told = []
     for each in (kernels, reference):
