@@ -163,6 +163,8 @@ class Site:
         compute: dict[str, Any],
         trace: tuple[str, Path] | None,
         prompts: dict[str, int] | None = None,
+        *,
+        tokens: int = 20_000,
     ) -> dict[str, Any]:
         """Run `planner simulate` with one session at `node` and nothing else; return that ingress's figures.
 
@@ -178,7 +180,7 @@ class Site:
         found = json.loads(
             run_here(
                 *PLANNER, "simulate", str(self.plan), "--topology", str(topology), *replaced,
-                "--arrivals", "closed", "--sessions", "1", "--tokens", "20000", "--json",
+                "--arrivals", "closed", "--sessions", "1", "--tokens", str(tokens), "--json",
             )
         )  # fmt: skip
         figures: dict[str, Any] = next(each for each in found["ingresses"] if each["id"] == node)

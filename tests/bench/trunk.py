@@ -55,6 +55,7 @@ ARMS: Final = {
     "pipeline by speed": ("--solver", "pipeline-speed"),
 }
 OURS, PROMPTS, DANCEMOE, ONE = "ours, trunk moves", "ours, prompts counted", "dancemoe, trunk stays", "one node"
+_SIMULATED: Final = 3000  # tokens of each simulation
 ASKED: Final = 0.15  # how far the simulator may be off
 
 
@@ -261,7 +262,7 @@ def simulate(site: Site, compute: dict[str, float], tokens: int) -> dict[str, tu
     prompts = {"prompt_tokens": PROMPT_TOKENS, "answer_tokens": tokens}
     found: dict[str, tuple[float, float]] = {}
     for node in SHARES:
-        figures: dict[str, Any] = site.simulate(node, compute, None, prompts)
+        figures: dict[str, Any] = site.simulate(node, compute, None, prompts, tokens=_SIMULATED)
         found[node] = float(figures["mean_s"]), float(figures["first_token"]["mean_s"])
     return found
 
