@@ -53,10 +53,11 @@ def _reserved_layer() -> tuple[Any, type]:
             """Append new states [1, H, T, d]; return all, [1, H, S, d]."""
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            seen, self._seen = self._seen, self._seen + key_states.shape[2]
-            self._all_keys[:, :, seen : self._seen] = key_states
-            self._all_values[:, :, seen : self._seen] = value_states
-            self.keys, self.values = self._all_keys[:, :, : self._seen], self._all_values[:, :, : self._seen]
+            seen, count = self._seen, key_states.shape[2]
+            self._all_keys.narrow(2, seen, count).copy_(key_states)
+            self._all_values.narrow(2, seen, count).copy_(value_states)
+            self._seen = seen = seen + count
+            self.keys, self.values = self._all_keys.narrow(2, 0, seen), self._all_values.narrow(2, 0, seen)
             return self.keys, self.values
 
         @property

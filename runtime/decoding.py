@@ -144,7 +144,7 @@ class Angles:
 
     def _of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cosine, sine = angles(self._rotary(self._like, position_ids=positions))
-        return cosine[0], sine[0]
+        return cosine[0, 0], sine[0, 0]
 
 
 def windows_of(config: Any) -> list[int | None]:

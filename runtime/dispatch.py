@@ -120,7 +120,7 @@ class Dispatcher:
         """
         began = perf_counter()
         combined = None
-        if len(hidden) == 1 and self.combine == "partial":
+        if hidden.shape[0] == 1 and self.combine == "partial":
             combined = self._run_token(layer, hidden, top_k_index, top_k_weights)
         if combined is None:
             combined = self._run_rows(layer, hidden, top_k_index, top_k_weights)
@@ -184,7 +184,7 @@ class Dispatcher:
 
     def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
         """Let what the next layer will probably ask for be loaded meanwhile."""
-        if self.ahead is not None and self.residency.is_caching and len(hidden) <= _FEW_TOKENS:
+        if self.ahead is not None and self.residency.is_caching and hidden.shape[0] <= _FEW_TOKENS:
             self.residency.prefetch(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
 
     def _run_rows(

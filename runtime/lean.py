@@ -29,7 +29,7 @@ class Beat:
     caches
         The sessions' caches, B.
     cosine, sine
-        [B, 1, d] as the model's rotary embedding gives them, `sine` with the first half of d negated; empty where no
+        [B, 1, 1, d] as the model's rotary embedding gives them, `sine` with the first half of d negated; empty where no
         attention is replaced.
     dispatch
         Runs the routed experts of a layer.
@@ -51,10 +51,9 @@ class Beat:
 
 
 def turn(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate halves against each other by position, [B, N, d]: x cos + (-x2, x1) sin, with the sign in the sine."""
-    half = heads.shape[-1] // 2
-    swapped = torch.cat((heads[..., half:], heads[..., :half]), -1)
-    return (heads * cosine).add_(swapped.mul_(sine))
+    """Rotate halves against each other by position, [..., d]: x cos + (-x2, x1) sin, with the sign in the sine."""
+    first, second = heads.chunk(2, -1)
+    return (heads * cosine).add_(torch.cat((second, first), -1).mul_(sine))
 
 
 def signed(sine: torch.Tensor) -> torch.Tensor:
@@ -74,7 +73,7 @@ class Attention:
     out, out_bias
         [D, H d].
     norm, norm_shape
-        Normalises queries and keys together, seen as [B, *norm_shape].
+        Normalises queries and keys together, seen as [B, *norm_shape]; as [B, H + G, 1, d] where that is None.
     """
 
     layer: int
@@ -83,7 +82,7 @@ class Attention:
     out: torch.Tensor
     out_bias: torch.Tensor | None
     norm: Norm | None
-    norm_shape: tuple[int, int]
+    norm_shape: tuple[int, int] | None
     heads: int
     groups: int
     size: int
@@ -104,13 +103,15 @@ class Attention:
         self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries [B, H, 1, d], keys and values [B, G, 1, d] of x [B, D]."""
-        batch, num_turned = len(x), self.heads + self.groups
-        heads = functional.linear(x, self.qkv, self.bias).view(batch, num_turned + self.groups, self.size)
-        turned = heads[:, :num_turned]
-        if self.norm is not None:
-            turned = self.norm(turned.reshape(batch, *self.norm_shape)).view(batch, num_turned, self.size)
-        turned = turn(turned, cosine, sine).unsqueeze(2)
-        return turned[:, : self.heads], turned[:, self.heads :], heads[:, num_turned:].unsqueeze(2)
+        shape = (x.shape[0], -1, 1, self.size)
+        heads = functional.linear(x, self.qkv, self.bias).view(shape)
+        turned, values = heads.split_with_sizes((self.heads + self.groups, self.groups), 1)
+        if self.norm_shape is not None and self.norm is not None:
+            turned = self.norm(turned.reshape(x.shape[0], *self.norm_shape)).view(shape)
+        elif self.norm is not None:
+            turned = self.norm(turned)
+        queries, keys = turn(turned, cosine, sine).split_with_sizes((self.heads, self.groups), 1)
+        return queries, keys, values
 
     def attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Return what one session's queries [1, H, 1, d] find in its keys and values [1, G, S, d]: [1, H d]."""

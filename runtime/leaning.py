@@ -77,10 +77,10 @@ def module_options(inner: Any, hidden: torch.Tensor, positions: torch.Tensor, ca
 
 
 def angles(rotary: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and signed sine, [B, 1, d], of what a rotary embedding returns; empty for one of another kind."""
+    """Return cosine and signed sine, [B, 1, 1, d], of what a rotary embedding returns; empty for another kind."""
     if not isinstance(rotary, tuple):
         return torch.empty(0), torch.empty(0)
-    return rotary[0], signed(rotary[1])
+    return rotary[0][:, None], signed(rotary[1])[:, None]
 
 
 def lean_layers(model: Any, dtype: torch.dtype, dispatch: ContextVar[LayerDispatch]) -> list[Step]:
@@ -147,19 +147,17 @@ def _attention(index: int, module: Any, dtype: torch.dtype) -> Attention | None:
     size = module.head_dim
     heads, groups = query.out_features // size, key.out_features // size
     qkv, bias = (joined([getattr(each, name) for each in (query, key, value)]) for name in ("weight", "bias"))
-    normed = (
-        _Normed(None, (heads + groups, size)) if norms == [None, None] else _normed(norms, (heads, groups), size, dtype)
-    )
+    normed = _Normed(None, None) if norms == [None, None] else _normed(norms, (heads, groups), size, dtype)
     if qkv is None or normed is None or (bias is None and query.bias is not None):
         return None
     return Attention(index, qkv, bias, out.weight, out.bias, *normed, heads, groups, size, module.scaling)
 
 
 class _Normed(NamedTuple):
-    """A norm of queries and keys together, and as what it sees them."""
+    """A norm of queries and keys together, and as what it sees them, see `Attention`."""
 
     norm: Norm | None
-    shape: tuple[int, int]
+    shape: tuple[int, int] | None
 
 
 def _normed(norms: list[Any], heads: tuple[int, int], size: int, dtype: torch.dtype) -> _Normed | None:
@@ -170,9 +168,10 @@ def _normed(norms: list[Any], heads: tuple[int, int], size: int, dtype: torch.dt
     sizes = [len(weight) for weight in weights]
     if rule is None or sizes not in ([size, size], [heads[0] * size] * 2) or (sizes[0] > size and heads[0] != heads[1]):
         return None
-    repeats = heads if sizes[0] == size else (1, 1)
-    whole = torch.cat([weight.expand(count, -1) for weight, count in zip(weights, repeats, strict=True)])
-    return _Normed(make_norm(rule, whole, norms[0].variance_epsilon), (len(whole), whole.shape[1]))
+    if sizes[0] > size:
+        return _Normed(make_norm(rule, torch.stack(weights), norms[0].variance_epsilon), (2, sizes[0]))
+    whole = torch.cat([weight.expand(count, 1, -1) for weight, count in zip(weights, heads, strict=True)])
+    return _Normed(make_norm(rule, whole, norms[0].variance_epsilon), None)
 
 
 def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -240,7 +239,7 @@ def _router(module: Any) -> Any:
         probe = torch.randn((16, module.weight.shape[1]), generator=torch.Generator().manual_seed(2)).to(module.weight)
         want = module.forward(probe)
         for is_normalised in (True, False):
-            for is_wide in (False, True):
+            for is_wide in (True, False):  # nothing is done to float32 to keep it so
                 router = Router(module.weight, module.top_k, is_normalised, is_wide)
                 if all(map(_is_same, want, router(probe))):
                     return router

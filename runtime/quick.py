@@ -73,7 +73,8 @@ def _root(scale: Scale, wide: torch.Tensor) -> torch.Tensor:
 
 
 def _short(scale: Scale, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden * _root(scale, hidden) * scale.weight
+    root = torch.addcdiv(scale.epsilon_tensor, (hidden * hidden).sum(-1, keepdim=True), scale.size).rsqrt_()
+    return hidden * root * scale.weight
 
 
 def _short_half(scale: Scale, hidden: torch.Tensor) -> torch.Tensor:

@@ -218,10 +218,12 @@ class Shelf:
 
     def worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[Copy]:
         """Return copies to give up, the least valuable first."""
+        if count <= 0:
+            return []
         if self._is_frozen:
             tiers = [tier for tier in tiers if tier not in self.computed_in]
         copies = [copy for copy in self.evictable if copy.tier in tiers]
-        if count <= 0 or not copies:
+        if not copies:
             return []
         if guests := [copy for copy in copies if copy.is_guest]:
             guests.sort(key=lambda copy: self.rent.uses(copy.key))

@@ -47,6 +47,8 @@ def compute_token(
 ) -> torch.Tensor | None:
     """Return the weighted sum of one token's experts, [1, D] float32; None, with nothing done, if one is not at hand.
 
+    In inference mode.
+
     Parameters
     ----------
     hidden
@@ -64,9 +66,8 @@ def compute_token(
                 tier_rows[copy.tier] = tier_rows.get(copy.tier, 0) + 1
         residency.observe_token(layer, experts, values)
         weights = torch.from_numpy(values).view(1, -1)
-        with torch.inference_mode():
-            rows = token_math(residency.layout.form)([residency.weights(copy) for copy in copies], hidden)
-            return torch.mm(weights.to(hidden.device), rows.float())
+        rows = token_math(residency.layout.form)([residency.weights(copy) for copy in copies], hidden)
+        return torch.mm(weights if hidden.is_cpu else weights.to(hidden.device), rows.float())
     finally:
         residency.end(layer, copies)
 
@@ -114,7 +115,8 @@ def answer_call(residency: Residency, call: ExpertCall) -> torch.Tensor:
     """
     if call.combine == "partial" and len(call.hidden) == 1:
         picked = Picked(call.layer, call.expert.tolist(), call.weight.numpy())
-        total = compute_token(residency, picked, call.hidden.to(residency.device))
+        with torch.inference_mode():
+            total = compute_token(residency, picked, call.hidden.to(residency.device))
         if total is not None:
             return total.cpu()
     return execute_call(residency, call)

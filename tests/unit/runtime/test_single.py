@@ -22,6 +22,12 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.inference_mode():
+        yield
+
+
 def resident(opened, experts=range(8)):
     held = Residency(opened.manifest.layout, {"device": 8 * opened.manifest.layout.bytes})
     for expert in experts:
