@@ -35,14 +35,17 @@ class Asked:
 
 
 def prompt_path_seconds(problem: Problem) -> Floats:
-    """Seconds of a prompt that its path decides, float64 ``[I]``: the first chunk's trunk and hops; 0 without."""
+    """Seconds of a prompt that its path decides, float64 ``[I]``: the first chunk's trunk and hops; 0 without.
+
+    A prompt goes from its ingress to the first layer's node as text, and the first token from the last one's back.
+    """
     found = np.zeros(len(problem.ingress_node))
     for ingress, size in _mean_chunks(problem.prompts):
         trunk, prompts = problem.trunk_node[ingress], _of(problem)
-        onward = np.roll(trunk, -1)
-        states = np.where(np.arange(len(trunk)) == len(trunk) - 1, 0.0, size * prompts.state_bytes)  # last: a number
-        hops = prompts.hop_s[trunk, onward] + states * prompts.byte_s[trunk, onward]
-        found[ingress] = float(hops.sum() + size * _layer_seconds(problem, trunk).sum())
+        here, there, home = trunk[:-1], trunk[1:], int(problem.ingress_node[ingress])
+        hops = prompts.hop_s[here, there] + size * prompts.state_bytes * prompts.byte_s[here, there]
+        ends = prompts.hop_s[home, trunk[0]] + prompts.hop_s[trunk[-1], home]
+        found[ingress] = float(hops.sum() + ends + size * _layer_seconds(problem, trunk).sum())
     return found
 
 

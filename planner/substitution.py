@@ -1,13 +1,14 @@
-"""Placement that knows that agents may give up a little router mass: exchanges of experts, scored under that.
+"""Placement that knows that agents may give up a little router mass: exchanges of experts, scored under substitution.
 
 Decides which of the placements that a solver or a strategy found is the best to go on from, and exchanges experts
 within nodes while that leaves fewer (token, layer) events waiting. An event is local if all of its experts are, or if
-*all* that are missing may be left out: while the squares of their shares of the top-K mass sum up to no more than a
-share (RUNTIME.md, "all or none": the rule that agents follow, `runtime.policy.routing.LeaveOut`, with one share for all
-layers). Exact waits want whole layers in one place, so that there is nothing left where they are not; this wants some
-of every layer. Must not know solvers. What it counts are waits, not their lengths.
+residents behind the top K can stand in for *all* that are missing within a share of the router's mass (RUNTIME.md, "all
+or none": the rule that agents follow, `runtime.policy.routing.MassBudget`, with one share for all layers). Exact
+waits want whole layers in one place, where nothing can stand in for anything; this wants some of every layer. Must not
+know solvers. What it counts are waits, not their lengths.
 
-Axes: T tokens, L layers, E experts, K top-k, N nodes, P places, V variants of a layer that are looked at together.
+Axes: T tokens, L layers, E experts, K top-k, C candidates (C > K, else nothing can stand in), N nodes, P places, V
+variants of a layer that are looked at together.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ from planner.demand import Trace
 from planner.problem import Bools, Floats, Problem
 from schemas.topology import TIERS
 
-SHARE_OF_BUDGET: Final = 4.0
-"""What a rise of perplexity buys, per unit of it, as calibrations of small models found."""
+SHARE_OF_BUDGET: Final = 2.0
+"""Share of the top-K mass that a rise of perplexity buys, per unit of it: what calibrations of small models found."""
 _MOST_TOKENS: Final = 4096  # of each ingress: a table takes as long as there are tokens, and is made hundreds of times
 _DISK: Final = TIERS.index("disk")
 _TRIES: Final = 4  # pairs of one node and layer that are looked at exactly
@@ -37,20 +38,30 @@ class Ranked:
     Attributes
     ----------
     ids
-        Chosen experts, int16 ``[T, K]``.
+        Candidates, best first, int16 ``[T, C]``.
     mass
-        Their shares of the sum of their scores, float32 ``[T, K]``.
+        Their scores as shares of the top K's sum, float32 ``[T, C]``.
     """
 
     ids: NDArray[np.int16]
     mass: Scores
+    top_k: int
 
     def waiting(self, resident: Bools, share: float) -> Floats:
         """Share of events that wait where a layer has these residents, float64 ``[V]``, from bool ``[V, E]``."""
-        here = resident[:, self.ids]  # [V, T, K]
-        lost = (~here * self.mass**2).sum(axis=-1)
-        is_spared = here.all(axis=-1) | (here.any(axis=-1) & (lost <= share))
-        return np.asarray((~is_spared).mean(axis=1), dtype=np.float64)
+        here = resident[:, self.ids]  # [V, T, C]
+        missing = ~here[..., : self.top_k]
+        behind, mass = here[..., self.top_k :], self.mass[:, self.top_k :]
+        place = behind.cumsum(axis=-1)
+        spare = np.full((*here.shape[:2], self.top_k + 1), -np.inf, dtype=np.float32)  # [..., j]: of the j-th best
+        for j in range(min(self.top_k, mass.shape[1])):
+            found = behind & (place == j + 1)
+            spare[..., j] = np.where(found.any(axis=-1), (found * mass).sum(axis=-1), -np.inf)
+        turn = missing[..., ::-1].cumsum(axis=-1)[..., ::-1] - 1  # the lowest score chooses first
+        stand_in = np.take_along_axis(spare, turn, axis=-1)  # where nothing is missing yet: the last column
+        own = self.mass[:, : self.top_k]
+        cost = np.where(missing, np.maximum(own - stand_in, 0) * own, 0.0).sum(axis=-1)
+        return np.asarray((cost > share).mean(axis=1), dtype=np.float64)
 
 
 class Sparing:
@@ -163,13 +174,13 @@ class Sparing:
 
 
 def ranked_events(problem: Problem, traces: Sequence[Trace]) -> list[list[Ranked]]:
-    """Return the events of each ingress by layer, drawn evenly from the trace where it is long."""
+    """Return the candidates of each ingress's events by layer, spread evenly over the trace where it is long."""
     found = []
     for trace in traces:
         rows = np.linspace(0, len(trace.sequence) - 1, min(len(trace.sequence), _MOST_TOKENS)).astype(np.int64)
-        ids, scores = trace.chosen[rows], trace.scores[rows][:, :, : problem.top_k].astype(np.float32)
-        mass = scores / np.maximum(scores.sum(axis=2, keepdims=True), 1e-6)
-        found.append([Ranked(ids[:, layer], mass[:, layer]) for layer in range(problem.layers)])
+        ids, scores = trace.expert_ids[rows], trace.scores[rows].astype(np.float32)
+        mass = scores / np.maximum(scores[:, :, : problem.top_k].sum(axis=2, keepdims=True), 1e-6)
+        found.append([Ranked(ids[:, layer], mass[:, layer], problem.top_k) for layer in range(problem.layers)])
     return found
 
 

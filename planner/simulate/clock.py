@@ -78,6 +78,8 @@ class _Walkers:
         The chunk that sets out once this one has computed; -1 for none.
     owner
         The request that starts where this chunk ends; -1 where it is not the last.
+    lead_s
+        Seconds before who enters first sets out, by request.
     """
 
     works: list[list[Work]]
@@ -85,6 +87,7 @@ class _Walkers:
     entry: list[int]
     onward: list[int]
     owner: list[int]
+    lead_s: list[float]
 
 
 def _walkers(script: Script, requests: Requests) -> _Walkers:
@@ -97,13 +100,14 @@ def _walkers(script: Script, requests: Requests) -> _Walkers:
         entry=list(range(count)),
         onward=[-1] * count,
         owner=[-1] * count,
+        lead_s=[0.0] * count,
     )
     for request, ingress in enumerate(ingresses if requests.prompts else ()):
         chunks = script.chunks[ingress]
         for number, chunk in enumerate(chunks):
             me, last = len(found.works), number == len(chunks) - 1
             if not number:
-                found.entry[request] = me
+                found.entry[request], found.lead_s[request] = me, chunk.lead_s
             found.works.append(list(chunk.works))
             found.hops.append(chunk.hops)
             found.onward.append(-1 if last else me + 1)
@@ -121,6 +125,7 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
     """
     walkers, num_layers = _walkers(script, requests), len(script.hops[0])
     ring_of, hops_of, entry, onward = walkers.works, walkers.hops, walkers.entry, walkers.onward
+    lead_s = walkers.lead_s
     arrival, following = requests.arrival_s.tolist(), requests.following.tolist()
     count, total = len(arrival), len(ring_of)
     cursor = [token * num_layers for token in requests.first_token.tolist()] + [0] * (total - count)
@@ -214,7 +219,10 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
                         if not tokens_left[request]:
                             request = following[request]
                             if request >= 0:
-                                arrived[request], request = now, entry[request]
+                                arrived[request], lead, request = now, lead_s[request], entry[request]
+                                if lead:
+                                    heappush(heap, (now + lead, _ARRIVE, request, _LOCAL, 0, 0.0))
+                                    request = -1
                     else:
                         request = walkers.owner[request]
                         if request >= 0:
@@ -227,9 +235,13 @@ def run(script: Script, requests: Requests) -> TokenTimes:  # noqa: C901, PLR091
                 if request < count:
                     if request + 1 < count and arrival[request + 1] < np.inf:
                         heappush(heap, (arrival[request + 1], _ARRIVE, request + 1, _LOCAL, 0, 0.0))
-                    arrived[request], request = now, entry[request]
-                began[request] = now
-                what = _START
+                    arrived[request], lead, request = now, lead_s[request], entry[request]
+                    if lead:
+                        heappush(heap, (now + lead, _ARRIVE, request, _LOCAL, 0, 0.0))
+                        request = -1
+                if request >= 0:
+                    began[request] = now
+                    what = _START
             if what == _START:
                 node, trunk_s, local_s, calls = ring_of[request][cursor[request]]
                 free = node_free[node]

@@ -22,10 +22,14 @@ _LIKELY: Final = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Work of a chunk, one entry for each layer, and the hop after each; None where the trunk stays."""
+    """Work of a chunk, one entry for each layer, and the hop after each; None where the trunk stays.
+
+    `lead_s` is how long the prompt takes from its ingress to the first layer's node.
+    """
 
     works: tuple[Work, ...]
     hops: tuple[Hop | None, ...]
+    lead_s: float
 
 
 def prompt_chunks(problem: Problem, routing: Routing, network: Network) -> tuple[tuple[Chunk, ...], ...]:
@@ -52,11 +56,16 @@ def _chunk(paths: Paths, ingress: int, asked: Asked, size: int) -> Chunk:
             for holder in np.flatnonzero(asked.called[layer] >= _LIKELY).tolist()
         )
         works.append(Work(node, float(asked.trunk_s[layer]), float(asked.local_s[layer]), calls))
-    hops: list[Hop | None] = []
-    for layer, (here, there) in enumerate(zip(trunk.tolist(), np.roll(trunk, -1).tolist(), strict=True)):
-        bytes_ = TOKEN_BYTES if layer == len(trunk) - 1 else size * state
-        hops.append(None if here == there else hop_of(paths, paths.network, here, there, bytes_))
-    return Chunk(tuple(_without_breaks(works, hops)), tuple(hops))
+    home, first, last = int(paths.problem.ingress_node[ingress]), int(trunk[0]), int(trunk[-1])
+    onward = zip(trunk[:-1].tolist(), trunk[1:].tolist(), strict=True)
+    hops = [_hop(paths, here, there, size * state) for here, there in onward]
+    back, out = _hop(paths, last, home, TOKEN_BYTES), _hop(paths, home, first, TOKEN_BYTES * size)
+    lead_s = 0.0 if out is None else out.network_s + out.overhead_s
+    return Chunk(tuple(_without_breaks(works, [*hops, back])), (*hops, back), lead_s)
+
+
+def _hop(paths: Paths, here: int, there: int, size: float) -> Hop | None:
+    return None if here == there else hop_of(paths, paths.network, here, there, size)
 
 
 def _call(paths: Paths, node: int, holder: int, asked: Asked, layer: int) -> Call:

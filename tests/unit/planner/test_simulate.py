@@ -207,6 +207,19 @@ def test_a_prompt_waits_a_round_trip_in_each_layer_that_calls_but_its_chunks_wai
     assert found.first_tokens["n0"].mean_s < 2 * one
 
 
+def test_a_prompt_goes_to_the_first_layer_s_node_and_its_first_token_comes_back():
+    """The ring turned round: the ingress is not where it begins, nor where it ends."""
+    compute = Compute(prompt_layer_us=0, prompt_expert_us=1e-3, call_overhead_us=200)
+    topology, problem, _ = prompted(100, compute=compute, bandwidth=1e12)
+    away = dataclasses.replace(problem, trunk_node=np.ones_like(problem.trunk_node))
+    there = nearest(away, held_elsewhere(away), "additive-latency")
+    for pattern in ("requests", "closed"):
+        arrivals = Arrivals(tokens=320, pattern=pattern, rate_scale=0.01)
+        found = simulate(away, there, build_network(topology), arrivals).first_tokens["n0"]
+        assert found.mean_s == pytest.approx(2 * (5e-3 + 100e-6), rel=1e-3)
+    assert judge(away, there).prompt_s[0] == pytest.approx(2 * (5e-3 + 100e-6), rel=1e-3)
+
+
 def test_chunks_are_those_that_agents_compute():
     _, problem, _ = prompted(700, compute=Compute())
     pieces = [piece.stop - piece.start for piece in prefill_chunks(700)]

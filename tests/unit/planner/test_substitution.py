@@ -8,23 +8,23 @@ from hypothesis import strategies as st
 from planner.feasibility import violations
 from planner.objective import nearest
 from planner.substitution import Ranked, Sparing
-from runtime.policy.routing import LeaveOut
+from runtime.policy.routing import MassBudget
 from tests.planning import line, model_spec, node, problem_of, topology_of
 
 
-def events(rng, *, tokens, experts, top_k):
-    ids = np.array([rng.permutation(experts)[:top_k] for _ in range(tokens)], dtype=np.int16)
-    scores = -np.sort(-rng.random((tokens, top_k)).astype(np.float32), axis=1)
-    return Ranked(ids, scores / scores.sum(axis=1, keepdims=True))
+def events(rng, *, tokens, candidates, experts, top_k):
+    ids = np.array([rng.permutation(experts)[:candidates] for _ in range(tokens)], dtype=np.int16)
+    scores = -np.sort(-rng.random((tokens, candidates)).astype(np.float32), axis=1)
+    return Ranked(ids, scores / scores[:, :top_k].sum(axis=1, keepdims=True), top_k)
 
 
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.01, 0.05, 0.3, 10.0]), top_k=st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_events_wait_where_agents_would_call(seed, share, top_k):
     rng = np.random.default_rng(seed)
-    ranked = events(rng, tokens=30, experts=9, top_k=top_k)
+    ranked = events(rng, tokens=30, candidates=int(rng.integers(top_k, 9)), experts=9, top_k=top_k)
     resident = rng.random((3, 9)) < rng.random((3, 1))
-    rule = LeaveOut((share,))
+    rule = MassBudget((share,), whole=True, weighted=True)
     want = [
         np.mean([
             not here[rule.choose(0, ids.astype(np.int64), mass.astype(np.float64), here, top_k).experts].all()
@@ -47,7 +47,9 @@ def placed_problem(seed):
         free = [key for key in keys if not placed[(place, *key)]]
         for key in [free[i] for i in rng.permutation(len(free))][: int(room) - int(placed[place].sum())]:
             placed[(place, *key)] = True
-    ranked = [[events(rng, tokens=40, experts=4, top_k=2) for _ in range(2)] for _ in problem.ingress_node]
+    ranked = [
+        [events(rng, tokens=40, candidates=4, experts=4, top_k=2) for _ in range(2)] for _ in problem.ingress_node
+    ]
     return problem, placed, ranked
 
 
