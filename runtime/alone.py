@@ -9,7 +9,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from time import perf_counter
+from typing import Any, Final, NamedTuple
+
+import torch
 
 from runtime.cuda.devices import first_words, free_bytes, is_device_fault, usable_device
 from runtime.engine import Segment, generate
@@ -17,17 +20,21 @@ from runtime.errors import BudgetTooSmall, InvalidStore, RuntimeFault
 from runtime.loading import load_trunk
 from runtime.models import Model, open_model
 from runtime.packed import Repacked, Unpacked
-from runtime.precision import packed_layout
+from runtime.precision import packed_layout, unpack_parts
 from runtime.records import CheckpointExpert, RecordFile, Source
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Caching, Key, Residency
+from runtime.tensors import torch_dtype
 from schemas.checkpoint import read_checkpoint
 from schemas.model import HeldDtype, ModelSpec
-from schemas.precision import LowPrecision, Precision
+from schemas.precision import LowPrecision, PackedLayout, Precision
 from schemas.store import RECORDS_NAME
 from schemas.units import format_bytes
 
 log = logging.getLogger(__name__)
+
+_LOAD_S: Final = 1e-4  # of a load, beside reading
+_TRIES: Final = 5
 
 _SPARE_DEVICE: Final = 0.9  # of what is free: activations, captured graphs and kernels need some
 _SPARE_HOST: Final = 0.7
@@ -122,8 +129,8 @@ def open_alone(
     precision
         In which every expert is executed.
     is_packed
-        Hold experts packed in memory, and unpack them whenever they are used; None: where the budget has no room for
-        all of them as weights. Either way the same bits come out.
+        Hold experts packed in memory, and unpack them whenever they are used; None: where that pays, by what reading
+        and unpacking take on this machine now. Either way the same bits come out.
 
     Raises
     ------
@@ -139,8 +146,13 @@ def open_alone(
         if device != "cpu":
             budget = min(budget, int(_SPARE_DEVICE * free_bytes(device)))
     low = None if precision == "checkpoint" else packed_layout(model.layout, precision)
-    if is_packed is None:
-        is_packed = budget < trunk_bytes + spec.total_expert_bytes
+    sources = expert_sources(path, model)
+    if is_packed is None and low is not None:
+        first = next(iter(sources))
+        times = _times(packed_source(model, first, low.precision) or Repacked(sources[first], model.layout, low), low)
+        room = max(0, budget - trunk_bytes) / (spec.layers * spec.experts)
+        is_packed = packing_pays(times, fit=room / spec.expert_bytes, fit_packed=room / low.bytes)
+        is_packed |= budget < trunk_bytes + spec.top_k * spec.expert_bytes
     held = low if low is not None and is_packed else None
     _require(spec, budget, trunk_bytes, held.bytes if held is not None else spec.expert_bytes)
     in_host = 0
@@ -156,7 +168,7 @@ def open_alone(
         caching=Caching(spec.layers, spec.experts, eviction=eviction, prefetch=prefetch, workers=workers),
         precision=held.precision if held is not None else None,
     )
-    for key, source in expert_sources(path, model).items():
+    for key, source in sources.items():
         if low is None:
             residency.place(key, source)
             continue
@@ -175,6 +187,48 @@ def open_alone(
 
 def _available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Times(NamedTuple):
+    """What it takes to read a packed record, and to unpack one; seconds."""
+
+    read_s: float
+    unpack_s: float
+
+
+def packing_pays(times: Times, *, fit: float, fit_packed: float) -> bool:
+    """Whether experts that are held packed are computed sooner, unpacking at every use, than weights that are missing.
+
+    Half of what does not fit is taken to be missing when it is asked for: with a quarter of the experts at hand .35 to
+    .4 of them were (RUNTIME.md). Packed, a use takes ``unpack + missing × read``, else ``missing × (read + unpack)``.
+
+    Parameters
+    ----------
+    fit, fit_packed
+        Share of the experts that have room as weights, and packed.
+
+    >>> packing_pays(Times(read_s=300e-6, unpack_s=30e-6), fit=0.25, fit_packed=1.0)
+    True
+    >>> packing_pays(Times(read_s=1e-3, unpack_s=4e-3), fit=0.25, fit_packed=1.0)
+    False
+    """
+    missing, missing_packed = (max(0.0, 1 - share) / 2 for share in (fit, fit_packed))
+    return times.unpack_s + missing_packed * times.read_s < missing * (times.read_s + times.unpack_s)
+
+
+def _times(source: Source, low: PackedLayout) -> Times:
+    """Measure, the quickest of a few tries of unpacking, and the first read: what is read next is not in memory yet."""
+    record = bytearray(low.bytes)
+    began = perf_counter()
+    source.read_into([memoryview(record)], check=False)
+    read_s = perf_counter() - began + _LOAD_S
+    parts = [torch.empty(part.shape, dtype=torch_dtype(low.dtype)) for part in low.parts]
+    tries = []
+    for _ in range(_TRIES):
+        began = perf_counter()
+        unpack_parts(torch.frombuffer(record, dtype=torch.uint8), low, parts)
+        tries.append(perf_counter() - began)
+    return Times(read_s, min(tries))
 
 
 def _require(spec: ModelSpec, budget: int, trunk_bytes: int, expert_bytes: int) -> None:

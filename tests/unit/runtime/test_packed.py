@@ -4,7 +4,10 @@ from contextlib import closing
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from runtime.alone import Times, open_alone, packing_pays
 from runtime.engine import Segment
 from runtime.errors import ExpertLost, ExpertUnavailable
 from runtime.importance import Importance
@@ -235,3 +238,24 @@ def test_missing_experts_come_in_low_precision_as_the_budget_allows(checkpoint, 
         else:
             assert counts.low_rows == 0
             assert torch.equal(got, want)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1e-2), st.floats(0, 1e-2))
+def test_packing_pays_more_where_reading_takes_longer_and_less_fits(fit, more, read_s, unpack_s):
+    fit_packed = min(1.0, fit + more)
+    assert not packing_pays(Times(read_s, unpack_s), fit=1.0, fit_packed=1.0)
+    if packing_pays(Times(read_s, unpack_s), fit=fit, fit_packed=fit_packed):
+        assert packing_pays(Times(2 * read_s, unpack_s), fit=fit, fit_packed=fit_packed)
+        assert packing_pays(Times(read_s, unpack_s / 2), fit=fit, fit_packed=fit_packed)
+        assert packing_pays(Times(read_s, unpack_s), fit=fit / 2, fit_packed=fit_packed)
+
+
+def test_a_segment_alone_gives_the_same_bits_packed_or_not(packed_store):
+    opened = packed_store("mixtral")
+    logits = []
+    for options in ({"is_packed": True}, {"is_packed": False}, {"budget": None}):
+        segment = open_alone(opened.path, **{"budget": 600_000, **options}, max_tokens=64, precision="int8")
+        logits.append(decoded(segment))
+        assert options.get("is_packed") in {None, segment.residency.packed is not None}
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
