@@ -326,8 +326,7 @@ class Segment:
 
         if self.importance is None:
             return forward(None, False)
-        is_whole = self.trunk.has_embedding and self.trunk.has_head
-        return self.importance.run(self._taps, forward, tokens=len(sessions), can_sample=is_whole)
+        return self.importance.run(self._taps, forward, tokens=len(sessions), can_sample=self.trunk.has_head)
 
     def _forward(
         self, dispatcher: Dispatcher, layers: Callable[[], torch.Tensor], keep: Keep, *, is_counted: bool = True
@@ -340,7 +339,7 @@ class Segment:
                 hidden = layers()
                 counts.tokens, counts.steps = hidden.shape[0] * hidden.shape[1], 1
                 if self.trunk.has_head:
-                    hidden = self._head(hidden, keep)
+                    hidden = self._head(hidden, keep, dispatcher.logits)
         finally:
             self.trunk.dispatch.reset(active)
         now = perf_counter()
@@ -358,9 +357,11 @@ class Segment:
             self.counters.add(counts)
         return hidden
 
-    def _head(self, hidden: torch.Tensor, keep: Keep) -> torch.Tensor:
+    def _head(self, hidden: torch.Tensor, keep: Keep, made: torch.Tensor | None) -> torch.Tensor:
         if keep == "none":
             return hidden[:, :0]
+        if made is not None:
+            return made[:, None]
         logits: torch.Tensor = self.trunk.model.lm_head(hidden[:, -1:] if keep == "last" else hidden)
         return logits
 
@@ -378,7 +379,9 @@ class Segment:
         decoder, dispatch = self.trunk.decoder, self.trunk.dispatch.get()
         step = getattr(dispatch, "__self__", None)
         if self.captured is not None and isinstance(step, Dispatcher) and self.captured.can_run(step, caches):
-            return self.captured.run(step, inputs, caches, seen)[:, None]
+            answer = self.captured.run(step, inputs, caches, seen)
+            step.logits = answer.logits
+            return answer.hidden[:, None]
         return decoder.run(inputs, caches, seen, dispatch, self._taps.seeing)[:, None]
 
 

@@ -53,6 +53,7 @@ class Fences(Generic[Event]):
         """Let the copy that overwrites a slot wait for those who read it. Modifies."""
         if self._of_all is not None:
             self._wait(self._of_all)
+            self._of_all = None  # later copies come behind this one
         event = self._of.pop(slot, None)
         if event is not None:
             self._wait(event)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from runtime.cuda import reference
 from runtime.cuda.buffers import LOOK_AHEAD, make_buffers
 from runtime.cuda.layers import Step, StepParts, lanes_of, step_parts
-from runtime.cuda.runners import Eager, Graphs, Runner
-from runtime.cuda.table import ABSENT, Rooms, SlotTable, answer_slots, covers, fits, lacking, sorted_rows
+from runtime.cuda.runners import Answer, Eager, Graphs, Runner, States, Words
+from runtime.cuda.table import ABSENT, Rooms, SlotTable, answer_slots, fits, lacking, sorted_rows
 from runtime.dispatch import Dispatcher
 from runtime.errors import DeviceLost, ExpertUnavailable, RuntimeFault
 from runtime.loading import Trunk
@@ -53,14 +53,6 @@ def captured_decode(trunk: Trunk, residency: Residency) -> "CapturedDecode | Non
     return None if parts is None else CapturedDecode(parts, residency, kernels)
 
 
-class _States(NamedTuple):
-    """Where a session's keys and values lie, by layer: the tensors, their addresses [L, 2], and elements per head."""
-
-    tensors: list[tuple[torch.Tensor, torch.Tensor]]
-    addresses: Ints
-    stride: int
-
-
 class CapturedDecode:
     """Decodes with the layers of one trunk, from the experts of one residency. Thread-safe.
 
@@ -83,7 +75,7 @@ class CapturedDecode:
         self._sources: list[Copy] = []
         self._waits = False
         self._busy_until = 0.0
-        self._states: WeakKeyDictionary[Any, _States] = WeakKeyDictionary()
+        self._states: WeakKeyDictionary[Any, States] = WeakKeyDictionary()
         self.pending: deque[Callable[[], None]] = deque()
         self._last = 0.0, 0  # seconds of the step before, and the loads that it waited for
         self.parts = parts
@@ -132,9 +124,9 @@ class CapturedDecode:
                 shelf.end_use([*used, *started])
         return started
 
-    def bring_ahead(self, number: int, ahead: int, likely: Sequence[int], chosen: Container[int]) -> bool:
-        """Begin to load what a layer behind `number` will probably lack; returns whether anything is. Modifies."""
-        shelf, after = self.inside.shelf, number + ahead
+    def bring_ahead(self, after: int, likely: Sequence[int]) -> bool:
+        """Begin to load what a layer will probably lack, where there are free slots; returns whether. Modifies."""
+        shelf = self.inside.shelf
         with self.inside.changed:
             absent = [
                 expert
@@ -143,7 +135,7 @@ class CapturedDecode:
                 and not shelf.is_coming((after, expert))
                 and self.inside.loader.is_at_hand((after, expert))
             ]
-            slots = self._rooms.take_passed(number, len(absent), chosen)
+            slots = self._rooms.take_free(len(absent))
             copies = [
                 shelf.occupy((after, expert), "device", slot) for expert, slot in zip(absent, slots, strict=False)
             ]
@@ -156,6 +148,12 @@ class CapturedDecode:
         except RuntimeFault as error:
             log.warning("an expert that was guessed cannot be loaded: %s", error)
         return bool(copies)
+
+    def replenish(self, number: int, count: int, chosen: Container[int], stamp: int) -> None:
+        """Let slots be free for what comes next, while the step still goes on behind a layer. Modifies."""
+        if stamp == self._stamp:
+            with self.inside.changed:
+                self._rooms.replenish(number, count, chosen)
 
     @property
     def is_link_idle(self) -> bool:
@@ -252,12 +250,10 @@ class CapturedDecode:
             return False
         tensors = [layer.memory for layer in cache.layers]
         addresses = np.array([[state.data_ptr() for state in pair] for pair in tensors], dtype=np.int64)
-        self._states[cache] = _States(tensors, addresses, tensors[0][0].stride(0))
+        self._states[cache] = States(tensors, addresses, tensors[0][0].stride(0))
         return True
 
-    def run(
-        self, dispatcher: Dispatcher, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]
-    ) -> torch.Tensor:
+    def run(self, dispatcher: Dispatcher, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]) -> Answer:
         """Run a step that `can_run`; modifies the caches.
 
         Parameters
@@ -269,8 +265,8 @@ class CapturedDecode:
 
         Returns
         -------
-        torch.Tensor
-            [B, D], normalised where the range ends at the last layer.
+        Answer
+            Hidden states [B, D], normalised where the range ends at the last layer, and logits [B, V] then.
 
         Raises
         ------
@@ -287,10 +283,9 @@ class CapturedDecode:
             states = [self._states[cache] for cache in caches]
             runner.step.inputs.copy_(inputs)
             news = step.news() if self.table.is_new else None
-            self._waits = not covers(self.table.slots)
+            self._waits = not self.table.is_whole
             began = perf_counter()
-            tensors = [list(layer) for layer in zip(*(each.tensors for each in states), strict=True)]
-            answer = runner.run(self._control(states, seen), news, tensors, waits=self._waits, serve=step.serve)
+            answer = runner.run(Words(self._stamp, seen, states), news, waits=self._waits, serve=step.serve)
             self._last = perf_counter() - began, step.loads
             return answer
 
@@ -320,17 +315,12 @@ class CapturedDecode:
             self.table.is_new = True
         return found
 
-    def _control(self, states: Sequence[_States], seen: Sequence[int]) -> Ints:
-        """Return the words of `Buffers.control`."""
-        words = [np.array([self._stamp, 0, *seen, *(each.stride for each in states)], dtype=np.int64)]
-        return np.concatenate([*words, np.stack([each.addresses for each in states], axis=1).ravel()])
-
     def _note_waits(self, runner: Runner, dispatcher: Dispatcher) -> None:
         """Count what the device waited in the step before, which is over."""
-        waited_ns = runner.buffers.mail.waited_ns
-        if bool((waited_ns < 0).any()):
-            raise DeviceLost("the device waited for an expert until it gave up")
+        waited_ns = runner.buffers.mail.waited_ns.numpy()
         waited = waited_ns.tolist()
+        if min(waited) < 0:
+            raise DeviceLost("the device waited for an expert until it gave up")
         total_s = 1e-9 * sum(waited)
         for index, nanoseconds in enumerate(waited):
             if nanoseconds:
@@ -343,7 +333,7 @@ class CapturedDecode:
                 slack.observe_load(total_s / loads)
             if step_s > total_s:
                 slack.observe_layer(step_s / len(waited), total_s / len(waited))
-        waited_ns.zero_()
+        waited_ns.fill(0)
 
 
 class _Step:
@@ -391,15 +381,17 @@ class _Step:
             self._note_load()
             experts, gates = self._answer(index, number, experts, gates)
         if decode.looks_ahead:
-            self._look_ahead(index, number, set(experts.ravel().tolist()))
+            self._look_ahead(index, number)
         self._advance(index)
         self._count_found(number, experts)
         counts = self._dispatcher.counts
         counts.count_layer(number, sorted_rows(experts), tokens=self._rows, remote_rows=0, remote_tokens=0)
         counts.local_calls += 1
         if self._is_lacking:
+            most = self._rows * self._top_k
+            decode.pending.append(partial(decode.replenish, number, most, set(experts.ravel().tolist()), self._stamp))
             decode.pending.append(partial(self._observe, number, experts, gates))
-            decode.pending.append(partial(decode.prepare, number, self._rows * self._top_k))
+            decode.pending.append(partial(decode.prepare, number, most))
 
     def _answer(self, index: int, number: int, chosen: Ints, gates: Floats) -> tuple[Ints, Floats]:
         """Bring what a layer lacks, or choose otherwise, and let the device go on; returns what is computed."""
@@ -416,7 +408,7 @@ class _Step:
         self.loads += len(brought)
         return chosen, gates
 
-    def _look_ahead(self, index: int, number: int, chosen: set[int]) -> None:
+    def _look_ahead(self, index: int, number: int) -> None:
         """Begin to load what layers after will probably lack, behind what this one waits for.
 
         What the next one will lack; and where the link would have nothing to do then, one expert of the layer after.
@@ -430,7 +422,7 @@ class _Step:
             likely = list(dict.fromkeys(guesses.T.ravel().tolist()))
             likely = [expert for expert in likely if table.slots[index + ahead, expert] < 0]
             if likely:
-                is_new |= decode.bring_ahead(number, ahead, likely if ahead == 1 else likely[:1], chosen)
+                is_new |= decode.bring_ahead(number + ahead, likely if ahead == 1 else likely[:1])
         if is_new:
             self._runner.tell(table.take())
 

@@ -7,7 +7,7 @@ know who brings them. Axes: B tokens, D hidden, F ffn, K top-k.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -141,6 +141,13 @@ def lanes_of(pool: SlotPool, parts: StepParts) -> Lanes:
     return Lanes(memory, stride, starts[0], starts[1], parts.trunk.spec.hidden_size, parts.activated)
 
 
+class Answer(NamedTuple):
+    """Hidden states [B, D], normalised at the end of the model, and the logits [B, V] that are there then."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+
+
 class Step:
     """The operations of a step of B tokens over fixed buffers.
 
@@ -166,8 +173,8 @@ class Step:
         self.inputs = torch.zeros(size, dtype=dtype, device=device)
         self._active = torch.zeros((*buffers.slots.shape[1:], lanes.ffn), dtype=parts.trunk.dtype, device=device)
 
-    def run(self, kv: Any, *, waits: bool, lacking: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Run the step; returns the normed hidden states, [B, D].
+    def run(self, kv: Any, *, waits: bool, lacking: Callable[[int], None] | None = None) -> "Answer":
+        """Run the step.
 
         Parameters
         ----------
@@ -188,8 +195,9 @@ class Step:
             logits, normed, total = ops.normed_product(total, attended, layer.second_norm, layer.routers)
             delta = self._experts(index, normed, logits, waits, lacking)
         if not trunk.has_head:
-            return total if delta is None else total + delta
-        return ops.add_norm(total, delta, *_scale(inner.norm))[0]  # type: ignore[no-any-return]
+            return Answer(total if delta is None else total + delta, None)
+        normed, _ = ops.add_norm(total, delta, *_scale(inner.norm))
+        return Answer(normed, functional.linear(normed, trunk.model.lm_head.weight, trunk.model.lm_head.bias))
 
     def _experts(
         self,

@@ -6,8 +6,8 @@ is missing, or why.
 """
 
 import time
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.cuda.buffers import Buffers, Chosen, arrived
 from runtime.cuda.copies import DeviceCopies
-from runtime.cuda.layers import Step
+from runtime.cuda.layers import Answer, Step
 from runtime.errors import DeviceLost
 
 _PATIENCE_S: Final = 60.0
@@ -26,8 +26,31 @@ Ints = NDArray[np.int64]
 Serve = Callable[[int], None]
 Idle = Callable[[], bool]
 """Does some work, unless there is none."""
-Caches = list[list[tuple[torch.Tensor, torch.Tensor]]]
-"""Keys and values [H, S, d] by layer and token."""
+
+
+class States(NamedTuple):
+    """Where a session's keys and values lie, by layer: the tensors, their addresses [L, 2], and elements per head."""
+
+    tensors: list[tuple[torch.Tensor, torch.Tensor]]
+    addresses: Ints
+    stride: int
+
+
+class Words(NamedTuple):
+    """What a step is told: its number, and the tokens before it and the states of each of its sessions."""
+
+    stamp: int
+    seen: Sequence[int]
+    states: Sequence[States]
+
+    def write(self, control: Ints, *, with_addresses: bool) -> None:
+        """Write `Buffers.control`, which is modified; addresses may be there already."""
+        rows = len(self.seen)
+        control[0] = self.stamp
+        control[2 : 2 + rows] = self.seen
+        if with_addresses:
+            control[2 + rows : 2 + 2 * rows] = [each.stride for each in self.states]
+            control[2 + 2 * rows :] = np.stack([each.addresses for each in self.states], axis=1).ravel()
 
 
 class Runner(Protocol):
@@ -36,15 +59,13 @@ class Runner(Protocol):
     buffers: Buffers
     step: Step
 
-    def run(
-        self, control: Ints, news: NDArray[np.int32] | None, caches: Caches, *, waits: bool, serve: Serve
-    ) -> torch.Tensor:
-        """Run a step; what it launches comes behind what was launched before. Modifies the caches.
+    def run(self, words: Words, news: NDArray[np.int32] | None, *, waits: bool, serve: Serve) -> Answer:
+        """Run a step; what it launches comes behind what was launched before. Modifies the sessions' states.
 
         Parameters
         ----------
-        control, news
-            Of `Buffers`; news only where it has changed.
+        news
+            Of `Buffers`, where the slot table has changed.
         waits
             Whether layers may lack experts.
         serve
@@ -52,8 +73,8 @@ class Runner(Protocol):
 
         Returns
         -------
-        torch.Tensor
-            The normed hidden states, [B, D].
+        Answer
+            In memory of its own.
         """
         ...
 
@@ -80,7 +101,7 @@ class Graphs:
     def __init__(self, step: Step, buffers: Buffers, copies: DeviceCopies) -> None:
         self.step, self.buffers = step, buffers
         self._copies = copies
-        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Answer]] = {}
         # what is sent is read later, behind copies that take their time: each message has memory of its own, and there
         # are no more messages under way than two for each layer of a step, and of the one before
         messages = 4 * len(buffers.slots) + 8
@@ -88,29 +109,32 @@ class Graphs:
         self._news = torch.zeros((messages, buffers.news.numel()), dtype=torch.int32).pin_memory()
         self._numbers = torch.zeros(messages, dtype=torch.int64).pin_memory()
         self._controls, self._messages = self._control.numpy(), self._news.numpy()
+        self._written: list[list[int]] = [[], []]
         self._next = 0
         self._seen: Ints = buffers.mail.ids.numpy()
         self._guesses: Ints = buffers.mail.guesses.numpy()
 
-    def run(
-        self, control: Ints, news: NDArray[np.int32] | None, _: Caches, *, waits: bool, serve: Serve
-    ) -> torch.Tensor:
+    def run(self, words: Words, news: NDArray[np.int32] | None, *, waits: bool, serve: Serve) -> Answer:
         """Run a step."""
-        with torch.cuda.device(self.buffers.control.device):
-            return self._run(control, news, waits, serve)
+        device = self.buffers.control.device
+        if torch.cuda.current_device() == device.index:
+            return self._run(words, news, waits, serve)
+        with torch.cuda.device(device):
+            return self._run(words, news, waits, serve)
 
-    def _run(self, control: Ints, news: NDArray[np.int32] | None, waits: bool, serve: Serve) -> torch.Tensor:
-        buffers = self.buffers
+    def _run(self, words: Words, news: NDArray[np.int32] | None, waits: bool, serve: Serve) -> Answer:
+        buffers, turn = self.buffers, words.stamp % 2
+        states = [id(each) for each in words.states]
+        words.write(self._controls[turn], with_addresses=self._written[turn] != states)
+        self._written[turn] = states
         if waits not in self._graphs:
-            self._capture(control, waits)
-        turn = int(control[0]) % 2
-        self._controls[turn] = control
+            self._capture(self._control[turn], waits)
         buffers.control.copy_(self._control[turn], non_blocking=True)
         if news is not None:
             buffers.news.copy_(self._news[self._message(news)], non_blocking=True)
         graph, output = self._graphs[waits]
         graph.replay()
-        answer = output.clone()
+        answer = Answer(*(None if each is None else each.clone() for each in output))  # type: ignore[arg-type]
         try:
             for layer in range(len(buffers.slots)):
                 serve(layer)
@@ -118,7 +142,8 @@ class Graphs:
             self._abandon()
             raise
         self._copies.fences.read_all()
-        torch.cuda.current_stream().wait_stream(self._copies.stream)
+        if waits:
+            torch.cuda.current_stream().wait_stream(self._copies.stream)
         return answer
 
     def _message(self, words: NDArray[np.int32]) -> int:
@@ -133,7 +158,7 @@ class Graphs:
         torch.cuda.synchronize()
         self.buffers.released.zero_()
 
-    def _capture(self, control: Ints, waits: bool) -> None:
+    def _capture(self, control: torch.Tensor, waits: bool) -> None:
         """Capture a graph, after a run that compiles its kernels and computes nothing that lasts.
 
         That run has the positions of the step to come, whose keys and values it writes as the step will, and a
@@ -142,7 +167,7 @@ class Graphs:
         buffers = self.buffers
         before = buffers.news.clone()
         buffers.news.zero_()
-        buffers.control.copy_(torch.from_numpy(control))
+        buffers.control.copy_(control)
         side = torch.cuda.Stream(buffers.control.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -206,16 +231,14 @@ class Eager:
     def __init__(self, step: Step, buffers: Buffers) -> None:
         self.step, self.buffers = step, buffers
 
-    def run(
-        self, control: Ints, news: NDArray[np.int32] | None, caches: Caches, *, waits: bool, serve: Serve
-    ) -> torch.Tensor:
+    def run(self, words: Words, news: NDArray[np.int32] | None, *, waits: bool, serve: Serve) -> Answer:
         """Run a step."""
         buffers = self.buffers
-        buffers.control.copy_(torch.from_numpy(control))
+        words.write(buffers.control.numpy(), with_addresses=True)
         if news is not None:
             buffers.news.copy_(torch.from_numpy(news))
-        kv = buffers.key_values._replace(tensors=caches)
-        return self.step.run(kv, waits=waits, lacking=serve)
+        tensors = [list(layer) for layer in zip(*(each.tensors for each in words.states), strict=True)]
+        return self.step.run(buffers.key_values._replace(tensors=tensors), waits=waits, lacking=serve)
 
     def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
         """Return what a layer has chosen."""

@@ -27,16 +27,14 @@ class SlotTable:
 
     Attributes
     ----------
-    sent
-        As it was when it was last taken for the device.
     is_new
-        It has changed since then.
+        It has changed since it was taken.
     """
 
     def __init__(self, first_layer: int, layers: int, experts: int, tier: Tier = "device") -> None:
         self.slots: NDArray[np.int32] = np.full((layers, experts), ABSENT, dtype=np.int32)
-        self.sent = self.slots.copy()
         self.is_new = True
+        self._held = 0
         self._first = first_layer
         self._tier = tier
 
@@ -46,13 +44,20 @@ class SlotTable:
         if len(key) != 2 or not 0 <= index < len(self.slots):
             return
         is_here = copy is not None and copy.tier == self._tier
-        self.slots[index, key[1]] = copy.slot if copy is not None and is_here else ABSENT
+        slot = copy.slot if copy is not None and is_here else ABSENT
+        self._held += (slot >= 0) - int(self.slots[index, key[1]] >= 0)
+        self.slots[index, key[1]] = slot
         self.is_new = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every expert has a slot, so that no layer can lack one."""
+        return self._held == self.slots.size
 
     def take(self) -> NDArray[np.int32]:
         """Return the table for the device, [L * E]. Modifies."""
-        self.sent, self.is_new = self.slots.copy(), False
-        return self.sent.ravel()
+        self.is_new = False
+        return self.slots.ravel()
 
     def fill(self, shelf: Shelf) -> None:
         """Note all that there is. Modifies."""
@@ -92,18 +97,27 @@ class Rooms:
         self.prepared = len(self._next)
         return slots
 
-    def take_passed(self, layer: int, count: int, chosen: Container[int]) -> list[int]:
-        """Return up to so many slots while the device goes on behind the router of `layer`. Modifies.
+    def replenish(self, layer: int, count: int, chosen: Container[int]) -> None:
+        """Let so many slots be free while the device goes on behind the router of `layer`. Modifies.
 
         What this step cannot read any more makes room: experts of layers before, and of this one but for the chosen.
         """
-        passed = [
-            copy for copy in self._next if copy.key[0] < layer or (copy.key[0] == layer and copy.key[1] not in chosen)
-        ]
-        slots = self._take(count, passed)
-        self._next = [copy for copy in self._next if copy in self._shelf.evictable]
-        self.prepared = len(self._next)
-        return slots
+        shelf = self._shelf
+        short = count - len(shelf.free[self._tier])
+        kept: list[Copy] = []
+        with shelf.thawed():
+            for copy in self._next:
+                is_passed = copy.key[0] < layer or (copy.key[0] == layer and copy.key[1] not in chosen)
+                if short > 0 and is_passed and copy in shelf.evictable:
+                    shelf.evict(copy)
+                    short -= 1
+                elif copy in shelf.evictable:
+                    kept.append(copy)
+        self._next, self.prepared = kept, len(kept)
+
+    def take_free(self, count: int) -> list[int]:
+        """Return up to so many slots that are free. Modifies."""
+        return [slot for _, slot in self._shelf.take(self._tier, count)]
 
     def _take(self, count: int, victims: list[Copy]) -> list[int]:
         """Take free slots, then those of victims, which are taken off the list."""
@@ -132,11 +146,6 @@ def lacking(chosen: Chosen) -> list[int]:
 def answer_slots(slots: NDArray[np.int32], chosen: NDArray[np.int64]) -> NDArray[np.int32]:
     """Return the slots of what is computed, [B, K]; `ABSENT` where a token has fewer experts (an id below 0)."""
     return np.where(chosen >= 0, slots[chosen], np.int32(ABSENT)).astype(np.int32)
-
-
-def covers(slots: NDArray[np.int32]) -> bool:
-    """Whether every expert has a slot, so that no layer can lack one."""
-    return bool((slots >= 0).all())
 
 
 def fits(slots: int, rows: int, top_k: int, experts: int) -> bool:
