@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from runtime.errors import InvalidInput
 from runtime.forcing import WARMUP, Bench, Run
 from runtime.policy.eviction import Floats
-from runtime.policy.routing import Exact, LeaveOut, MassBudget
+from runtime.policy.routing import Exact, MassBudget
 from schemas.calibration import Calibration, Setting, Situation
 
 BUDGETS: Final = (0.0025, 0.005, 0.01, 0.02)
@@ -129,9 +129,9 @@ def calibrate(
     )
 
 
-def policy_of(shares: Sequence[float], *, is_whole: bool) -> MassBudget | LeaveOut:
-    """Return the policy that calibrated shares are for: where a wait is shared, one that is all or none."""
-    return LeaveOut(tuple(shares)) if is_whole else MassBudget(tuple(shares), weighted=True)
+def policy_of(shares: Sequence[float], *, is_whole: bool) -> MassBudget:
+    """Return the policy that calibrated shares are for."""
+    return MassBudget(tuple(shares), whole=is_whole, weighted=True)
 
 
 def _shape_of_layers(bench: Bench, situation: Situation) -> Floats:

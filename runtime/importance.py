@@ -182,7 +182,7 @@ class Importance:
             given = (substitution.lost, substitution.low_rows) if substitution else ({}, {})
             self._controller.advance(tokens, taps.layers, *given)
             if guess is not None:
-                self._controller.sample(_divergence(answer, guess))
+                self._controller.sample(_divergence(answer, guess), taps.layers)
         return answer
 
     def restart(self) -> None:

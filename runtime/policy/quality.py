@@ -135,10 +135,20 @@ class Controller:
         self.spent += price
         self.balance = min(self.balance + earning * tokens, earning * self.allowance.horizon) - price
 
-    def sample(self, divergence: float) -> None:
-        """Take in a step that was run both ways: the KL divergence from exact to substituted. Modifies."""
+    def sample(self, divergence: float, layers: Iterable[int] | None = None) -> None:
+        """Take in a step that was run both ways: the KL divergence from exact to substituted. Modifies.
+
+        Parameters
+        ----------
+        layers
+            That gave something up, all if None. What only some of them cause stands for what all would: divergences of
+            layers add up, each layer's like its part of the budget.
+        """
+        nll = self.allowance.nll
+        part = sum(nll[layer] for layer in layers) / sum(nll) if layers is not None and sum(nll) > 0 else 1.0
         self._since_sample = 0
-        self._divergences.append(divergence)
+        if part > 0:
+            self._divergences.append(divergence / part)
 
     def restart(self) -> None:
         """Warm up again, since what is at hand has changed. Modifies."""

@@ -105,10 +105,9 @@ class MassBudget:
     holds for all.
 
     Where a wait is shared, as it is for a layer that calls other nodes, replacing some of the missing experts buys
-    nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes"). With `weighted`, what counts is the
-    square of the share of mass of the expert that is replaced, whoever stands in: what experts put out is all but
-    orthogonal, so that a close call between two heavy experts changes more of a layer's output than one between two
-    light ones. For as many loads, predictions then diverge by a seventh less than if mass differences were weighted.
+    nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes"). With `weighted`, what is lost counts
+    by the share of mass of the expert that is replaced: a close call between two heavy experts changes more of a
+    layer's output than one between two light ones.
     """
 
     shares: tuple[float, ...]
@@ -137,7 +136,7 @@ class MassBudget:
 
     def _cost(self, missing: float, spare: float) -> float:
         """Return what it costs to replace one expert by another, from their shares of the top-K mass."""
-        return missing**2 if self.weighted else max(0.0, missing - spare)
+        return max(0.0, missing - spare) * (missing if self.weighted else 1.0)
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,9 @@ class LeaveOut:
     left; the others weigh as much more as the model normalises. `shares` are per layer; one number holds for all.
 
     What experts put out is all but orthogonal. So the square of what is missing is what a layer's output changes by,
-    and an expert behind the top K that stood in would add its own: at as many waits, predictions diverge by a seventh
-    to a fifth less without stand-ins (tinymoe, Qwen3's rule).
+    and an expert behind the top K that stood in would add its own. At as many waits, predictions diverge by a seventh
+    to a fifth less than with stand-ins (tinymoe); yet the perplexity of new text rises more, since stand-ins make
+    predictions less sure of themselves: `MassBudget` is what a budget of perplexity is spent by.
     """
 
     shares: tuple[float, ...]

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,11 @@ def test_text_unlike_the_calibrations_closes_until_it_is_like_it_again(limit, co
         account.sample(limit * (0.5 + number % 2 / 10))
     assert account.is_open
     assert account.divergence < limit
+
+
+def test_the_last_segments_samples_stand_for_all_layers() -> None:
+    account = Controller(Allowance(0.01, (0.003, 0.001), (0.1, 0.1), divergence=0.02, sample_every=1))
+    account.sample(0.004, [1])
+    assert account.divergence == pytest.approx(0.016)
+    account.sample(0.02, [0, 1])
+    assert account.divergence == pytest.approx(0.018)

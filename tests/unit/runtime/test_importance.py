@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from runtime.engine import generate
+from runtime.engine import Segment, generate
 from runtime.importance import Importance, RouterTaps, Substitution
+from runtime.loading import load_trunk
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import DropCold, Exact, MassBudget
 from runtime.routers import router_rule, routers_of
@@ -140,3 +141,25 @@ def test_without_logits_the_router_decides(checkpoint):
     )
     assert nothing[0] is index
     assert nothing[1] is weights
+
+
+def test_the_last_segment_samples_what_its_layers_cause(checkpoint, store):
+    split, account = parts(checkpoint, store, "qwen3_moe", MassBudget((1.0,)), is_whole=True, sample_every=1)
+    trunks = [
+        load_trunk(checkpoint("qwen3_moe"), dtype="float32", first_layer=first, last_layer=last)
+        for first, last in ((0, 1), (2, 3))
+    ]
+    importance = split.segment.importance
+    front, back = (
+        Segment(trunk, split.segment.residency, split.segment.board, importance=importance) for trunk in trunks
+    )
+    front.open("a", 16)
+    back.open("a", 16)
+    hidden = front.step("a", torch.tensor(PROMPT), caller=split.caller)
+    back.step("a", hidden, caller=split.caller)
+    for token in range(9, 13):
+        hidden = front.step("a", torch.tensor([token]), caller=split.caller)
+        assert account.divergence is None or token > 9, "layers without a head see no predictions"
+        back.step("a", hidden, caller=split.caller)
+    assert account.divergence is not None
+    assert account.divergence > 0
