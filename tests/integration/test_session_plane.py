@@ -395,7 +395,7 @@ def test_a_session_whose_ingress_is_gone_is_freed(world: World, monkeypatch: pyt
     world.require_clean()
 
 
-def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path) -> None:
+def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path, reference: Reference) -> None:
     """As many prompts as there are threads that compute; the node can do nothing else, but it listens."""
     path = ring("a", "b:0-3")
     with made(store) as world:
@@ -403,9 +403,9 @@ def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path
         world.board.install(Routing.build(2, layers=4, experts=16, local=[], routes=routes))
         peer = Stranger(world, "a")
         names = [f"{number:032x}" for number in range(1, 4)]
-        for name in names:
-            assert peer.ask(opening(name, path=path))["type"] == "opened"
-            peer.tell(pack_step(StepHeader(name, 0, 0, 3, "ids"), bytes(12)))
+        for name, count in zip(names, (600, 3, 3), strict=True):  # the first one's pieces wait for each other too
+            assert peer.ask(opening(name, path=path, prompt=count, most=700))["type"] == "opened"
+            peer.tell(pack_step(StepHeader(name, 0, 0, count, "ids"), bytes(4 * count)))
         time.sleep(0.5)  # all wait by now
         began = time.monotonic()
         for name in names:
@@ -415,6 +415,8 @@ def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path
             peer.tell(CloseSession(session=name))
         peer.stop(wait_s=0.2)
         world.require_clean()
+        world.board.install(Routing.all_local(3, layers=4, experts=16))
+        assert world.generate(PROMPTS[0]) == reference[PROMPTS[0]]
 
 
 def test_the_beginning_of_a_prompt_may_come_before_its_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,8 +464,8 @@ class Stranger:
         self.context.destroy(linger=0)
 
 
-def opening(session: str, *, path: TrunkPath = TWO, most: int = 100, epoch: int = 1) -> OpenSession:
-    return OpenSession(session=session, epoch=epoch, path=path, prompt_tokens=3, max_tokens=most)
+def opening(session: str, *, path: TrunkPath = TWO, prompt: int = 3, most: int = 100, epoch: int = 1) -> OpenSession:
+    return OpenSession(session=session, epoch=epoch, path=path, prompt_tokens=prompt, max_tokens=most)
 
 
 def test_strangers_get_a_typed_answer_and_change_nothing(world: World, reference: Reference) -> None:
