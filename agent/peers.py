@@ -20,8 +20,8 @@ from agent.errors import HolderUnreachable, RequestCancelled
 from agent.routes import EpochRoutes
 from agent.transport import Context, Socket, connect, is_connected, make_socket
 from runtime.experts import ExpertCall
+from runtime.few import answer_call
 from runtime.loading import torch_dtype
-from runtime.single import answer_call
 from runtime.slots import Residency
 from schemas.messages import Endpoints, RemoteProtocolError
 from schemas.wire import (

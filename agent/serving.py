@@ -18,8 +18,8 @@ import zmq
 from agent.transport import Socket
 from runtime.errors import ExpertUnavailable, RuntimeFault
 from runtime.experts import ExpertCall
+from runtime.few import answer_call
 from runtime.loading import torch_dtype
-from runtime.single import answer_call
 from runtime.slots import Residency
 from schemas.messages import RemoteProtocolError
 from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, call_places, pack_answer, pack_fault, parse_call

@@ -17,12 +17,12 @@ from runtime.ahead import NextRouters
 from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
+from runtime.few import FEW_ROWS, Picked, compute_few, compute_token, pick, shares, token_call
 from runtime.importance import NOBODY, Substitution
 from runtime.lending import Low
 from runtime.menu import Menu
 from runtime.policy.menu import Rates
 from runtime.routing import LOCAL, Routing
-from runtime.single import Picked, compute_token, pick, shares, token_call
 from runtime.slots import Residency
 from runtime.timeline import Recorder, recorder
 
@@ -82,6 +82,8 @@ class Dispatcher:
         Takes a span for every layer's local experts and every wait for other nodes, where somebody wants them.
     spent_s
         Time in `run` so far, so that the rest of the step's time is the trunk's.
+    logits
+        [B, V], where whoever ran the layers has run the head too.
     """
 
     residency: Residency
@@ -95,6 +97,7 @@ class Dispatcher:
     rates: Rates = field(default_factory=Rates)
     timeline: Recorder | None = field(default_factory=recorder)
     spent_s: float = field(default=0.0, init=False)
+    logits: torch.Tensor | None = field(default=None, init=False)
 
     @cached_property
     def menu(self) -> Menu:
@@ -291,15 +294,19 @@ class Dispatcher:
         began = perf_counter()
         if mine is not None:
             rows = Rows(rows.token[mine], rows.expert[mine], rows.weight[torch.from_numpy(mine)])
-        answer = compute_rows(
-            self.residency,
-            layer,
-            rows,
-            hidden,
-            combine=self.combine,
-            tier_rows=self.counts.tier_rows,
-            low=self._low(layer, rows),
-        )
+        answer = None
+        if self.combine == "partial" and len(hidden) > 1 and len(rows.expert) <= FEW_ROWS:
+            answer = compute_few(self.residency, layer, rows, hidden, self.counts.tier_rows)
+        if answer is None:
+            answer = compute_rows(
+                self.residency,
+                layer,
+                rows,
+                hidden,
+                combine=self.combine,
+                tier_rows=self.counts.tier_rows,
+                low=self._low(layer, rows),
+            )
         self._note_local(layer, began, len(rows.expert))
         return answer
 

@@ -126,7 +126,7 @@ def compute_rows(
     low
         Experts that may be computed in low precision, see `Residency.lend`.
     """
-    bounds = _group_bounds(rows.expert)
+    bounds = group_bounds(rows.expert)
     residency.observe(layer, rows.token, rows.expert, rows.weight)
     with torch.inference_mode():
         if hidden.shape[0] == 1:  # a row per expert, nothing to gather
@@ -166,10 +166,10 @@ def _answers(
     return answers
 
 
-def _group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:
+def group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:
     """Return where the rows of each expert start, and the end.
 
-    >>> _group_bounds(np.array([3, 3, 5], dtype=np.int32))
+    >>> group_bounds(np.array([3, 3, 5], dtype=np.int32))
     [0, 2, 3]
     """
     values = expert.tolist() if len(expert) <= 16 else None

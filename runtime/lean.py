@@ -95,7 +95,8 @@ class Attention:
         if len(beat.caches) == 1:
             attended = self.attend(queries, *beat.caches[0].layers[layer].update(keys, values))
         else:
-            rows = zip(beat.caches, *(torch.split(each, 1) for each in (queries, keys, values)), strict=True)
+            each_alone = (torch.unbind(states.unsqueeze(1)) for states in (queries, keys, values))
+            rows = zip(beat.caches, *each_alone, strict=True)
             attended = torch.cat([self.attend(q, *cache.layers[layer].update(k, v)) for cache, q, k, v in rows])
         return functional.linear(attended, self.out, self.out_bias)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
 
 Record = bytes | bytearray | memoryview
+
+_FEW_ROWS: Final = 64  # what the eviction policy may learn later, since it takes little memory to note
 
 
 @dataclass(frozen=True)
@@ -404,21 +406,14 @@ class Residency:
         token, expert, weight
             [R] each, a row per token and expert.
         """
-        if self._shelf.eviction is None or not self._shelf.lacking:
+        if self._eviction is None or not self._shelf.lacking:
             return
-        scores = weight.double().cpu().numpy()
+        scores = weight.float().cpu().numpy()
+        if len(expert) <= _FEW_ROWS:
+            self._eviction.note(layer, expert, scores, token)
+            return
         with self._changed:
-            if token.min() == token.max():
-                self._shelf.eviction.observe(layer, expert[None].astype(np.int64), scores[None], len(expert))
-                return
-            order = np.lexsort((-scores, token))
-            sizes = np.unique(token, return_counts=True)[1]
-            ends = np.cumsum(sizes)
-            for size in np.unique(sizes):
-                rows = (ends[sizes == size] - size)[:, None] + np.arange(size)
-                self._shelf.eviction.observe(
-                    layer, expert[order][rows].astype(np.int64), scores[order][rows], int(size)
-                )
+            self._eviction.learn(layer, expert, scores, token)
 
     def acquire(self, key: Key) -> ExpertWeights:
         """Return a copy of an expert's weights that stays valid whatever is dropped later. Does not modify."""

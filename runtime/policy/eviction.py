@@ -7,9 +7,9 @@ Axes: T tokens, L layers, E experts, K top-k, C candidates; keys are ``layer * E
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Rows = NDArray[np.integer[Any]]
 
 _SCORE_DECAY: Final = 0.9
 FAST: Final = 0.5  # per token: a half-life of 1 token
@@ -208,21 +209,35 @@ class Rates:
 
 
 class Deferred:
-    """A policy that learns of single tokens when it is asked: mostly nothing must go, and nobody asks.
+    """A policy that learns of a few tokens when it is asked: mostly nothing must go, and nobody asks.
 
     Parameters
     ----------
     most
-        (token, layer) events that are kept for it; what lies further back is forgotten if nobody asked meanwhile.
+        Notes that are kept for it, one for each layer of a step; what lies further back is forgotten if nobody asked
+        meanwhile.
     """
 
     def __init__(self, policy: Eviction, most: int = 4096) -> None:
         self._policy = policy
-        self._noted: deque[tuple[int, list[int], NDArray[np.float32]]] = deque(maxlen=most)
+        self._noted: deque[_Note] = deque(maxlen=most)
 
-    def note(self, layer: int, experts: list[int], scores: NDArray[np.float32]) -> None:
-        """Learn later which experts one token used. Modifies; any thread may."""
-        self._noted.append((layer, experts, scores))
+    def note(
+        self, layer: int, expert: Sequence[int] | Rows, scores: NDArray[np.float32], token: Rows | None = None
+    ) -> None:
+        """Learn later which experts were used. Modifies; any thread may.
+
+        Parameters
+        ----------
+        expert, scores, token
+            [R] each, a row per token and expert; of one token where `token` is None.
+        """
+        self._noted.append(_Note(layer, expert, scores, token))
+
+    def learn(self, layer: int, expert: Rows, scores: NDArray[np.float32], token: Rows) -> None:
+        """Do what `note` does, now."""
+        self._catch_up()
+        self._learn(_Note(layer, expert, scores, token))
 
     def observe(self, layer: int, ids: Ints, scores: Floats, top_k: int) -> None:
         """Learn from some tokens, after those that were noted."""
@@ -236,8 +251,27 @@ class Deferred:
 
     def _catch_up(self) -> None:
         while self._noted:
-            layer, experts, scores = self._noted.popleft()
-            self._policy.observe(layer, np.array([experts]), scores[None].astype(np.float64), len(experts))
+            self._learn(self._noted.popleft())
+
+    def _learn(self, note: "_Note") -> None:
+        layer, token = note.layer, note.token
+        expert, scores = np.asarray(note.expert, dtype=np.int64), note.scores.astype(np.float64)
+        if token is None or token.min() == token.max():
+            self._policy.observe(layer, expert[None], scores[None], len(expert))
+            return
+        order = np.lexsort((-scores, token))
+        sizes = np.unique(token, return_counts=True)[1]
+        ends = np.cumsum(sizes)
+        for size in np.unique(sizes):
+            rows = (ends[sizes == size] - size)[:, None] + np.arange(size)
+            self._policy.observe(layer, expert[order][rows], scores[order][rows], int(size))
+
+
+class _Note(NamedTuple):
+    layer: int
+    expert: Sequence[int] | Rows
+    scores: NDArray[np.float32]
+    token: Rows | None
 
 
 class Belady:

@@ -117,11 +117,23 @@ def test_what_is_learnt_when_asked_is_the_same(name):
         for layer in range(L):
             chosen, scores = draw.permutation(E)[:K], draw.random(K).astype(np.float32)
             now.observe(layer, chosen[None], scores[None].astype(np.float64), K)
-            if draw.random() < 0.8:
+            if draw.random() < 0.6:
                 later.note(layer, chosen.tolist(), scores)
+            elif draw.random() < 0.5:
+                later.note(layer, chosen, scores, np.zeros(K, dtype=np.int64))
             else:
                 later.observe(layer, chosen[None], scores[None].astype(np.float64), K)
         np.testing.assert_array_equal(now.worth(np.arange(L * E), 1), later.worth(np.arange(L * E), 1))
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_rows_of_several_tokens_are_learnt_token_by_token(name):
+    together, apart = Deferred(EVICTIONS[name](L, E)), EVICTIONS[name](L, E)
+    token, expert = np.array([1, 0, 1, 0]), np.array([0, 1, 2, 3])
+    together.note(0, expert, np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32), token)
+    scores = np.array([[0.4, 0.2], [0.3, 0.1]], dtype=np.float32).astype(np.float64)
+    apart.observe(0, np.array([[3, 1], [2, 0]]), scores, 2)
+    np.testing.assert_array_equal(together.worth(np.arange(L * E), 0), apart.worth(np.arange(L * E), 0))
 
 
 def test_what_lies_far_back_is_forgotten_unless_somebody_asks():

@@ -10,7 +10,7 @@ from runtime.counters import Counts
 from runtime.dispatch import Dispatcher
 from runtime.engine import generate
 from runtime.experts import ExpertCall, Rows, compute_rows, execute_call
-from runtime.single import Picked, answer_call, compute_token, pick
+from runtime.few import Picked, answer_call, compute_few, compute_token, pick
 from runtime.slots import Residency
 from tests.families import FAMILIES, make_store, split_model, spread
 
@@ -47,6 +47,18 @@ def test_rows_are_those_of_any_number_of_tokens(family, checkpoint, store, tmp_p
         assert torch.equal(got, compute_rows(held, 0, rows, hidden, combine="partial"))
         assert tiers == {"device": len(experts)}
     assert all(copy.users == 0 for copy in held._shelf.copies.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_few_tokens(family, checkpoint, store, tmp_path, dtype):
+    opened = store(family) if dtype == "float32" else make_store(checkpoint(family), tmp_path, dtype)
+    held, tiers = resident(opened), {}
+    hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(4)).to(getattr(torch, dtype))
+    for token, expert in ([(0, 1, 3, 2), (0, 0, 0, 5)], [(1, 2, 3), (1, 4, 7)], [(0, 1, 2, 3, 0), (2, 2, 2, 2, 3)]):
+        rows = Rows(np.array(token), np.array(expert), torch.rand(len(token)))
+        got = compute_few(held, 0, rows, hidden, tiers)
+        assert torch.equal(got, compute_rows(held, 0, rows, hidden, combine="partial"))
+    assert tiers == {"device": 12}
 
 
 def test_threads_do_not_share_the_memory_they_compute_in(store):
