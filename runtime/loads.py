@@ -224,7 +224,7 @@ class Loader:
 
     def _read_into(self, key: CopyKey, parts: Sequence[memoryview]) -> int:
         """Read a record from its first intact source, which is checked when it is first used; returns bytes read."""
-        sources = self._shelf.sources.get(key) or self._shelf.guests.get((key[0], key[1]), ())
+        sources = self._shelf.sources.get(key) or self._shelf.guests.get((key[0], key[1]), [])
         source, damaged = read_first(list(sources), parts, self._checked)
         if damaged:
             with self._changed:
