@@ -140,6 +140,8 @@ def importance_of(calibration: Calibration, budget: float, precision: LowPrecisi
         experts stand in for what is left; where too little is left for that, missing experts are loaded as they are.
     """
     cost = next((each for each in calibration.precisions if each.precision == precision), None)
+    if precision is not None and cost is None:
+        log.warning("the calibration does not tell what %s costs: it is not used; run agent calibrate again", precision)
     set_aside = max(cost.high, 0.0) if cost is not None else 0.0
     setting = calibration.setting((1 + budget) / (1 + set_aside) - 1)
     if cost is not None and setting is None:
@@ -150,7 +152,7 @@ def importance_of(calibration: Calibration, budget: float, precision: LowPrecisi
     is_whole = calibration.situation.is_whole
     low = cost.nll_per_row if cost is not None else (0.0,) * calibration.layers
     allowance = Allowance(
-        (1 + setting.budget) * (1 + set_aside) - 1,
+        setting.budget if cost is None else (1 + setting.budget) * (1 + set_aside) - 1,
         tuple(nll + calibration.top_k * row for nll, row in zip(setting.nll, low, strict=True)),
         setting.nll_per_mass,
         nll_per_low_row=low,

@@ -10,7 +10,7 @@ Axes: T tokens, E experts, C candidates.
 import numpy as np
 
 from runtime.policy.eviction import Bools, Floats, Ints
-from runtime.policy.routing import Choice, Exact, Routing
+from runtime.policy.routing import Choice, Exact, LowMissing, Routing
 
 Ranked = tuple[Ints, Floats]
 
@@ -32,10 +32,11 @@ def choose_each(rule: Routing, layer: int, ranked: Ranked, resident: Bools, top_
 
 
 def choose_whole(rule: Routing, layer: int, ranked: Ranked, resident: Bools, top_k: int) -> list[Choice]:
-    """Return choices that need nothing but what is at hand, or else exact ones."""
+    """Return choices that need nothing but what is at hand, or else exact ones, in low precision where that will do."""
     choices = _choose(rule, layer, ranked, resident, top_k)
     if _missing(choices, resident).any():
-        choices = _choose(Exact(), layer, ranked, resident, top_k)
+        exact = LowMissing(Exact(), rule.share) if isinstance(rule, LowMissing) else Exact()
+        choices = _choose(exact, layer, ranked, resident, top_k)
     return choices
 
 

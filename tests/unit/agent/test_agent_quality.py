@@ -8,7 +8,7 @@ import pytest
 from agent.quality import QualityBudget, importance_of, quality_use
 from agent.settings import load_settings
 from runtime.counters import Counts
-from schemas.calibration import Calibration, Setting, Situation
+from schemas.calibration import Calibration, PrecisionCost, Setting, Situation
 from schemas.files import InvalidFile
 from schemas.model import ModelSpec
 
@@ -94,9 +94,9 @@ def test_the_configs_word_is_stronger_than_the_plans(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "calibration.json").write_text(calibration().model_dump_json())
     assert agent(tmp_path, "quality: {budget: 0 %}").activate(0.01, HERE).importance is None
-    assert (
-        agent(tmp_path, "quality: {budget: 1 %}").activate(0.005, HERE).importance.controller.allowance.budget == pytest.approx(0.01)
-    )
+    assert agent(tmp_path, "quality: {budget: 1 %}").activate(
+        0.005, HERE
+    ).importance.controller.allowance.budget == pytest.approx(0.01)
 
 
 def test_a_budget_of_ones_own_without_a_calibration_is_refused(tmp_path):
@@ -139,6 +139,37 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, budget, said):
     with pytest.raises(InvalidFile, match=r".*") as caught:
         load(tmp_path, budget, calibration(**changes))
     assert said in str(caught.value)
+
+
+def low_cost(**changes):
+    given = {
+        "precision": "int8",
+        "rise": 0.001,
+        "low": -0.001,
+        "high": 0.003,
+        "divergence": 0.004,
+        "nll_per_row": (1e-4, 5e-4),
+    }
+    return PrecisionCost(**{**given, **changes})
+
+
+def test_what_low_precision_may_cost_is_set_aside_from_the_budget(caplog):
+    found = calibration(precisions=(low_cost(),))
+    account = importance_of(found, 0.01, "int8").controller
+    assert account.allowance.budget == pytest.approx(1.005 * 1.003 - 1)  # the setting of .5 %, and int8
+    plain = importance_of(found, 0.006).controller
+    assert account.allowance.nll == pytest.approx(
+        [a + 2 * b for a, b in zip(plain.allowance.nll, (1e-4, 5e-4), strict=True)]
+    )
+    account.advance(4, range(2), {}, {})
+    account.advance(1, range(2), {0: 0.01}, {1: 3})
+    assert account.spent == pytest.approx(0.01 * account.allowance.nll_per_mass[0] + 3 * 5e-4)
+    assert not caplog.text
+    exact = importance_of(found, 0.006, "int8").controller
+    assert exact.allowance.budget == 0.005
+    assert "a budget of 0.60% has no room for int8 (0.30%)" in caplog.text
+    importance_of(found, 0.01, "int4")
+    assert "does not tell what int4 costs" in caplog.text
 
 
 def test_what_was_spent_is_reported():
