@@ -56,14 +56,14 @@ def with_cache(path: Path, store: Store, share: float) -> Segment:
     return open_alone(path, budget=trunk + kv + round(share * spec.total_expert_bytes), max_tokens=PROMPT + 1)
 
 
-def prefill_s(segment: Segment, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Run a prompt in its chunks; returns seconds and the logits of its last token."""
-    began = time.perf_counter()
+def prefill_s(segment: Segment, ids: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """Run a prompt in its chunks; returns seconds, those that all threads computed, and its last token's logits."""
+    began, computed = time.perf_counter(), time.process_time()
     segment.open("prompt", len(ids) + 1)
     for chunk in prefill_chunks(len(ids)):
         logits = segment.step("prompt", ids[chunk], keep="last" if chunk.stop >= len(ids) else "none")
     segment.close("prompt")
-    return time.perf_counter() - began, logits
+    return time.perf_counter() - began, time.process_time() - computed, logits
 
 
 def report(path: Path, *, share: float, rounds: int) -> None:
@@ -79,28 +79,30 @@ def report(path: Path, *, share: float, rounds: int) -> None:
             "cache, room for all": with_cache(where, store, 1.0),
             f"cache, room for {share:.0%}": with_cache(where, store, share),
         }
-        taken: dict[str, list[float]] = {name: [] for name in arms}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         loads: dict[str, int] = {}
         wanted = None
         for turn in range(rounds + 1):
             for name, segment in arms.items():
                 had = sum(segment.residency.counts.loads)
-                seconds, logits = prefill_s(segment, ids)
+                *seconds, logits = prefill_s(segment, ids)
                 loads[name] = sum(segment.residency.counts.loads) - had
                 wanted = logits if wanted is None else wanted
                 assert torch.equal(logits, wanted), name
                 if turn:  # the first one loads what there is room for
-                    taken[name].append(seconds)
+                    taken[name].append((seconds[0], seconds[1]))
         print_table(spec.id, taken, loads)
 
 
-def print_table(name: str, taken: dict[str, list[float]], loads: dict[str, int]) -> None:
+def print_table(name: str, taken: dict[str, list[tuple[float, float]]], loads: dict[str, int]) -> None:
     """Print an arm a row: its best turn, which other work on the machine disturbed least, beside the first arm's."""
-    first = min(next(iter(taken.values())))
+    first = [min(each) for each in zip(*next(iter(taken.values())), strict=True)]
     head = f"{name}, a prompt of {PROMPT} tokens"
-    click.echo(f"\n{head:44s}{'ms':>12s}{'of no cache':>14s}{'loads':>8s}")
-    for arm, seconds in taken.items():
-        click.echo(f"{arm:44s}{1e3 * min(seconds):12.1f}{min(seconds) / first:14.3f}{loads[arm]:8d}")
+    click.echo(f"\n{head:44s}{'ms':>10s}{'of no cache':>13s}{'computed ms':>13s}{'of no cache':>13s}{'loads':>7s}")
+    for arm, turns in taken.items():
+        wall, computed = (min(each) for each in zip(*turns, strict=True))
+        ratios = f"{1e3 * wall:10.1f}{wall / first[0]:13.3f}{1e3 * computed:13.1f}{computed / first[1]:13.3f}"
+        click.echo(f"{arm:44s}{ratios}{loads[arm]:7d}")
 
 
 @click.command()
