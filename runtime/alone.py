@@ -199,8 +199,9 @@ class Times(NamedTuple):
 def packing_pays(times: Times, *, fit: float, fit_packed: float) -> bool:
     """Whether experts that are held packed are computed sooner, unpacking at every use, than weights that are missing.
 
-    Half of what does not fit is taken to be missing when it is asked for: with a quarter of the experts at hand .35 to
-    .4 of them were (RUNTIME.md). Packed, a use takes ``unpack + missing × read``, else ``missing × (read + unpack)``.
+    A third of what does not fit is taken to be missing when it is asked for: with a quarter of the experts at hand .24
+    to .32 were (`tests.bench.precision`). Packed, a use takes ``unpack + missing × read``, else
+    ``missing × (read + unpack)``.
 
     Parameters
     ----------
@@ -212,7 +213,7 @@ def packing_pays(times: Times, *, fit: float, fit_packed: float) -> bool:
     >>> packing_pays(Times(read_s=1e-3, unpack_s=4e-3), fit=0.25, fit_packed=1.0)
     False
     """
-    missing, missing_packed = (max(0.0, 1 - share) / 2 for share in (fit, fit_packed))
+    missing, missing_packed = (max(0.0, 1 - share) / 3 for share in (fit, fit_packed))
     return times.unpack_s + missing_packed * times.read_s < missing * (times.read_s + times.unpack_s)
 
 
