@@ -1,10 +1,11 @@
 """Trunks that differ little from one that is known.
 
-Decides what a search looks at next: another path for one ingress, a boundary one layer on, for all that share it. Must
-not know costs.
+Decides what a search looks at next: another path for one ingress, a boundary one layer on, for all that share it, the
+paths of two ingresses exchanged. Must not know costs.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -21,6 +22,7 @@ def neighbours(trunk_node: Ints, paths: Sequence[Ints], num_nodes: int) -> Itera
     """
     yield from _other_paths(trunk_node, paths, num_nodes)
     yield from _shifted(trunk_node)
+    yield from _swapped(trunk_node)
 
 
 def single_layers(trunk_node: Ints, num_nodes: int) -> Iterator[Ints]:
@@ -48,6 +50,14 @@ def _other_paths(trunk_node: Ints, paths: Sequence[Ints], num_nodes: int) -> Ite
                 changed = trunk_node.copy()
                 changed[ingress] = path
                 yield changed
+
+
+def _swapped(trunk_node: Ints) -> Iterator[Ints]:
+    for one, other in combinations(range(len(trunk_node)), 2):
+        if (trunk_node[one] != trunk_node[other]).any():
+            changed = trunk_node.copy()
+            changed[[one, other]] = trunk_node[[other, one]]
+            yield changed
 
 
 def _shifted(trunk_node: Ints) -> Iterator[Ints]:
