@@ -408,8 +408,11 @@ class Residency:
         """
         if self._eviction is None or not self._shelf.lacking:
             return
+        is_few = len(expert) <= _FEW_ROWS
+        if not is_few and len(self._shelf.ready) == self.caching.layers * self.caching.experts:
+            return  # all of them are at hand: nothing has to go
         scores = weight.float().cpu().numpy()
-        if len(expert) <= _FEW_ROWS:
+        if is_few:
             self._eviction.note(layer, expert, scores, token)
             return
         with self._changed:
