@@ -20,6 +20,7 @@ from agent.plane import SessionPlane
 from agent.ring import Way
 from agent.routes import EpochRoutes
 from agent.segments import Offer
+from agent.serving import ExpertServer, Fence, Work
 from agent.sessions import Sender
 from agent.transport import bind, make_socket
 from runtime.engine import Segment as Runner
@@ -27,6 +28,7 @@ from runtime.errors import ContextFull
 from runtime.loading import TensorPool, load_tokenizer, load_trunk
 from runtime.records import RecordFile
 from runtime.routing import EpochBoard, Routing
+from runtime.sampling import PREFILL_CHUNK
 from runtime.slots import Caching, Residency
 from runtime.store import Store
 from schemas import messages as msg
@@ -93,6 +95,7 @@ class World:
         self.pool = TensorPool()
         self.endpoints: dict[str, msg.Endpoints] = {}
         self.gone: set[tuple[str, str]] = set()  # links, from whom to whom
+        self.holders: dict[str, msg.Endpoints] = {}  # of experts that are called
         self.nodes: dict[str, Node] = {}
         self.ingress = Ingress(load_tokenizer(MODEL), 1024)
         self.ranges = {
@@ -127,7 +130,7 @@ class World:
     def make_caller(self, context: zmq.Context) -> PeerCaller:
         nothing = Routing.all_local(1, layers=4, experts=16)
         return PeerCaller(
-            context, endpoints=dict, routes=lambda: EpochRoutes(nothing, {}, frozenset()), residency=self.residency,
+            context, endpoints=lambda: self.holders, routes=lambda: EpochRoutes(nothing, {}, frozenset()), residency=self.residency,
             limits=LIMITS, patience=Patience(),
         )  # fmt: skip
 
@@ -417,6 +420,42 @@ def test_a_node_whose_steps_all_wait_for_a_dead_holder_still_answers(store: Path
         world.require_clean()
         world.board.install(Routing.all_local(3, layers=4, experts=16))
         assert world.generate(PROMPTS[0]) == reference[PROMPTS[0]]
+
+
+def test_pieces_of_a_prompt_that_wait_for_calls_give_one_node_tokens(
+    store: Path, one_node: Callable[[str, int], list[int]]
+) -> None:
+    """Every second expert is called; each node has several pieces to go on with."""
+    prompt = "The sum of 3 and 4 is seven, and so on. " * 60
+    with made(store) as world, holding(world) as where:
+        assert len(world.ingress.tokenizer(prompt)["input_ids"]) > 2 * PREFILL_CHUNK
+        world.holders = {"h": where}
+        routes = [Route(ingress="x", layer=n // 16, expert=n % 16, holder="h") for n in range(0, 64, 2)]
+        local = [(n // 16, n % 16) for n in range(1, 64, 2)]
+        world.board.install(Routing.build(1, layers=4, experts=16, local=local, routes=routes))
+        world.use(ring("a", "a:0-0", "b:1-2", "a:3-3"))
+        want = one_node(prompt, 4)
+        assert world.generate(prompt, 4, combine="ordered") == want
+        assert world.generate(prompt, 4) == want
+        world.require_clean()
+
+
+@contextmanager
+def holding(world: World) -> Iterator[msg.Endpoints]:
+    """Answer expert calls from what the world holds."""
+    context, over = zmq.Context(), threading.Event()
+    socket = make_socket(context, zmq.ROUTER, "expert", frame_bytes=LIMITS.call_bytes)
+    port = bind(socket, Address("127.0.0.1", 0), "experts")
+    work = Work(fence=Fence(0, frozenset({1}), 1))
+    server = ExpertServer(socket, world.residency, LIMITS, work, over.is_set)
+    server.start()
+    try:
+        yield msg.Endpoints(address="127.0.0.1", expert=port, weights=1, client=1, session=1)
+    finally:
+        over.set()
+        server.join()
+        context.destroy(linger=0)
+    assert work.ended > 0
 
 
 def test_the_beginning_of_a_prompt_may_come_before_its_open(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
