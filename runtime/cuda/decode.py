@@ -9,7 +9,7 @@ gives slots up meanwhile. Must not know sessions or epochs. Axes: B tokens, L la
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
@@ -35,6 +35,7 @@ from schemas.topology import Tier
 log = logging.getLogger(__name__)
 
 MOST_ROWS: Final = 8  # more tokens at once are better computed as products of matrices
+_LEISURE_S: Final = 1e-4
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -63,8 +64,8 @@ class CapturedDecode:
 
     Attributes
     ----------
-    pending
-        Bookkeeping that is done when the host has nothing else to do.
+    counting, pending
+        Bookkeeping that is done before the step is over, or when the host has nothing else to do.
     """
 
     def __init__(self, parts: StepParts, residency: Residency, ops: Any = reference) -> None:
@@ -76,6 +77,7 @@ class CapturedDecode:
         self._waits = False
         self._busy_until = 0.0
         self._states: WeakKeyDictionary[Any, States] = WeakKeyDictionary()
+        self.counting: deque[Callable[[], None]] = deque()
         self.pending: deque[Callable[[], None]] = deque()
         self._last = 0.0, 0  # seconds of the step before, and the loads that it waited for
         self.parts = parts
@@ -98,7 +100,7 @@ class CapturedDecode:
         caching = self.residency.caching
         return caching is not None and caching.prefetch and self._waits and self.inside.shelf.slack.pays
 
-    def bring(self, number: int, chosen: Iterable[int], absent: Sequence[int]) -> list[Copy]:
+    def bring(self, number: int, chosen: Ints, absent: Sequence[int]) -> list[Copy]:
         """Begin to load what a layer lacks, into slots that nobody needs now. Modifies.
 
         Returns
@@ -107,15 +109,19 @@ class CapturedDecode:
             What is filled when the copy stream has come past.
         """
         shelf, changed = self.inside.shelf, self.inside.changed
-        started: list[Copy] = []
         used: list[Copy] = []
+        started: list[Copy] = []
         try:
             with changed:
                 absent = self._absent(number, absent)
-                for expert in set(chosen).difference(absent):
-                    shelf.use(copy := shelf.ready[number, expert])
-                    used.append(copy)
-                for slot, expert in zip(self._slots(number, len(absent)), absent, strict=True):
+                slots = self._rooms.take_free(len(absent))
+                if len(slots) < len(absent):  # others make room, but not those that this layer needs
+                    for expert in set(chosen[chosen >= 0].tolist()).difference(absent):
+                        if (copy := shelf.ready.get((number, expert))) is not None:
+                            shelf.use(copy)
+                            used.append(copy)
+                    slots += self._slots(number, len(absent) - len(slots))
+                for slot, expert in zip(slots, absent, strict=True):
                     shelf.use(copy := shelf.occupy((number, expert), "device", slot))
                     started.append(copy)
             self._load(started)
@@ -149,11 +155,11 @@ class CapturedDecode:
             log.warning("an expert that was guessed cannot be loaded: %s", error)
         return bool(copies)
 
-    def replenish(self, number: int, count: int, chosen: Container[int], stamp: int) -> None:
+    def replenish(self, number: int, count: int, chosen: Ints, stamp: int) -> None:
         """Let slots be free for what comes next, while the step still goes on behind a layer. Modifies."""
         if stamp == self._stamp:
             with self.inside.changed:
-                self._rooms.replenish(number, count, chosen)
+                self._rooms.replenish(number, count, set(chosen.ravel().tolist()))
 
     @property
     def is_link_idle(self) -> bool:
@@ -161,11 +167,25 @@ class CapturedDecode:
         return self._busy_until - perf_counter() < self.inside.shelf.slack.idle_s
 
     def catch_up(self) -> bool:
-        """Do some of the bookkeeping that can wait; returns whether there was any. Modifies."""
-        if not self.pending:
+        """Do some of the bookkeeping that can wait; returns whether there was any. Modifies.
+
+        Only while the device waits for the link anyway, or where more than two steps' worth has come together.
+        """
+        most = 6 * len(self.parts.layers)
+        is_free = self._busy_until - perf_counter() > _LEISURE_S or len(self.pending) > most
+        work = self.counting or self.pending
+        if not work or not is_free:
             return False
-        self.pending.popleft()()
+        work.popleft()()
         return True
+
+    def _count_all(self) -> None:
+        """Count what has not been counted yet of a step that is over; the device still runs its end. Modifies."""
+        while self.counting:
+            self.counting.popleft()()
+        until = perf_counter() + _LEISURE_S
+        while self.pending and perf_counter() < until:
+            self.pending.popleft()()
 
     def redeem(self, number: int, chosen: Iterable[int]) -> None:
         """Count the guesses of a layer that came true; the others may go. Modifies."""
@@ -209,23 +229,22 @@ class CapturedDecode:
     def _load(self, copies: Sequence[Copy]) -> None:
         """Begin to fill copies, and give them out: whoever uses them comes behind on the stream."""
         shelf, size = self.inside.shelf, self.residency.layout.bytes
-        left = list(copies)
-        self._busy_until = max(self._busy_until, perf_counter()) + len(left) * shelf.slack.load_s
+        begun = 0
         try:
             for copy in copies:
                 host = self.inside.loader.start(copy)
+                begun += 1
                 if host is not None:
                     self._sources.append(host)
-                with self.inside.changed:
-                    left.remove(copy)
+        finally:
+            self._busy_until = max(self._busy_until, perf_counter()) + begun * shelf.slack.load_s
+            with self.inside.changed:
+                for copy in copies[:begun]:
                     shelf.finish(copy)
                     if self.residency.caching is not None:
                         self.residency.counts.load(copy.key[0], size)
-        except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
-            with self.inside.changed:
-                for copy in left:
-                    shelf.fail(copy, error)
-            raise
+                for copy in copies[begun:]:
+                    shelf.fail(copy, RuntimeFault("another expert of the layer could not be loaded"))
 
     def prepare(self, number: int, count: int) -> None:
         """Make up the order in which copies go when room is needed next, for so many. Modifies."""
@@ -287,6 +306,7 @@ class CapturedDecode:
             began = perf_counter()
             answer = runner.run(Words(self._stamp, seen, states), news, waits=self._waits, serve=step.serve)
             self._last = perf_counter() - began, step.loads
+            self._count_all()
             return answer
 
     @contextmanager
@@ -298,6 +318,7 @@ class CapturedDecode:
         try:
             yield
         finally:
+            self.counting.clear()
             with changed:
                 shelf.thaw()
 
@@ -355,8 +376,6 @@ class _Step:
         self._stamp = stamp
         self._layers, self._rows, self._top_k = runner.buffers.slots.shape
         self._substitution = dispatcher.substitution
-        self._began: tuple[int, float, int] | None = None
-        self._new: dict[int, Tier] = {}
         self.loads = 0
         self._is_lacking = bool(decode.inside.shelf.lacking)
 
@@ -368,45 +387,55 @@ class _Step:
         return np.concatenate([self._decode.table.take(), slots, gates.view(np.int32)])
 
     def serve(self, index: int) -> None:
-        """Bring what a layer that has chosen lacks, and what those after will; count it then."""
+        """Bring what a layer that has chosen lacks, and what those after will; count it when there is time."""
         decode = self._decode
         chosen = self._runner.chosen(index, self._stamp, decode.catch_up)
         number = decode.first_layer + index
-        if index == 0:
-            decode.end_sources()  # the device has come past whatever was copied in the step before
         gates: Floats = self._runner.buffers.mail.weights[index].numpy().astype(np.float64)
         experts = chosen.experts
         absent = lacking(chosen)
+        brought: list[Copy] = []
         if absent:
-            self._note_load()
-            experts, gates = self._answer(index, number, experts, gates)
+            experts, gates, brought = self._answer(index, number, experts, gates, absent)
         if decode.looks_ahead:
             self._look_ahead(index, number)
-        self._advance(index)
-        self._count_found(number, experts)
-        counts = self._dispatcher.counts
-        counts.count_layer(number, sorted_rows(experts), tokens=self._rows, remote_rows=0, remote_tokens=0)
-        counts.local_calls += 1
+        if index == 0:
+            decode.end_sources()  # the device has come past whatever was copied in the step before
+        decode.counting.append(partial(self._count, index, experts, brought))
         if self._is_lacking:
             most = self._rows * self._top_k
-            decode.pending.append(partial(decode.replenish, number, most, set(experts.ravel().tolist()), self._stamp))
+            decode.pending.append(partial(decode.replenish, number, most, experts, self._stamp))
             decode.pending.append(partial(self._observe, number, experts, gates))
             decode.pending.append(partial(decode.prepare, number, most))
 
-    def _answer(self, index: int, number: int, chosen: Ints, gates: Floats) -> tuple[Ints, Floats]:
+    def _answer(
+        self, index: int, number: int, chosen: Ints, gates: Floats, absent: list[int]
+    ) -> tuple[Ints, Floats, list[Copy]]:
         """Bring what a layer lacks, or choose otherwise, and let the device go on; returns what is computed."""
-        decode, began = self._decode, perf_counter()
+        decode, slots = self._decode, self._decode.table.slots[index]
         if self._substitution is not None:
             chosen, gates = self._substituted(index, number, chosen, gates)
-        wanted = chosen[chosen >= 0]
-        absent = list(dict.fromkeys(wanted[decode.table.slots[index][wanted] < 0].tolist()))
-        brought = decode.bring(number, wanted.tolist(), absent)
-        slots = answer_slots(decode.table.slots[index], chosen)
-        self._runner.release(self.news(slots, gates), self._stamp * self._layers + index + 1)
-        self._new = {copy.key[1]: copy.found for copy in brought}
-        self._began = number, began, len(brought)
+            absent = list(dict.fromkeys(chosen[chosen >= 0].tolist()))
+        began = perf_counter()
+        wanted = [expert for expert in absent if slots[expert] < 0]
+        brought = decode.bring(number, chosen, wanted) if wanted else []
+        self._runner.release(self.news(answer_slots(slots, chosen), gates), self._stamp * self._layers + index + 1)
         self.loads += len(brought)
-        return chosen, gates
+        timeline = self._dispatcher.timeline
+        if timeline is not None and brought:
+            about = f"layer {number}: {len(brought)} experts"
+            took = len(brought) * decode.inside.shelf.slack.load_s
+            timeline.add("loads", about, began, began + took, bytes=len(brought) * decode.residency.layout.bytes)
+        return chosen, gates, brought
+
+    def _count(self, index: int, experts: Ints, brought: Sequence[Copy]) -> None:
+        """Count a layer, and let caches know what the device has written to them."""
+        number, counts = self._decode.first_layer + index, self._dispatcher.counts
+        for cache in self._caches:
+            cache.layers[index].written(1)
+        self._count_found(number, experts, {copy.key[1]: copy.found for copy in brought})
+        counts.count_layer(number, sorted_rows(experts), tokens=self._rows, remote_rows=0, remote_tokens=0)
+        counts.local_calls += 1
 
     def _look_ahead(self, index: int, number: int) -> None:
         """Begin to load what layers after will probably lack, behind what this one waits for.
@@ -437,14 +466,9 @@ class _Step:
         others, weights = substitution.apply(number, torch.from_numpy(chosen), torch.from_numpy(gates).float(), at_hand)
         return others.numpy(), weights.double().numpy()
 
-    def _advance(self, index: int) -> None:
-        """Let the caches know what the device has written, or is about to."""
-        for cache in self._caches:
-            cache.layers[index].written(1)
-
-    def _count_found(self, number: int, chosen: Ints) -> None:
+    def _count_found(self, number: int, chosen: Ints, new: Mapping[int, Tier]) -> None:
         """Count rows by where their experts were found, and experts once."""
-        rows, residency, new = self._dispatcher.counts.tier_rows, self._decode.residency, self._new
+        rows, residency = self._dispatcher.counts.tier_rows, self._decode.residency
         flat = chosen[chosen >= 0].tolist()
         if not new:
             rows["device"] = rows.get("device", 0) + len(flat)
@@ -454,17 +478,6 @@ class _Step:
         if residency.caching is not None:
             residency.counts.found["device"][number] += len(set(flat) - new.keys())
         self._decode.redeem(number, flat)
-        self._new = {}
-
-    def _note_load(self) -> None:
-        """Note the loads that the layer before waited for, which is over."""
-        if self._began is None:
-            return
-        (number, began, loads), self._began, now = self._began, None, perf_counter()
-        timeline = self._dispatcher.timeline
-        if timeline is not None and loads:
-            num_bytes = loads * self._decode.residency.layout.bytes
-            timeline.add("loads", f"layer {number}: {loads} experts", began, now, bytes=num_bytes)
 
     def _observe(self, number: int, chosen: Ints, gates: Floats) -> None:
         shelf = self._decode.inside.shelf
