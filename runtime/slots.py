@@ -406,7 +406,7 @@ class Residency:
         token, expert, weight
             [R] each, a row per token and expert.
         """
-        if self._eviction is None or not self._shelf.lacking:
+        if self._eviction is None or self.caching is None or not self._shelf.lacking:
             return
         is_few = len(expert) <= _FEW_ROWS
         if not is_few and len(self._shelf.ready) == self.caching.layers * self.caching.experts:
