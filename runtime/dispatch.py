@@ -152,7 +152,7 @@ class Dispatcher:
     def _share_token(self, picked: Picked, planned: list[int], hidden: torch.Tensor) -> torch.Tensor | None:
         """Call the holders of one token's experts, compute the rest here, add everything up; None as `_run_token`."""
         layer, experts, others = picked.layer, picked.experts, shares(planned, picked.experts)
-        if self.substitution is not None or self.menu.is_open or others[0].holder < LOCAL:
+        if self.substitution is not None or self.menu.is_open(layer, experts) or others[0].holder < LOCAL:
             return None
         mine = others.pop(0).positions if others[0].holder == LOCAL else []
         sent = []
@@ -202,7 +202,7 @@ class Dispatcher:
             at_hand = self.menu.at_hand(layer, holders)
             rows = _present_rows(*self.substitution.apply(layer, top_k_index, top_k_weights, at_hand))
         holder = holders[rows.expert]
-        if hidden.shape[0] > _FEW_TOKENS or not self.menu.is_open:
+        if hidden.shape[0] > _FEW_TOKENS or not self.menu.is_open(layer, rows.expert.tolist()):
             return self._run_sorted(layer, hidden, rows, holder)
         with self.menu.settled(layer, rows.expert.tolist(), holder.tolist()) as settled:
             return self._run_sorted(layer, hidden, rows, np.array(settled, dtype=np.int32))

@@ -40,11 +40,11 @@ class Menu:
     routing: Routing
     rates: Rates
 
-    @property
-    def is_open(self) -> bool:
-        """Whether some expert may be computed elsewhere than the plan says."""
-        residency = self.residency
-        return bool(residency.guests) or (self.routing.others is not None and residency.is_caching)
+    def is_open(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether one of these experts may be computed elsewhere than the plan says."""
+        if self.routing.others is not None and self.residency.is_caching:
+            return True
+        return self.residency.has_guest(layer, experts)
 
     def at_hand(self, layer: int, holders: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Whether each expert of a layer is computed here without a wait, bool [E]; `holders` are the plan's, [E]."""

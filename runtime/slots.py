@@ -203,8 +203,13 @@ class Residency:
 
     def note_call(self, keys: Sequence[Key], seconds: float) -> None:
         """Note that experts of another node were called together, and waited for. May bring one here. Modifies."""
-        if self._shelf.guests:
+        if self._shelf.guests and self._shelf.can_cache:
             self._guests.pay(keys, seconds)
+
+    def has_guest(self, layer: int, experts: Iterable[int]) -> bool:
+        """Whether one of these experts of a layer is another node's and cached here."""
+        guests, ready = self._shelf.guests, self._shelf.ready
+        return bool(guests) and any((layer, each) in ready and (layer, each) in guests for each in experts)
 
     @property
     def guests(self) -> Collection[Key]:
