@@ -52,16 +52,22 @@ def begin(segment):
 def test_an_expert_that_several_sequences_need_is_lent_once(segment, monkeypatch):
     """Three sequences that are the same ask for the same experts; they are read and run as for one of them."""
     lent: list[tuple[int, int]] = []
-    lend = segment.residency.lend
+    lend, take = segment.residency.lend, segment.residency.take
 
-    def noted(layer, experts, *options, **more):
+    def lent_one_by_one(layer, experts, *options, **more):
         lent.extend((layer, expert) for expert in experts)
         return lend(layer, experts, *options, **more)
+
+    def taken_at_once(layer, experts):
+        copies = take(layer, experts)
+        lent.extend((layer, expert) for expert in experts if copies)
+        return copies
 
     for name in NAMES:
         segment.open(name, 20)
         segment.step(name, torch.tensor(PROMPTS[0]))
-    monkeypatch.setattr(segment.residency, "lend", noted)
+    monkeypatch.setattr(segment.residency, "lend", lent_one_by_one)
+    monkeypatch.setattr(segment.residency, "take", taken_at_once)
     before = segment.counters.snapshot()
     segment.step_batch(NAMES, torch.tensor([7, 7, 7]))
     counts = segment.counters.snapshot()
