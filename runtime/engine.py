@@ -13,7 +13,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 from uuid import uuid4
@@ -28,43 +28,17 @@ from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import Trunk
-from runtime.passage import Passage, Rest, passed
+from runtime.passage import Passage, Rest
 from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
 from runtime.sampling import Sampling, prefill_chunks, sample
+from runtime.session import Session
 from runtime.slots import Residency
 
 __all__ = ["Keep", "Sampling", "Segment", "generate", "prefill_chunks", "sample"]
 
 Keep = Literal["last", "all", "none"]
 """Logits of which tokens of a step are computed."""
-
-
-@dataclass
-class _Session:
-    """One sequence: its KV cache, how many tokens it has seen, and how many steps have begun with."""
-
-    name: str
-    cache: Any
-    positions: torch.Tensor  # [1, max_tokens] int64
-    max_tokens: int
-    kv_bytes: int
-    seen: int = 0
-    begun: int = 0
-    newest: Passage = field(default_factory=passed)
-
-    def require(self, count: int) -> None:
-        """Raise `ContextFull` if `count` more tokens exceed the reservation."""
-        wanted = self.begun + count
-        if wanted > self.max_tokens:
-            raise ContextFull(wanted=wanted, limit=self.max_tokens, what="the session's reservation")
-
-    def begin(self, count: int, mine: Passage, rest: Rest) -> Between:
-        """Let a step of `count` tokens in behind the newest; whoever asks holds the segment's lock. Modifies."""
-        between = Between(self.begun, self.newest, mine, rest)
-        self.begun += count
-        self.newest = mine
-        return between
 
 
 class Segment:
@@ -99,7 +73,7 @@ class Segment:
         self._taps = RouterTaps(trunk.model)
         self._ahead = NextRouters(trunk.model)
         self._rates = Rates()
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._kv_used = 0
         self._turn = 0
         self._lock = threading.Lock()
@@ -132,7 +106,7 @@ class Segment:
         if max_tokens > self.trunk.max_context:
             raise ContextFull(wanted=max_tokens, limit=self.trunk.max_context, what="the model's context")
         needed = self.kv_bytes(max_tokens)
-        session = _Session(
+        session = Session(
             name=session_id,
             cache=session_cache(self.trunk.model.config, max_tokens),
             positions=torch.arange(max_tokens, device=self.trunk.device)[None],
@@ -210,7 +184,7 @@ class Segment:
 
     def _run(
         self,
-        session: _Session,
+        session: Session,
         inputs: torch.Tensor,
         between: Between,
         *,
@@ -286,7 +260,7 @@ class Segment:
             mine.end(failed=has_failed)
 
     def _run_batch(
-        self, sessions: Sequence[_Session], inputs: torch.Tensor, caller: ExpertCaller | None
+        self, sessions: Sequence[Session], inputs: torch.Tensor, caller: ExpertCaller | None
     ) -> torch.Tensor:
         dispatcher = self._begin(caller, "partial")
         try:
@@ -295,7 +269,7 @@ class Segment:
         finally:
             self.board.end(dispatcher.routing)
 
-    def _session(self, session_id: str) -> _Session:
+    def _session(self, session_id: str) -> Session:
         session = self._sessions.get(session_id)
         if session is None:
             raise UnknownSession(session_id)
@@ -311,7 +285,7 @@ class Segment:
         return dispatcher
 
     def _within(
-        self, dispatcher: Dispatcher, layers: Callable[[list[Any]], torch.Tensor], sessions: Sequence[_Session]
+        self, dispatcher: Dispatcher, layers: Callable[[list[Any]], torch.Tensor], sessions: Sequence[Session]
     ) -> torch.Tensor:
         """Run one token of each session, exactly or as far as the quality budget allows; `layers` takes caches."""
         caches = [session.cache for session in sessions]
