@@ -88,9 +88,9 @@ class Seen:
 @click.option("--layers-times", default=1, show_default=True, help="Run every layer of the model so many times.")
 @click.option("--fill", default=1.3, show_default=True, help="Memory for experts over all experts.")
 @click.option("--latency-ms", default=5.0, show_default=True, help="One way, of every link.")
-@click.option("--tokens", default=48, show_default=True, help="Of each answer.")
+@click.option("--tokens", default=32, show_default=True, help="Of each answer.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--arm", "chosen", type=click.Choice(tuple(ARMS)), multiple=True, help="On links; all by default.")
+@click.option("--arm", "chosen", type=click.Choice(tuple(ARMS)), multiple=True, help="On links; four by default.")
 @click.option("--part", type=click.Choice(("links", "loopback", "sessions")), multiple=True, help="All by default.")
 def main(
     model: Path,
@@ -116,7 +116,7 @@ def main(
         probes = stack.enter_context(running_probes(path, guess))
         setting = replace(guess, compute=first_look(probes))
         if "links" in parts:
-            arms = {arm: ARMS[arm] for arm in chosen or ARMS}
+            arms = {arm: ARMS[arm] for arm in chosen or (OURS, PROMPTS, "pipeline by speed", DANCEMOE)}
             print_links(path, setting, probes, arms, tokens=tokens, rounds=rounds)
         if "loopback" in parts:
             print_loopback(path, setting, tokens=tokens, rounds=rounds)
