@@ -64,6 +64,8 @@ class CapturedDecode:
 
     Attributes
     ----------
+    room_maker
+        Lets slots be free for what comes next, as seen from the layer that has chosen last.
     counting, pending
         Bookkeeping that is done before the step is over, or when the host has nothing else to do.
     """
@@ -77,6 +79,7 @@ class CapturedDecode:
         self._waits = False
         self._busy_until = 0.0
         self._states: WeakKeyDictionary[Any, States] = WeakKeyDictionary()
+        self.room_maker: Callable[[], None] | None = None
         self.counting: deque[Callable[[], None]] = deque()
         self.pending: deque[Callable[[], None]] = deque()
         self._last = 0.0, 0  # seconds of the step before, and the loads that it waited for
@@ -174,9 +177,13 @@ class CapturedDecode:
         most = 6 * len(self.parts.layers)
         is_free = self._busy_until - perf_counter() > _LEISURE_S or len(self.pending) > most
         work = self.counting or self.pending
-        if not work or not is_free:
+        if not is_free or not (work or self.room_maker):
             return False
-        work.popleft()()
+        if self.room_maker is not None:
+            make_room, self.room_maker = self.room_maker, None
+            make_room()
+        else:
+            work.popleft()()
         return True
 
     def _count_all(self) -> None:
@@ -404,7 +411,7 @@ class _Step:
         decode.counting.append(partial(self._count, index, experts, brought))
         if self._is_lacking:
             most = self._rows * self._top_k
-            decode.pending.append(partial(decode.replenish, number, most, experts, self._stamp))
+            decode.room_maker = partial(decode.replenish, number, 2 * most, experts, self._stamp)
             decode.pending.append(partial(self._observe, number, experts, gates))
             decode.pending.append(partial(decode.prepare, number, most))
 
