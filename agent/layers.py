@@ -13,9 +13,9 @@ from typing import Final
 
 from agent.budget import Budget
 from agent.generation import Ingress
+from agent.offer import Offer
 from agent.plane import SessionPlane
 from agent.ring import Way
-from agent.segments import Offer
 from agent.sessions import Range
 from agent.settings import Settings
 from runtime.engine import Segment

@@ -23,8 +23,9 @@ import zmq
 from agent import ring
 from agent.early import Reply
 from agent.links import LIMBO_S, Links
+from agent.offer import Offer, Traffic
 from agent.peers import PeerCaller
-from agent.segments import NO_SESSION, Offer, Segments, Traffic
+from agent.segments import NO_SESSION, Segments
 from agent.sessions import Objection, Range, Sender
 from agent.steps import frame_of, incoming, parse_sender, sender_name
 from agent.tracing import PutTrace

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.holdings import Holdings
+from agent.offer import Traffic
 from agent.preparing import Preparation
 from agent.quality import QualityBudget
-from agent.segments import Traffic
 from agent.serving import Work
 from agent.settings import Settings
 from runtime.counters import LAYER_FIGURES, Counters, Counts, TierCounts

@@ -8,8 +8,7 @@ what is for this one comes straight back.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from agent import ring
 from agent.early import Early, EarlySteps, Reply
 from agent.errors import RequestCancelled
 from agent.fronts import Fronts, News
+from agent.offer import Offer, Traffic
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
 from agent.steps import ids_of, name_of, require_fit
 from agent.tracing import PutTrace, Traces
@@ -46,33 +46,6 @@ log = logging.getLogger(__name__)
 NO_SESSION: Final = "0" * 32
 MOST_TRACE_BYTES: Final = 1 << 18  # of one message
 _LEAST_LIKELY: Final = 1e6  # nats: JSON has no infinity
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What this node runs now; replaced whole.
-
-    Attributes
-    ----------
-    epoch
-        That new steps use; 0 before the first plan.
-    segments
-        Loaded layer ranges.
-    current
-        Those that the active epoch gives.
-    """
-
-    epoch: int = 0
-    segments: Mapping[Range, Segment] = field(default_factory=dict)
-    current: frozenset[Range] = frozenset()
-
-
-@dataclass
-class Traffic:
-    """Counted for heartbeats: tokens that entered here, and what left for the next node of a path."""
-
-    entered: int = 0
-    hops: int = 0
 
 
 class Outside(Protocol):

@@ -15,11 +15,11 @@ from agent import early, plane, sessions
 from agent import ring as states
 from agent.errors import AgentError, RequestCancelled
 from agent.generation import Generator, Ingress
+from agent.offer import Offer
 from agent.peers import Patience, PeerCaller
 from agent.plane import SessionPlane
 from agent.ring import Way
 from agent.routes import EpochRoutes
-from agent.segments import Offer
 from agent.serving import ExpertServer, Fence, Work
 from agent.sessions import Sender
 from agent.transport import bind, make_socket

@@ -2,7 +2,8 @@
 
 import pytest
 
-from agent.segments import Offer, Segments
+from agent.offer import Offer
+from agent.segments import Segments
 from agent.sessions import Sender
 from schemas.plan import Segment, TrunkPath
 from schemas.sessions import CloseSession, OpenSession, SessionFault
