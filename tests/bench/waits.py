@@ -230,7 +230,7 @@ def write_scene(
         memory = {"device": f"{beside + slots * spec.expert_bytes} B", "host": "0 B", "disk": "0 B"}
         ingress = {"workload": node, "tokens_per_s": 1}
         nodes.append({"id": node, "memory": memory, "compute": {"expert_us": 100.0}, "ingress": ingress})
-        config = {"node": node, "memory": memory, "dtype": "float32", "context": context}
+        config = {"node": node, "memory": memory, "dtype": "float32", "context": context, "peer_cache": False}
         if len(nodes) == 1:
             config["store"] = "store"
         (path / f"{node}.yaml").write_text(yaml.safe_dump(config))
