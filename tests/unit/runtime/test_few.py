@@ -11,7 +11,9 @@ from runtime.dispatch import Dispatcher
 from runtime.engine import generate
 from runtime.experts import ExpertCall, Rows, compute_rows, execute_call
 from runtime.few import Picked, answer_call, compute_few, compute_token, pick
-from runtime.slots import Residency
+from runtime.records import RecordFile
+from runtime.slots import Caching, Residency
+from schemas.store import RECORDS_NAME
 from tests.families import FAMILIES, make_store, split_model, spread
 
 DTYPES = ["float32", "bfloat16"]
@@ -131,3 +133,25 @@ def test_counts_of_single_tokens_and_of_rows_add_up():
     counts.settle()
     assert counts.routed.tolist() == [[0] * 4, [1, 0, 1, 3]]
     assert (counts.events, counts.remote_events, counts.rows, counts.remote_rows) == (3, 1, 5, 1)
+
+
+def test_what_is_called_and_what_is_loaded_add_up_to_what_is_at_hand(checkpoint, store):
+    """Some experts are called, the others read into two slots: no bit differs from where all of those are at hand."""
+    opened = store("qwen3_moe")
+    spec, layout, runs = opened.manifest.model, opened.manifest.layout, []
+    for is_cached in (False, True):
+        split = split_model(checkpoint("qwen3_moe"), opened, spread(opened, 2))
+        if is_cached:
+            here = Residency(layout, {"device": 2 * layout.bytes}, caching=Caching(spec.layers, spec.experts))
+            for key in split.segment.residency.held()["device"]:
+                record = opened.by_key[key]
+                here.place(key, RecordFile(opened.path / RECORDS_NAME, record.sha256, record.offset))
+            split.segment.residency = here
+        split.segment.open("s", 30)
+        logits = [split.segment.step("s", torch.tensor([5, 6, 7]), caller=split.caller)]
+        for _ in range(12):
+            logits.append(split.segment.step("s", logits[-1][-1:].argmax(-1), caller=split.caller))
+        runs.append((torch.cat(logits), [call.expert.tolist() for call in split.caller.calls]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert sum(split.segment.residency.counts.loads) > 12
