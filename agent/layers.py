@@ -35,6 +35,8 @@ class Layers:
 
     Parameters
     ----------
+    device
+        Where trunks are loaded to.
     make_segment
         Makes a segment that runs a loaded trunk.
 
@@ -52,6 +54,7 @@ class Layers:
         model: Model,
         budget: Budget,
         *,
+        device: str = "cpu",
         make_segment: Callable[[Trunk], Segment],
         plane: SessionPlane,
     ) -> None:
@@ -60,6 +63,7 @@ class Layers:
         self._settings = settings
         self._model = model
         self._budget = budget
+        self._device = device
         self._make_segment = make_segment
         self._plane = plane
         self._segments: Mapping[Range, Segment] = {}  # replaced whole
@@ -88,6 +92,7 @@ class Layers:
                 last_layer=last,
                 source=RecordSource(records) if records else None,
                 pool=self._pool,
+                device=self._device,
             )
             segment = self._make_segment(trunk)
             with self._lock:

@@ -45,6 +45,7 @@ from agent.settings import Settings
 from agent.transfer import Puller, Wanted, WeightsServer
 from agent.transport import Context, bind, make_socket
 from runtime.counters import Counters
+from runtime.cuda.devices import is_device_fault, usable_device
 from runtime.engine import Segment
 from runtime.errors import InvalidStore, RuntimeFault
 from runtime.importance import Importance
@@ -57,7 +58,7 @@ from schemas import messages as msg
 from schemas.address import Address
 from schemas.model import ModelSpec
 from schemas.paths import layers_run
-from schemas.topology import TIERS
+from schemas.topology import TIERS, Tier
 from schemas.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -100,16 +101,15 @@ class Node:
         )
         self._machine = m.AgentMachine(self._journal.state, budget)
         budgets = {tier: getattr(self._memory, tier) for tier in TIERS}
-        self._residency = Residency(
-            self._model.layout,
-            budgets,
-            data / "records",
-            max_slots=self._spec.layers * self._spec.experts,
-            caching=Caching(
-                self._spec.layers, self._spec.experts, eviction=settings.eviction, prefetch=settings.prefetch
-            ),
-            precision=None if settings.precision == "checkpoint" else settings.precision,
-        )
+        self._device, _ = usable_device(settings.torch_device)
+        try:
+            self._residency = self._make_residency(budgets)
+        except RuntimeFault as error:
+            if self._device == "cpu" or not is_device_fault(error.__cause__ or error):
+                raise
+            log.warning("%s; the processor computes instead of %s", error, self._device)
+            self._device = "cpu"
+            self._residency = self._make_residency(budgets)
         self._allowance = Allowance(self._residency, budget, settings.device_budget)
         self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
         self._counters = Counters(self._spec.layers, self._spec.experts)
@@ -139,6 +139,18 @@ class Node:
             board=self._board,
             traffic=self._plane.traffic,
             quality=self._quality,
+        )
+
+    def _make_residency(self, budgets: Mapping[Tier, int]) -> Residency:
+        settings, spec = self._settings, self._spec
+        return Residency(
+            self._model.layout,
+            budgets,
+            Path(settings.data) / "records",
+            device=self._device,
+            max_slots=spec.layers * spec.experts,
+            caching=Caching(spec.layers, spec.experts, eviction=settings.eviction, prefetch=settings.prefetch),
+            precision=None if settings.precision == "checkpoint" else settings.precision,
         )
 
     def _bind(self, opened: ExitStack) -> msg.Endpoints:
@@ -171,7 +183,12 @@ class Node:
         )
         opened.callback(self._plane.close)
         self._layers = Layers(
-            settings, self._model, self._machine.budget, make_segment=self._make_segment, plane=self._plane
+            settings,
+            self._model,
+            self._machine.budget,
+            device=self._device,
+            make_segment=self._make_segment,
+            plane=self._plane,
         )
         self._threads = [
             ExpertServer(expert, self._residency, self._limits, self._work, self._stopped),

@@ -370,9 +370,9 @@ def _compute(segment: Segment, batch: Batch, port: Port) -> torch.Tensor:
     entries, steps, device = batch.entries, batch.steps, segment.trunk.device
     if len(entries) > 1:
         inputs = torch.cat([step.payload for step in steps]).to(device)
-        return segment.step_batch([entry.name for entry in entries], inputs, caller=port)
+        return segment.step_batch([entry.name for entry in entries], inputs, caller=port).cpu()
     entry, step = entries[0], steps[0]
     is_sampled = step.position + step.count >= entry.opened.prompt_tokens
     keep: Keep = "last" if is_sampled else "none"
     inputs, combine = step.payload.to(device), entry.opened.combine
-    return segment.step(entry.name, inputs, caller=port, combine=combine, keep=keep, rest=port.rest)
+    return segment.step(entry.name, inputs, caller=port, combine=combine, keep=keep, rest=port.rest).cpu()

@@ -57,6 +57,9 @@ class Settings(FrozenModel):
         Where the agent keeps its journal and records.
     memory, context, dtype
         As in the topology. Trunk and KV cache of the layers that run here are taken from `memory` too.
+    torch_device
+        Where trunk and experts are computed: cpu, cuda or cuda:1. `memory.device` is then that device's memory, and
+        what is in `memory.host` is pinned for it. A device that cannot be used is told of, and the processor computes.
     device_budget
         Less of the device than `memory` tells the planner: experts beyond it are loaded when they are asked for.
     peer_cache
@@ -88,6 +91,7 @@ class Settings(FrozenModel):
     memory: Memory
     context: Context = Context()
     dtype: HeldDtype = "checkpoint"
+    torch_device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     device_budget: Bytes | None = None
     eviction: Literal["rates", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True

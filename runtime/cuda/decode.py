@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from runtime.cuda import reference
 from runtime.cuda.buffers import LOOK_AHEAD, make_buffers
-from runtime.cuda.layers import Step, StepParts, lanes_of, step_parts
-from runtime.cuda.runners import Answer, Eager, Graphs, Runner, States, Words
+from runtime.cuda.layers import Answer, Step, StepParts, lanes_of, step_parts
+from runtime.cuda.runners import Eager, Graphs, Runner, States, Words
 from runtime.cuda.table import ABSENT, Rooms, SlotTable, answer_slots, fits, lacking, sorted_rows
 from runtime.dispatch import Dispatcher
 from runtime.errors import DeviceLost, ExpertUnavailable, RuntimeFault

@@ -311,7 +311,7 @@ def _route(
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, and tell the host; guess likewise from the logits of layers after, behind [B, E]."""
+    """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
     mail = buffers.mail
     _route[(logits.shape[0], logits.shape[1] // shape.experts)](
         logits, buffers.table[layer], buffers.slots[layer], buffers.first[layer], buffers.weights[layer],

@@ -123,7 +123,7 @@ def _scale(norm: Any) -> Scale:
 
 def _joined(projections: list[Any]) -> torch.Tensor:
     """Return the weights of projections as one matrix, which they are views of from then on."""
-    weights = [each.weight.detach() for each in projections]
+    weights: list[torch.Tensor] = [each.weight.detach() for each in projections]
     rows, columns = sum(map(len, weights)), weights[0].shape[1]
     ends = [weight.data_ptr() + weight.nbytes for weight in weights]
     is_one = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
+from runtime.errors import RuntimeFault
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -44,7 +45,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def rotate_store(
+def rotate_store(  # noqa: PLR0917
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads, kv: KeyValues, layer: int
 ) -> torch.Tensor:
     """Norm and rotate queries and keys, append keys and values to the caches; returns the queries [B, H, d]."""
@@ -75,12 +76,13 @@ def attend(queries: torch.Tensor, heads: Heads, kv: KeyValues, layer: int) -> to
 
 
 def _tensors(kv: KeyValues) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    assert kv.tensors is not None, "the reference needs the caches themselves"
+    if kv.tensors is None:
+        raise RuntimeFault("plain torch cannot read a cache by its address; hand the caches over themselves")
     return kv.tensors
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, and tell the host; guess likewise from the logits of layers after, behind [B, E]."""
+    """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
     scores = logits[:, : shape.experts].float().softmax(-1)
     weights, chosen = scores.topk(shape.top_k, dim=-1)
     if shape.is_normalised:

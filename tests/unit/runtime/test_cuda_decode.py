@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from runtime.alone import open_alone
 from runtime.cuda import reference
