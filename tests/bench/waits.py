@@ -224,7 +224,7 @@ def write_scene(
     path.mkdir()
     spec, nodes = read_checkpoint(model).model_spec.held_as("float32"), []
     context = {"tokens": 2 * _WINDOW, "sessions": 1}
-    beside = spec.trunk_bytes + spec.kv_bytes(tokens=2 * _WINDOW, sessions=len(SHARES))
+    beside = spec.trunk_bytes + spec.kv_bytes(tokens=2 * _WINDOW, sessions=1)
     for node, share in SHARES.items():
         slots = round(share * fill * spec.layers * spec.experts)
         memory = {"device": f"{beside + slots * spec.expert_bytes} B", "host": "0 B", "disk": "0 B"}
