@@ -193,6 +193,8 @@ class SessionPlane:
         while not self._stopped() and not self._turn.is_wanted:
             self._receive()
             if (batch := self._segments.registry.next_batch()) is not None:
+                if batch.steps[0].count > 1:
+                    self._segments.fronts.tell()  # a piece of a prompt takes too long to wait for
                 self._segments.run(batch, port)
             self._segments.fronts.tell()
 
