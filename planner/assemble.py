@@ -20,6 +20,7 @@ from planner.trunk.trials import Trial
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
 from schemas.plan import LinkSummary, NodeSummary, Plan, Segment, Step, Summary, TrunkPath
+from schemas.topology import Context
 from schemas.units import format_bytes
 
 _SHARE_FLOOR = 1e-6  # a smaller share of calls is a solver's rounding
@@ -72,7 +73,7 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         rooms = Rooms.between(problem.room, inputs.model, current.trunk, trunk)
     steps, stages, trunk_stage = migration_steps(problem, current.placement if current else (), placement, rooms)
     quality = topology.quality.budget or None
-    if not stages and current is not None and (current.routes, current.quality_budget) != (routes, quality):
+    if not stages and current is not None and _differ(current, routes, quality, topology.context):
         steps, stages = (Step(stage=1, action="switch"),), 1
     base = 0 if current is None else current.epoch
     plan = Plan(
@@ -92,6 +93,12 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         summary=summarise(solved),
     )
     return plan.sealed()
+
+
+def _differ(current: Plan, routes: tuple[Route, ...], quality: float | None, context: Context) -> bool:
+    """Whether agents must hear of something beside placement and paths; a plan may not say its context."""
+    told = (current.routes, current.quality_budget, current.context or context)
+    return told != (routes, quality, context)
 
 
 def require_same(inputs: Inputs, current: Plan) -> None:

@@ -71,6 +71,17 @@ def test_solving_again_from_the_plan_changes_nothing(planner, workspace, tmp_pat
     assert (second.base_epoch, second.epoch, second.steps) == (1, 1, ())
 
 
+def test_another_context_alone_is_an_epoch_of_its_own(planner, workspace, tmp_path):
+    assert planner("solve", workspace.write()).code == 0
+    tokens = load_plan(tmp_path / "plan.json").context.tokens
+    path = workspace.write(context={"tokens": tokens // 2})
+    ran = planner("solve", path, "--current", tmp_path / "plan.json", "-o", tmp_path / "next.json")
+    assert ran.code == 0, ran.err
+    following = load_plan(tmp_path / "next.json")
+    assert [step.action for step in following.steps] == ["switch"]
+    assert (following.epoch, following.context.tokens) == (2, tokens // 2)
+
+
 def test_solving_from_another_placement_moves_what_differs(planner, workspace, tmp_path):
     path = workspace.write()
     planner("solve", path, "-o", "first.json", "--solver", "uniform")
