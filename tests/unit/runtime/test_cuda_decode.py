@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.alone import open_alone
 from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.layers import step_parts
 from runtime.engine import Segment, generate
+from runtime.errors import DamagedRecord, ExpertLost
+from runtime.importance import Importance
+from runtime.policy.quality import Allowance, Controller
+from runtime.policy.routing import MassBudget
+from runtime.records import CheckpointExpert
 
 PROMPT = [5, 17, 99, 3, 42, 7]
 
@@ -39,3 +45,59 @@ def test_tokens_are_those_of_the_ordinary_way(checkpoint: Any, family: str, slot
     assert counts.rows == counts.routed.sum() == (len(PROMPT) + 19) * 4 * 2
     assert sum(counts.tier_rows.values()) == counts.rows
     assert (sum(tiers.loads) > 60) == (slots is not None)
+
+
+def batched(segment: Segment, count: int) -> list[list[int]]:
+    """Decode two sessions of different lengths together, greedily."""
+    prompts = {"a": PROMPT, "b": PROMPT[:3]}
+    last = []
+    for name, prompt in prompts.items():
+        segment.open(name, 32)
+        last.append(int(segment.step(name, torch.tensor(prompt))[-1].argmax()))
+    made = [[token] for token in last]
+    for _ in range(count):
+        last = segment.step_batch(list(prompts), torch.tensor(last)).argmax(-1).tolist()
+        for answer, token in zip(made, last, strict=True):
+            answer.append(token)
+    return made
+
+
+def test_several_sessions_in_one_step(checkpoint: Any) -> None:
+    path = checkpoint("qwen3_moe")
+    want = batched(opened(path, is_captured=False), 10)
+    assert batched(opened(path, slots=7), 10) == want
+
+
+def test_a_layer_that_lacks_experts_may_get_others(checkpoint: Any) -> None:
+    path = checkpoint("qwen3_moe")
+    loads = []
+    for is_exact in (True, False):
+        segment = opened(path, slots=7)
+        if not is_exact:
+            allowance = Allowance(budget=1.0, nll=(1.0,) * 4, nll_per_mass=(1.0,) * 4)
+            segment.importance = Importance(MassBudget((0.5,) * 4), Controller(allowance), is_whole=False)
+        list(generate(segment, PROMPT, max_tokens=20, stop_ids=frozenset()))
+        counts = segment.counters.snapshot()
+        assert (counts.replaced_rows > 0) != is_exact
+        loads.append(sum(segment.residency.counts.loads))
+    assert loads[1] < loads[0]
+
+
+def test_an_expert_that_is_lost_ends_the_step_and_nothing_else(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint("qwen3_moe")
+    segment = opened(path, slots=7)
+    want = list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset()))
+    read = CheckpointExpert.read_into
+
+    def failing(self: CheckpointExpert, parts: Any, *, check: bool) -> None:
+        raise DamagedRecord("a disk", "it was lost")
+
+    tokens = generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset())
+    next(tokens)
+    monkeypatch.setattr(CheckpointExpert, "read_into", failing)
+    with pytest.raises(ExpertLost):
+        list(tokens)
+    monkeypatch.setattr(CheckpointExpert, "read_into", read)
+    assert list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset())) == want
