@@ -27,12 +27,12 @@ from tests.small_plans import path, plan_through, replicas, route
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
-CODE = ROOT / "runtime" / "engine.py"
+TEXT = ROOT / "LICENSE"  # some text that does not change
 
 
 @pytest.fixture(scope="module")
 def bench():
-    ids = load_tokenizer(DEMO)(CODE.read_text(), verbose=False)["input_ids"]
+    ids = load_tokenizer(DEMO)(TEXT.read_text(), verbose=False)["input_ids"]
     pieces = cut_pieces([ids], window=64, max_tokens=1024)
     return Bench(load_whole(DEMO, dtype="float32"), pieces, Supply(4, 16, 6), 2)
 
@@ -98,17 +98,17 @@ def test_calibration_finds_more_room_in_larger_budgets(bench):
         bench,
         model="demo",
         situation=Situation(capacity=6, eviction="steady"),
-        budgets=[0.3, 0.15],
+        budgets=[0.6, 0.3],
         progress=lambda done, total: seen.append((done, total)),
     )
     small, large = found.settings
-    assert (small.budget, large.budget) == (0.15, 0.3)
+    assert (small.budget, large.budget) == (0.3, 0.6)
     assert all(a <= b for a, b in zip(small.shares, large.shares, strict=True))
-    assert sum(small.nll) == pytest.approx(math.log1p(0.15))
+    assert sum(small.nll) == pytest.approx(math.log1p(0.3))
     assert small.low <= small.rise <= small.high
     assert large.waits_share <= small.waits_share < 1
-    assert found.setting(0.2) == small
-    assert found.setting(0.1) is None
+    assert found.setting(0.4) == small
+    assert found.setting(0.2) is None
     assert found.warmup == WARMUP
     assert seen[0][0] == 1
 
@@ -125,7 +125,7 @@ def test_too_little_text_is_refused_with_how_much_is_needed(bench):
 
 def test_the_command_writes_what_agents_read(tmp_path):
     output = tmp_path / "c.json"
-    options = ["--text", str(CODE), "--capacity", "6", "--budget", "50 %", "--window", "64", "--tokens", "1024"]
+    options = ["--text", str(TEXT), "--capacity", "6", "--budget", "50 %", "--window", "64", "--tokens", "1024"]
     options += ["--precision", "none"]
     result = CliRunner().invoke(command, [str(DEMO), *options, "-o", str(output), "--json"])
     assert result.exit_code == 0, result.output
@@ -144,7 +144,7 @@ def test_the_command_takes_what_a_plan_places(tmp_path):
     plan = plan_through(replicas(placed), routes=away, trunk=[path("a", *"aaaa")])
     plan = plan.model_copy(update={"model": read_checkpoint(DEMO).model_spec}).sealed()
     write_plan(tmp_path / "p.json", plan)
-    options = ["--text", str(CODE), "--budget", "100 %", "--window", "64", "--tokens", "1024"]
+    options = ["--text", str(TEXT), "--budget", "100 %", "--window", "64", "--tokens", "1024"]
     options += ["--precision", "none"]
     base = [str(DEMO), *options, "--plan", str(tmp_path / "p.json"), "-o", str(tmp_path / "c.json")]
     result = CliRunner().invoke(command, [*base, "--node", "a"])
@@ -159,7 +159,7 @@ def test_the_command_takes_what_a_plan_places(tmp_path):
 
 
 def test_the_command_refuses_what_it_cannot_measure(tmp_path):
-    base = [str(DEMO), "--text", str(CODE), "-o", str(tmp_path / "c.json")]
+    base = [str(DEMO), "--text", str(TEXT), "-o", str(tmp_path / "c.json")]
     for options, said in (
         ([], "--capacity, or --plan and --node"),
         (["--capacity", "1"], "a token needs 2 at once"),
