@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Collection
 
-from agent.budget import Budget
+from agent.budget import MemoryBudget
 from runtime.errors import BudgetTooSmall
 from runtime.slots import Residency
 from schemas.messages import Assignment
@@ -28,7 +28,7 @@ class Allowance:
         Bytes of the device to begin with; what the config gives to ExpertMesh if None. Never more than that.
     """
 
-    def __init__(self, residency: Residency, budget: Budget, device: int | None) -> None:
+    def __init__(self, residency: Residency, budget: MemoryBudget, device: int | None) -> None:
         self._residency = residency
         self._budget = budget
         self._lock = threading.Lock()

@@ -20,7 +20,7 @@ Held = tuple[int, int, Tier]
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """What the node may use, and what the trunk and KV cache of the layers that it runs take of it.
 
     Attributes
@@ -72,7 +72,7 @@ def wanted_parts(assignments: Iterable[Assignment]) -> dict[str, AssignedTrunkPa
     return {part.record.sha256: part for a in assignments for part in a.trunk}
 
 
-def over_budget(assignments: Iterable[Assignment], budget: Budget) -> str:
+def over_budget(assignments: Iterable[Assignment], budget: MemoryBudget) -> str:
     """Say which tier these assignments exceed together, and by how much; empty if they fit."""
     held = tuple(assignments)
     used: Counter[Tier] = Counter()
@@ -93,7 +93,7 @@ def over_budget(assignments: Iterable[Assignment], budget: Budget) -> str:
     return ""
 
 
-def short_context(assignment: Assignment, budget: Budget) -> str:
+def short_context(assignment: Assignment, budget: MemoryBudget) -> str:
     """Say how much more context an assignment was planned for than this node is set to; empty if no more."""
     planned, own = assignment.context, budget.context
     if planned is None or not (assignment.ingress or assignment.paths):
@@ -106,7 +106,7 @@ def short_context(assignment: Assignment, budget: Budget) -> str:
     )
 
 
-def _trunk_excess(budget: Budget, trunk: PathMemory, tier: Tier, excess: int) -> str:
+def _trunk_excess(budget: MemoryBudget, trunk: PathMemory, tier: Tier, excess: int) -> str:
     context = budget.context
     return (
         f"trunk ({format_bytes(trunk.trunk_bytes)}) and KV cache ({format_bytes(trunk.kv_bytes)} for a context of "

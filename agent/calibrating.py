@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
 
 
-class Budget(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
+class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
     """A rise of perplexity: ``0.5 %``."""
 
     name = "share"
@@ -47,7 +47,11 @@ class Budget(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Calibration file to write.")
 @click.option(
-    "--budget", "budgets", multiple=True, type=Budget(), help="Rise of perplexity.  [default: 0.25, 0.5, 1 and 2 %]"
+    "--budget",
+    "budgets",
+    multiple=True,
+    type=PerplexityRise(),
+    help="Rise of perplexity.  [default: 0.25, 0.5, 1 and 2 %]",
 )
 @click.option("--capacity", type=Capacity(), help="Experts of each layer at hand: 8, 25 %, or bytes for all layers.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Instead: what this plan has at hand for --node.")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from agent.budget import Budget
+from agent.budget import MemoryBudget
 from agent.generation import Ingress
 from agent.offer import Offer
 from agent.plane import SessionPlane
@@ -52,7 +52,7 @@ class Layers:
         self,
         settings: Settings,
         model: Model,
-        budget: Budget,
+        budget: MemoryBudget,
         *,
         device: str = "cpu",
         make_segment: Callable[[Trunk], Segment],

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from agent.budget import Budget, over_budget, short_context
+from agent.budget import MemoryBudget, over_budget, short_context
 from schemas.base import FrozenModel
 from schemas.messages import Assignment, PrepareFault, Standing
 from schemas.outcome import ExitCode
@@ -144,7 +144,7 @@ class AgentMachine:
     """The state machine of one agent. `handle` modifies it; everything else only reads."""
 
     state: AgentState
-    budget: Budget
+    budget: MemoryBudget
     fault: PrepareFault | None = None
     is_restored: bool = field(init=False)
 

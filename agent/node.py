@@ -24,7 +24,7 @@ import zmq
 
 from agent import machine as m
 from agent.allowance import Allowance
-from agent.budget import Budget, wanted_parts, wanted_replicas
+from agent.budget import MemoryBudget, wanted_parts, wanted_replicas
 from agent.clients import ClientServer
 from agent.control import ControlLine
 from agent.errors import CoordinatorAbsent, JournalUnwritable, Refused, ThreadLost
@@ -96,7 +96,7 @@ class Node:
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
         memory = settings.memory
         self._memory = msg.TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
-        budget = Budget(
+        budget = MemoryBudget(
             settings.node, self._memory, "device" if memory.device else "host", self._spec, settings.context
         )
         self._machine = m.AgentMachine(self._journal.state, budget)

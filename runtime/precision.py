@@ -3,8 +3,9 @@
 Decides the codes. int8: symmetric, one float32 scale for each output (all weights that one output sums over). int4:
 groups of 32 weights along the input axis, each with a bfloat16 scale and minimum; two codes share a byte, those of the
 matrix' first half in its low bits and those of its second half in its high bits. Minima cost half a bit per weight, and
-err less (rms, tinymoe-base) than symmetric codes in smaller groups of as many bytes. Every weight comes back within half a
-scale of itself, and as the same bits wherever it is unpacked: one product, then (int4) one sum, each rounded once.
+err less (rms, tinymoe-base) than symmetric codes in smaller groups of as many bytes. Every weight comes back within
+half a scale of itself, and as the same bits wherever it is unpacked: one product, then (int4) one sum, each rounded
+once.
 
 Flow: record of weights → `pack_record` → packed record → `unpack_parts` → weights in their dtype. Must not know which
 experts are held how.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agent import machine as am
-from agent.budget import Budget, Held, wanted_replicas
+from agent.budget import Held, MemoryBudget, wanted_replicas
 from planner.control import machine as cm
 from planner.control.state import Accept, ClusterState, Refuse, is_busy, judge
 from schemas import messages as msg
@@ -28,8 +28,8 @@ NODES = ("a", "b", "c")
 SPEC = MODEL.model_copy(update={"trunk_layer_bytes": 8})
 
 
-def budget_of(node: str, slots: int = 32) -> Budget:
-    return Budget(node, msg.TierBytes(device=16 * slots, disk=0), "device", SPEC, Context())
+def budget_of(node: str, slots: int = 32) -> MemoryBudget:
+    return MemoryBudget(node, msg.TierBytes(device=16 * slots, disk=0), "device", SPEC, Context())
 
 
 def make_plan(state: ClusterState, seed: int) -> Plan:

@@ -7,14 +7,14 @@ import stat
 import pytest
 
 from agent import machine as m
-from agent.budget import Budget
+from agent.budget import MemoryBudget
 from agent.errors import JournalUnusable, JournalUnwritable
 from agent.journal import Journal
 from schemas import messages as msg
 from schemas.topology import Context
 from tests.small_plans import BYTES, CATALOGUE, LAYOUT, MODEL
 
-BUDGET = Budget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, Context())
+BUDGET = MemoryBudget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, Context())
 
 
 def assignment(epoch, experts):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent import machine as m
-from agent.budget import Budget, wanted_replicas
+from agent.budget import MemoryBudget, wanted_replicas
 from schemas import messages as msg
 from schemas.outcome import ExitCode
 from schemas.plan import Segment, TrunkPath
@@ -27,7 +27,7 @@ class Story:
         self.start()
 
     def start(self) -> None:
-        budget = Budget("a", msg.TierBytes(device=3 * BYTES), "device", SPEC, Context(tokens=2))
+        budget = MemoryBudget("a", msg.TierBytes(device=3 * BYTES), "device", SPEC, Context(tokens=2))
         self.machine = m.AgentMachine(self.journal, budget)
 
     def act(self, words: list[str]) -> Iterator[str]:
@@ -108,7 +108,7 @@ def digest(plan: str) -> str:
 
 def held(assignments: tuple[msg.Assignment, ...]) -> str:
     names = [f"e{3 * layer + expert}" for layer, expert, _ in sorted(wanted_replicas(assignments))]
-    budget = Budget("a", msg.TierBytes(), "device", SPEC, Context(tokens=2))
+    budget = MemoryBudget("a", msg.TierBytes(), "device", SPEC, Context(tokens=2))
     names += (f"{first}-{last}/{kv}" for (first, last), kv in sorted(budget.ranges(assignments).items()))
     return " ".join(names) or "nothing"
 

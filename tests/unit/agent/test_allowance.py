@@ -3,7 +3,7 @@
 import pytest
 
 from agent.allowance import Allowance
-from agent.budget import Budget
+from agent.budget import MemoryBudget
 from runtime.errors import BudgetTooSmall
 from runtime.slots import Caching, Residency
 from schemas.messages import Assignment, TierBytes
@@ -20,7 +20,7 @@ def store(tmp_path_factory):
 def test_the_budget_is_what_trunk_and_kv_cache_leave(store):
     spec = store.manifest.model
     memory = TierBytes(device=1 << 20, host=4096, disk=0)
-    budget = Budget("n0", memory, "device", spec, Context(tokens=16, sessions=1))
+    budget = MemoryBudget("n0", memory, "device", spec, Context(tokens=16, sessions=1))
     residency = Residency(
         store.manifest.layout, {"device": 1 << 20, "host": 4096}, caching=Caching(spec.layers, spec.experts)
     )

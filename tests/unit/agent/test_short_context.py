@@ -3,7 +3,7 @@
 import pytest
 
 from agent import machine as m
-from agent.budget import Budget
+from agent.budget import MemoryBudget
 from schemas import messages as msg
 from schemas.outcome import ExitCode
 from schemas.plan import Segment, TrunkPath
@@ -20,7 +20,7 @@ def refusal(planned, *, runs=True):
         cluster="test", plan="1" * 64, epoch=1, ingress=False, layout=LAYOUT, context=planned,
         paths=(TrunkPath(ingress="b", segments=(layers,)),) if runs else (),
     )  # fmt: skip
-    machine = m.AgentMachine(m.AgentState(), Budget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, MINE))
+    machine = m.AgentMachine(m.AgentState(), MemoryBudget("a", msg.TierBytes(device=6 * BYTES), "device", MODEL, MINE))
     machine.handle(m.Started())
     machine.handle(m.PrepareReceived(assignment))
     return machine.fault
