@@ -14,6 +14,7 @@ from agent.transport import bind, make_socket
 from schemas import messages as msg
 from schemas.address import Address
 from schemas.outcome import ExitCode
+from tests.cluster import wait_for
 
 Reply = Callable[[msg.Message], list[msg.Message]]
 
@@ -106,8 +107,7 @@ def test_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with peer(lambda _: []) as there:
         with pytest.raises(AgentError, match="has sent nothing for"):
             ask(there)
-        there.stop()
-        assert isinstance(there.heard[-1], msg.Cancel)
+        wait_for(lambda: isinstance(there.heard[-1], msg.Cancel), timeout_s=10, what="no cancellation came")
 
 
 def test_another_protocol_is_told() -> None:

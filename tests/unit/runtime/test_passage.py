@@ -117,7 +117,7 @@ def test_a_fault_ends_the_pieces_behind_it_and_nothing_is_left(checkpoint, store
     @contextmanager
     def rest():
         resting.append(True)
-        if len(resting) == 2:
+        if resting.count(True) == 2:
             may_fail.set()
         yield
         resting.append(False)
