@@ -50,7 +50,7 @@ def main() -> int:
         command("planner", "solve", HERE / "topology.yaml", "--counters", RUN / "counters.json",
                 "--current", RUN / "plan.json", "-o", RUN / "plan2.json")  # fmt: skip
         say("Let attention move too: tokens may run where their experts are")
-        command("planner", "solve", HERE / "topology.yaml", "--trunk", "move", "--time-limit", "6",
+        command("planner", "solve", HERE / "topology.yaml", "--trunk", "move", "--solver", "pipeline-speed",
                 "--current", RUN / "plan.json", "-o", RUN / "plan3.json")  # fmt: skip
         command("planner", "apply", RUN / "plan3.json")
         verdicts += [answers_equal(node, prompt) for node, prompt in PROMPTS.items()]
