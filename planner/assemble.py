@@ -14,7 +14,7 @@ from planner.objective import Judgement, ObjectiveName, Routing, link_load, node
 from planner.problem import Bools, Ints, Problem
 from planner.rooms import Rooms
 from planner.solvers.base import Result
-from planner.steps import migration_steps
+from planner.steps import Migration, migration_steps
 from planner.trunk.story import path_summaries
 from planner.trunk.trials import Trial
 from schemas.outcome import ExitCode
@@ -63,15 +63,11 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
     UnsafePlan
         No order of steps keeps every expert, and the trunks of before and after, within memory.
     """
-    topology, problem = inputs.topology, solved.problem
+    topology = inputs.topology
     if current is not None:
         require_same(inputs, current)
-    placement, routes = placement_records(problem, solved.placed), route_records(problem, solved.routing)
-    trunk = tuple(trunk_paths(problem, inputs.model.moe_layer_indices, inputs.model.num_decoder_layers))
-    rooms = None
-    if current is not None and current.trunk != trunk:
-        rooms = Rooms.between(problem.room, inputs.model, current.trunk, trunk)
-    steps, stages, trunk_stage = migration_steps(problem, current.placement if current else (), placement, rooms)
+    routes = route_records(solved.problem, solved.routing)
+    placement, trunk, (steps, stages, trunk_stage) = plan_steps(inputs, solved, current)
     quality = topology.quality.budget or None
     if not stages and current is not None and _differ(current, routes, quality, topology.context):
         steps, stages = (Step(stage=1, action="switch"),), 1
@@ -93,6 +89,20 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         summary=summarise(solved),
     )
     return plan.sealed()
+
+
+def plan_steps(
+    inputs: Inputs, solved: Solved, current: Plan | None
+) -> tuple[tuple[Replica, ...], tuple[TrunkPath, ...], Migration]:
+    """Return replicas, paths and the steps that lead to both from `current`; raises `UnsafePlan` as `make_plan`."""
+    problem = solved.problem
+    placement = placement_records(problem, solved.placed)
+    trunk = tuple(trunk_paths(problem, inputs.model.moe_layer_indices, inputs.model.num_decoder_layers))
+    rooms = None
+    if current is not None and current.trunk != trunk:
+        rooms = Rooms.between(problem.room, inputs.model, current.trunk, trunk)
+    before = current.placement if current else ()
+    return placement, trunk, migration_steps(problem, before, placement, rooms)
 
 
 def _differ(current: Plan, routes: tuple[Route, ...], quality: float | None, context: Context) -> bool:

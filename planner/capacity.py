@@ -71,9 +71,13 @@ class Room:
         )
         return np.asarray(runs @ self.layer_bytes + outside)
 
-    def taken(self, trunk_node: Ints) -> tuple[Ints, Ints]:
-        """Bytes of trunk and of KV cache at each node, int64 ``[N]`` each, from trunk nodes ``[I, L]``."""
-        runs = trunk_node[None] == np.arange(len(self.node_ids))[:, None, None]  # [N, I, L]
+    def taken(self, *trunk_node: Ints) -> tuple[Ints, Ints]:
+        """Bytes of trunk and of KV cache at each node, int64 ``[N]`` each, from trunk nodes ``[I, L]``.
+
+        Of several trunks that are there at the same time each layer, and its cache of each ingress, counts once.
+        """
+        nodes = np.arange(len(self.node_ids))[:, None, None]
+        runs = np.logical_or.reduce([each[None] == nodes for each in trunk_node])  # [N, I, L]
         return self.trunk_bytes(runs.any(axis=1)), np.asarray(runs.sum(axis=1) @ self.kv_bytes)
 
     def fits(self, trunk_node: Ints) -> bool:

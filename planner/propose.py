@@ -12,6 +12,7 @@ import numpy as np
 
 from planner.assemble import Solved, make_plan, require_same
 from planner.child import Watch
+from planner.departure import Departure
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.moving import schedule_plan, with_sources
@@ -71,9 +72,12 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     now = None if before is None else in_force(before, problem)
     started, start = _from_there(problem, now)
     limits = replace(request.limits, start=start)
-    solved = _solve(started, replace(request, limits=limits), watch)
+    departure = None
+    if before is not None and now is not None and problem.moves:
+        departure = Departure(inputs, before, now.problem)
+    solved = _solve(started, replace(request, limits=limits), watch, departure)
     if request.solver not in STRATEGIES and request.objective == "latency":
-        solved = _sparing(inputs, solved, limits)
+        solved = _sparing(inputs, solved, limits, departure)
     choice = Choice(solved, True, "", 0.0)
     if before is not None:
         choice = choose_move(solved, now, request.moving, gap=limits.gap)
@@ -96,18 +100,22 @@ def _from_there(problem: Problem, now: InForce | None) -> tuple[Problem, Bools |
     return problem, now.placed if np.array_equal(problem.trunk_node, now.problem.trunk_node) else None
 
 
-def _solve(problem: Problem, request: Request, watch: Watch | None = None) -> Solved:
+def _solve(
+    problem: Problem, request: Request, watch: Watch | None = None, departure: Departure | None = None
+) -> Solved:
     limits = request.limits
     if request.queueing:
         limits = replace(limits, time_s=limits.time_s / ROUNDS)
 
     def run(given: Problem) -> Solved:
-        return solve(given, request.solver, objective=request.objective, limits=limits, watch=watch)
+        return solve(
+            given, request.solver, objective=request.objective, limits=limits, watch=watch, departure=departure
+        )
 
     return solve_with_queues(problem, run) if request.queueing else run(problem)
 
 
-def _sparing(inputs: Inputs, solved: Solved, limits: SolveLimits) -> Solved:
+def _sparing(inputs: Inputs, solved: Solved, limits: SolveLimits, departure: Departure | None) -> Solved:
     """Go on to a placement that waits less while a quality budget is spent, where the topology has one.
 
     The solver's own placement and, where tokens stay, DanceMoE's are where it begins: solvers of exact waits gather
@@ -135,6 +143,8 @@ def _sparing(inputs: Inputs, solved: Solved, limits: SolveLimits) -> Solved:
             checked = recheck(problem, result, objective="latency", gap=limits.gap)
         except PlannerError:
             continue  # a limit of compute or links that exchanges do not know
+        if departure is not None and not departure.reaches(checked):
+            continue
         best, solved = trial, replace(checked, trials=solved.trials)
     return replace(solved, spared_any_remote_share=best.share_waiting)
 

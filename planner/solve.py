@@ -11,6 +11,7 @@ from typing import Final
 
 from planner.assemble import Solved
 from planner.child import Job, Standing, Watch, solve_in_child
+from planner.departure import Departure
 from planner.errors import BrokenPlacement, InfeasibleProblem, NoPlacementFound
 from planner.feasibility import impossible, violations
 from planner.objective import ObjectiveName, judge, nearest, path_cost, plan_cost
@@ -40,8 +41,14 @@ def solve(
     limits: SolveLimits | None = None,
     watch: Watch | None = None,
     in_process: bool = False,
+    departure: Departure | None = None,
 ) -> Solved:
     """Find a placement and re-check it.
+
+    Parameters
+    ----------
+    departure
+        Where the trunk may move: what is in force, from which the result should be reached.
 
     Raises
     ------
@@ -59,7 +66,9 @@ def solve(
         problem = problem if solver in PIPELINES else problem.with_trunk(problem.stay_node)
         problem = replace(problem, moves=False)
     if problem.moves and solver != "milp":
-        return _move(problem, solver, objective=objective, limits=limits, watch=watch, in_process=in_process)
+        return _move(
+            problem, solver, objective=objective, limits=limits, watch=watch, in_process=in_process, departure=departure
+        )
     if solver not in PIPELINES and not problem.moves and (found := impossible(problem)):
         raise InfeasibleProblem(found)
     if solver == "cpsat" and problem.balance:
@@ -93,6 +102,7 @@ def _move(
     limits: SolveLimits,
     watch: Watch | None,
     in_process: bool,
+    departure: Departure | None,
 ) -> Solved:
     """Search paths and placement together, asking the solver for the placement of one trunk after another."""
     if objective == "latency" and solver in EXACT:
@@ -126,7 +136,7 @@ def _move(
             watch(Standing(seconds, incumbent, bound))
 
     _import_solvers()
-    tools = Tools(quick=quick, improve=improve, ask=ask, keep=keep)
+    tools = Tools(quick=quick, improve=improve, ask=ask, keep=keep, departure=departure)
     if solver != "auto" or not _is_tiny(problem, objective):
         return search_paths(problem, tools, objective=objective, limits=limits, report=told)
     half = replace(limits, time_s=_SEARCHED * limits.time_s)
@@ -134,7 +144,7 @@ def _move(
         found = search_paths(problem, tools, objective=objective, limits=half, report=told)
     except (InfeasibleProblem, NoPlacementFound):
         return solve(problem, "milp", limits=half, in_process=in_process)
-    return _or_exact(problem, found, limits, in_process=in_process)
+    return _or_exact(problem, found, limits, tools, in_process=in_process)
 
 
 def _import_solvers() -> None:
@@ -151,7 +161,7 @@ def _is_tiny(problem: Problem, objective: ObjectiveName) -> bool:
     return objective == "latency" and is_tiny(problem)
 
 
-def _or_exact(problem: Problem, found: Solved, limits: SolveLimits, *, in_process: bool) -> Solved:
+def _or_exact(problem: Problem, found: Solved, limits: SolveLimits, tools: Tools, *, in_process: bool) -> Solved:
     """Use the time left for the joint model; return the better paths and placement under the better bound."""
     left = limits.time_s - found.result.seconds
     if found.result.status is SolveStatus.OPTIMAL or left < 0.1 * limits.time_s or limits.tail:
@@ -160,7 +170,7 @@ def _or_exact(problem: Problem, found: Solved, limits: SolveLimits, *, in_proces
         exact = solve(problem, "milp", limits=replace(limits, time_s=left, start=None), in_process=in_process)
     except NoPlacementFound:
         return found
-    best = exact if _mean_s(exact) < _mean_s(found) * (1 - _SAME) else found
+    best = exact if _mean_s(exact) < _mean_s(found) * (1 - _SAME) and tools.reaches(exact) else found
     bounds = [one.result.bound for one in (exact, found) if one.result.bound is not None]
     result = replace(
         best.result,

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from planner.problem import Problem, build_problem
 from schemas.model import ModelSpec
 from schemas.topology import Topology, topology_faults
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPERT_BYTES = 100
 
 

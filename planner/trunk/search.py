@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from planner.assemble import Solved
-from planner.errors import InfeasibleProblem, PlannerError
+from planner.errors import InfeasibleProblem, PlannerError, UnsafePlan
 from planner.feasibility import impossible
 from planner.objective import ObjectiveName
 from planner.problem import Bools, Ints, Problem
@@ -42,6 +42,7 @@ _IMPROVED: Final = 4  # trunks that are improved in turn
 _FINALISTS: Final = 3  # trunks on which the asked solver has its say
 _FEW_LAYERS: Final = 64  # layers of all ingresses × nodes up to which a search moves layers one by one
 _SAME: Final = 1e-9
+_OUT_OF_REACH: Final = "does not fit beside the trunk in force"
 
 
 @dataclass(eq=False)
@@ -166,7 +167,11 @@ class _Search:
 
     def _slots(self, trunk: Ints) -> int:
         """Experts that fit beside a trunk; -1 where it does not fit itself."""
-        return int(self.problem.with_trunk(trunk).node_slots.sum()) if self.problem.room.fits(trunk) else -1
+        return int(self.problem.with_trunk(trunk).node_slots.sum()) if self._fits(trunk) else -1
+
+    def _fits(self, trunk: Ints) -> bool:
+        """Whether a trunk fits, and beside the one that is in force."""
+        return self.problem.room.fits(trunk) and self.tools.allows(trunk)
 
     def _start(self) -> Bools:
         if self.limits.start is None:
@@ -184,6 +189,9 @@ class _Search:
         if missing := impossible(moved):
             self.failed[name] = InfeasibleProblem(missing)
             return
+        if not self.tools.allows(trunk_node):
+            self.failed[name] = UnsafePlan([_OUT_OF_REACH])
+            return
         for heuristic in (*_QUICK, "dancemoe") if name == STAY else _QUICK:
             entry = self._try(name, partial(self.tools.quick, moved, heuristic))
             if entry is not None and not entry.solved.judgement.wait_s.any():
@@ -196,6 +204,8 @@ class _Search:
         """Enter what is made under a name, where it is better than what has that name."""
         try:
             solved = make()
+            if not self.tools.allows(solved.problem.trunk_node):
+                raise UnsafePlan([_OUT_OF_REACH])
         except PlannerError as error:
             self.failed.setdefault(name, error)
             return None
@@ -230,7 +240,7 @@ class _Search:
             for trunk in self._near(here, paths):
                 if self._over(_EXPLORE_SHARE) or self._closed():
                     return
-                if trunk.tobytes() in seen or not self.problem.room.fits(trunk):
+                if trunk.tobytes() in seen or not self._fits(trunk):
                     continue
                 seen.add(trunk.tobytes())
                 solved = self._quick(trunk, best)
@@ -297,7 +307,7 @@ class _Search:
         solved = entry.solved
         for within_memory in (True, False):
             trunk = better_paths(solved.problem, solved.placed, within_memory=within_memory)
-            if (trunk == solved.problem.trunk_node).all() or not self.problem.room.fits(trunk):
+            if (trunk == solved.problem.trunk_node).all() or not self._fits(trunk):
                 continue
             found = self._moved(solved, trunk, within_memory=within_memory)
             if found is not None and found.judgement.predicted_latency_s < entry.mean_s * (1 - _SAME):
@@ -359,8 +369,7 @@ class _Search:
         return self.clock() - self.began > share * self.limits.time_s
 
     def _outcome(self) -> Solved:
-        best = self._ranked()[0]
-        solved = self._with_tail(best.solved)
+        solved = self._with_tail(self._best().solved)
         late = self._over(1.0)
         result = replace(
             solved.result,
@@ -373,6 +382,11 @@ class _Search:
         return replace(
             solved, result=with_status(result, self.limits.gap), asked_gap=self.limits.gap, trials=tuple(self._trials())
         )
+
+    def _best(self) -> _Entry:
+        """Return the best that can be come to; the best of all where none can, whose steps then say why."""
+        ranked = self._ranked()
+        return next((entry for entry in ranked if self.tools.reaches(entry.solved)), ranked[0])
 
     def _with_tail(self, solved: Solved) -> Solved:
         """Shorten the longest waits on the chosen paths, where that was asked for."""

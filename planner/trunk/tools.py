@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.assemble import Solved
-from planner.problem import Bools, Problem
+from planner.departure import Departure
+from planner.problem import Bools, Ints, Problem
 from planner.solvers.base import SolveLimits
 
 Report = Callable[[float, float, float | None], None]  # seconds, objective, bound
@@ -27,9 +28,20 @@ class Tools:
         The solver that was asked for.
     keep
         A placement as it is, re-checked.
+    departure
+        What is in force; None where nothing is, or does not matter.
     """
 
     quick: Callable[[Problem, str], Solved]
     improve: Callable[[Problem, Bools | None, float], Solved]
     ask: Callable[[Problem, SolveLimits], Solved]
     keep: Callable[[Problem, Bools], Solved]
+    departure: Departure | None = None
+
+    def allows(self, trunk_node: Ints) -> bool:
+        """Whether a trunk ``[I, L]`` may be come to from what is in force; quick."""
+        return self.departure is None or self.departure.allows(trunk_node)
+
+    def reaches(self, solved: Solved) -> bool:
+        """Whether an arrangement can be come to from what is in force."""
+        return self.departure is None or self.departure.reaches(solved)

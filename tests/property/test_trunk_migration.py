@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from planner.assemble import placement_records, trunk_paths
+from planner.departure import Departure
 from planner.errors import InfeasibleProblem, UnsafePlan
 from planner.migration import Ground
 from planner.rooms import Rooms, expert_room
@@ -67,12 +68,14 @@ def require_room(topology, paths, held):
 def test_every_step_fits_and_keeps_every_expert(drawn):
     topology, (before, after), (now, then) = drawn
     old, new = (tuple(trunk_paths(each, MODEL.moe_layer_indices, 4)) for each in (before, after))
+    allowed = Departure(None, None, before).allows(after.trunk_node)
     try:
         steps, stages, trunk_stage = migration_steps(after, now, then, Rooms.between(after.room, MODEL, old, new))
     except UnsafePlan:
         beside = expert_room(after.room, MODEL, (*old, *new))
         assert (beside < 0).any() or (beside // EXPERT_BYTES).sum() <= MODEL.layers * MODEL.experts
         return
+    assert allowed
     held = {(replica.node, replica.tier, replica.layer, replica.expert) for replica in now}
     for step in steps:
         key = (step.node, step.tier, step.layer, step.expert)

@@ -1,16 +1,13 @@
 """The command line: what it writes, prints and ends with, for good input and every kind of bad."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 from planner.solvers.choose import SOLVERS
 from schemas.plan import load_plan
-from tests.planning import EXPERT_BYTES, line, node, write_trace
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
+from tests.planning import EXAMPLES, EXPERT_BYTES, line, node, write_trace
 
 
 def test_solve_writes_a_sealed_plan_beside_a_short_summary(planner, workspace, tmp_path):

@@ -11,7 +11,7 @@ from schemas.messages import Catalogue, Record
 from schemas.paths import path_memory
 from schemas.plan import load_plan
 from schemas.topology import load_topology
-from tests.planning import EXPERT_BYTES
+from tests.planning import EXAMPLES, EXPERT_BYTES
 from tests.small_plans import LAYOUT
 
 
@@ -59,6 +59,16 @@ def epochs(plan, state):
             paths_before=paths,
         )  # fmt: skip
         placement, paths = after, paths_of(plan, epoch, paths)
+
+
+def test_paths_are_found_that_can_be_reached_from_those_in_force(planner, tmp_path):
+    """The quickstart's machines are too full for the best paths and those in force at the same time."""
+    base = ("solve", EXAMPLES / "quickstart" / "topology.yaml", "--time-limit", "2")
+    for options in (("-o", "stay.json"), ("--trunk", "move", "--current", "stay.json", "-o", "move.json")):
+        ran = planner(*base, *options)
+        assert ran.code == 0, ran.err
+    stay, move = (load_plan(tmp_path / f"{name}.json") for name in ("stay", "move"))
+    assert move.summary.predicted_latency_s <= stay.summary.predicted_latency_s * (1 + 1e-9)
 
 
 def test_every_epoch_of_every_plan_fits(plans):
