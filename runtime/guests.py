@@ -11,12 +11,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
+from runtime.copies import MEMORY, Copy, Key
 from runtime.errors import RuntimeFault
 from runtime.loads import Loader
 from runtime.policy.menu import Rent
 from runtime.promotion import Promoter
 from runtime.records import Source
-from runtime.shelf import Copy, Key, Shelf
+from runtime.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Guests:
         with self._changed:
             kept = {key: list(sources) for key, sources in guests.items() if not self._shelf.is_assigned(key)}
             for key in [key for key in self._shelf.guests if key not in kept]:
-                self._shelf.send_away(key)
+                self._send_away(key)
             self._shelf.guests = kept
 
     def pay(self, keys: Sequence[Key], seconds: float) -> None:
@@ -52,8 +53,35 @@ class Guests:
             due = [key for key in keys if key in self._shelf.guests and self._rent.pay(key, each)]
             if not due or self._promoter.waiting:
                 return
-            jobs = [copy for key in due[:1] if (copy := self._shelf.seat(key)) is not None]
+            jobs = [copy for key in due[:1] if (copy := self._seat(key)) is not None]
         self._promoter.add(jobs, wake=True)
+
+    def _seat(self, key: Key) -> Copy | None:
+        """Make a copy of a guest that is to be filled, where a slot is free or a guest has one that is used less."""
+        shelf = self._shelf
+        if key in shelf.ready or shelf.is_coming(key) or shelf.is_frozen:
+            return None
+        for tier in shelf.cached_in:
+            if not (room := shelf.take(tier, 1)):
+                least = shelf.victims.least_guest(tier)
+                if least is None or self._rent.uses(least.key) >= self._rent.uses(key):
+                    continue
+                shelf.evict(least)
+                room = shelf.take(tier, 1)
+            if room:
+                copy = shelf.occupy(key, *room[0])
+                copy.is_guest = True
+                return copy
+        return None
+
+    def _send_away(self, key: Key) -> None:
+        """Cache an expert of other nodes no longer; a copy in use stays until somebody needs its room."""
+        shelf = self._shelf
+        shelf.guests.pop(key, None)
+        for tier in MEMORY:
+            copy = shelf.copies.get((key, tier))
+            if copy is not None and copy.is_guest and not copy.users:
+                shelf.remove((key, tier))
 
     def _bring(self, copy: Copy) -> None:
         """Fill the copy of a guest; if nobody has it intact, it is called as before."""

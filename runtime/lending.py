@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from time import perf_counter
 
+from runtime.copies import Copy, CopyKey
 from runtime.counters import TierCounts
 from runtime.errors import ExpertUnavailable
 from runtime.loads import Borrowed, Loader
 from runtime.promotion import Promoter
-from runtime.shelf import Copy, CopyKey, Shelf
+from runtime.shelf import Shelf
 from schemas.precision import LowPrecision
 
 Low = Mapping[int, LowPrecision]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from runtime.copies import Copy, CopyKey
 from runtime.counters import TierCounts
 from runtime.errors import ExpertLost, ExpertUnavailable, RuntimeFault
 from runtime.packed import Repacked, bytes_read
 from runtime.pool import ExpertWeights, SlotPool, as_weights
 from runtime.precision import empty_parts, unpack_parts
 from runtime.records import Source, read_first
-from runtime.shelf import Copy, CopyKey, Shelf
+from runtime.shelf import Shelf
 from runtime.timeline import recorder
 from schemas.precision import PackedLayout, Precision
 from schemas.store import RecordLayout

@@ -1,7 +1,7 @@
 """What is in which slot, who uses it and who must make room: the bookkeeping of a residency.
 
-Decides which copies are evicted, for whom, and in which tier a copy is made. Pure: no weights, no files, no clock and
-no lock, which whoever calls has. Every method that changes something says so by its name.
+Decides for whom copies are evicted (`victims` says in which order), and in which tier a copy is made. Pure: no weights,
+no files, no clock and no lock, which whoever calls has. Every method that changes something says so by its name.
 
 A replica that was put (*assigned*) keeps its slot; other copies are cache. Where a budget was lowered below what was
 put, the tier *yields*: replicas that can be read again are evicted like cached copies.
@@ -10,67 +10,19 @@ put, the tier *yields*: replicas that can be read again are evicted like cached 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
 
-import numpy as np
-
+from runtime.copies import MEMORY, Copy, CopyKey, Key, Place
 from runtime.counters import TierCounts
 from runtime.policy.eviction import Eviction
 from runtime.policy.menu import Rent
 from runtime.policy.prefetch import Slack
 from runtime.records import Source
-from runtime.timeline import Recorder, recorder
-from schemas.precision import LOW_PRECISIONS, LowPrecision
+from runtime.timeline import recorder
+from runtime.victims import Victims
+from schemas.precision import LOW_PRECISIONS
 from schemas.topology import TIERS, Tier
 
-Key = tuple[int, int]
-CopyKey = tuple[int, int] | tuple[int, int, LowPrecision]
-"""(layer, expert), of a copy in low precision with that."""
-Place = tuple[CopyKey, Tier]
-
-MEMORY: Final[tuple[Tier, ...]] = ("device", "host")
-
-
-def copy_keys(key: Key) -> list[CopyKey]:
-    """Return the names of all copies that there may be of an expert, the best first."""
-    return [key, *((*key, precision) for precision in LOW_PRECISIONS)]
-
-
-@dataclass(slots=True, eq=False)
-class Copy:
-    """An expert in memory. `users` borrow it; one dropped while borrowed is freed when the last user is done.
-
-    Attributes
-    ----------
-    is_assigned
-        It was put here, and is not merely cached.
-    is_ready
-        It is filled.
-    is_guess
-        It was loaded ahead, and its layer has not run yet.
-    is_guest
-        The plan gave it to other nodes; it makes room for all others.
-    found
-        Where its record came from.
-    error
-        Why it could not be filled.
-    recorder
-        Takes the span of its load, for whoever began it.
-    """
-
-    key: CopyKey
-    tier: Tier
-    slot: int
-    is_assigned: bool = False
-    is_ready: bool = False
-    is_dropped: bool = False
-    is_guess: bool = False
-    is_guest: bool = False
-    users: int = 0
-    found: Tier = "disk"
-    error: Exception | None = None
-    recorder: Recorder | None = None
+__all__ = ["Copy", "CopyKey", "Key", "Shelf"]
 
 
 class Shelf:
@@ -104,8 +56,10 @@ class Shelf:
     guests, rent
         Experts that other nodes hold, and where the records are of those that may be cached here all the same; and what
         is known of their use.
+    victims, evictable
+        Copies that may make room, and in which order they do.
     absent
-        Those of them that are in no slot at all now, by layer.
+        Those of `lacking` that are in no slot at all now, by layer.
     watchers
         Called with an expert and the copy that it is computed from now on, if any.
     """
@@ -138,12 +92,12 @@ class Shelf:
         self.lacking: set[CopyKey] = set()
         self.guests: dict[Key, list[Source]] = {}
         self.rent = Rent()
+        self.victims = Victims(eviction, experts, self.rent)
         self.absent: dict[int, set[CopyKey]] = defaultdict(set)
-        self.evictable: dict[Copy, None] = {}
+        self.evictable = self.victims.copies
         self.guesses: dict[int, list[Copy]] = defaultdict(list)
         self.used: Counter[Tier] = Counter()
         self.free: dict[Tier, list[int]] = {tier: list(range(count - 1, -1, -1)) for tier, count in slots.items()}
-        self._experts = experts
         self._num_assigned: Counter[Tier] = Counter()
         self.watchers: list[Callable[[CopyKey, Copy | None], None]] = []
         self._notify = notify
@@ -218,27 +172,9 @@ class Shelf:
 
     def worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[Copy]:
         """Return copies to give up, the least valuable first."""
-        if count <= 0:
-            return []
         if self._is_frozen:
             tiers = [tier for tier in tiers if tier not in self.computed_in]
-        copies = [copy for copy in self.evictable if copy.tier in tiers]
-        if not copies:
-            return []
-        if guests := [copy for copy in copies if copy.is_guest]:
-            guests.sort(key=lambda copy: self.rent.uses(copy.key))
-            copies = [copy for copy in copies if not copy.is_guest]
-            if count <= len(guests) or not copies:
-                return guests[:count]
-            return guests + self._least(copies, layer, count - len(guests))
-        return self._least(copies, layer, count)
-
-    def _least(self, copies: list[Copy], layer: int, count: int) -> list[Copy]:
-        if self.eviction is None:
-            return copies[:count]
-        keys = np.array([copy.key[0] * self._experts + copy.key[1] for copy in copies])
-        worth = self.eviction.worth(keys, layer)
-        return [copies[index] for index in np.argsort(worth, kind="stable")[:count].tolist()]
+        return self.victims.worst(layer, count, tiers)
 
     @property
     def is_frozen(self) -> bool:
@@ -276,32 +212,6 @@ class Shelf:
     def is_assigned(self, key: CopyKey) -> bool:
         """Whether an expert was put here, in any tier."""
         return any((key, tier) in self.assigned for tier in TIERS)
-
-    def seat(self, key: Key) -> Copy | None:
-        """Make a copy of a guest that is to be filled, where a slot is free or a guest has one that is used less."""
-        if key in self.ready or self.is_coming(key) or self._is_frozen:
-            return None
-        for tier in self.cached_in:
-            if not (room := self.take(tier, 1)):
-                seated = [copy for copy in self.evictable if copy.is_guest and copy.tier == tier]
-                least = min(seated, key=lambda copy: self.rent.uses(copy.key), default=None)
-                if least is None or self.rent.uses(least.key) >= self.rent.uses(key):
-                    continue
-                self.evict(least)
-                room = self.take(tier, 1)
-            if room:
-                copy = self.occupy(key, *room[0])
-                copy.is_guest = True
-                return copy
-        return None
-
-    def send_away(self, key: Key) -> None:
-        """Cache an expert of other nodes no longer; a copy in use stays until somebody needs its room."""
-        self.guests.pop(key, None)
-        for tier in MEMORY:
-            copy = self.copies.get((key, tier))
-            if copy is not None and copy.is_guest and not copy.users:
-                self.remove((key, tier))
 
     def can_load(self, key: CopyKey) -> bool:
         """Whether an expert's record can be read somewhere."""

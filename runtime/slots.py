@@ -4,9 +4,11 @@ A replica that was put stays where it was put. What budget is left is a cache in
 elsewhere: an expert that is asked for is loaded into a slot that is free, or that the eviction policy gives up; nothing
 is written back, since every record stays where it was read from. Decides nothing about which expert belongs here: it
 holds what it is told to, or raises `OverBudget`. Flow: record → slot (device, host) or file (disk) → `lend` → weights
-for the expert maths. Bookkeeping is `shelf`'s, under one lock; `loads` reads outside of it, `lending` gives out.
+for the expert maths. Bookkeeping is `shelf`'s, under one lock; `placing` holds replicas and budgets, `loads` reads
+outside of the lock, `lending` gives out: this is the one door to all of them.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,18 +20,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.copies import MEMORY, Copy, Key, copy_keys
 from runtime.counters import TierCounts
-from runtime.errors import BudgetTooSmall, ExpertUnavailable, InvalidInput, OverBudget
+from runtime.errors import ExpertUnavailable
 from runtime.guests import Guests
 from runtime.lending import Lender, Low
 from runtime.loads import Borrowed, Loader
-from runtime.packed import Repacked, Unpacked
+from runtime.placing import Placer, Record
 from runtime.policy.eviction import EVICTIONS, Deferred
 from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool
-from runtime.precision import pack_record, packed_layout
-from runtime.records import RecordFile, Source, write_record
-from runtime.shelf import MEMORY, Copy, Key, Shelf, copy_keys
+from runtime.precision import packed_layout
+from runtime.records import Source
+from runtime.shelf import Shelf
 from schemas.precision import LOW_PRECISIONS, LowPrecision, PackedLayout, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
     from runtime.cuda.copies import DeviceCopies
 
 __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
-
-Record = bytes | bytearray | memoryview
 
 _FEW_ROWS: Final = 64  # what the eviction policy may learn later, since it takes little memory to note
 
@@ -121,12 +122,11 @@ class Residency:
         self.caching = caching
         self.counts = TierCounts(caching.layers if caching else 0)
         self.budgets: dict[Tier, int] = {tier: budgets.get(tier, 0) for tier in TIERS}
-        self._most = dict(self.budgets)
-        self._record_dir = record_dir
         self._changed = threading.Condition(threading.Lock())
         in_memory = layout.bytes if self.packed is None else self.packed.bytes
-        self._bytes: dict[Tier, int] = {"device": in_memory, "host": in_memory, "disk": layout.bytes}
-        slots = {tier: self._slots(tier, max_slots) for tier in MEMORY}
+        sizes: dict[Tier, int] = {"device": in_memory, "host": in_memory, "disk": layout.bytes}
+        most = sys.maxsize if max_slots is None else max_slots
+        slots = {tier: min(self.budgets[tier] // sizes[tier], most) for tier in MEMORY}
         self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
         is_apart = self.device.type == "cuda"  # what is in host memory is brought to the device to be computed there
         computed_in: tuple[Tier, ...] = ("device",) if is_apart and slots["device"] else MEMORY
@@ -134,7 +134,7 @@ class Residency:
             Deferred(EVICTIONS[caching.eviction](caching.layers, caching.experts)) if caching is not None else None
         )
         self._shelf = Shelf(
-            self._bytes,
+            sizes,
             self.budgets,
             slots,
             cached_in=() if caching is None else computed_in,
@@ -165,11 +165,10 @@ class Residency:
             is_ahead=caching is not None and caching.prefetch,
             workers=caching.workers if caching else 0,
         )
+        self._placer = Placer(
+            layout, self._shelf, self._pools, self._changed, packed=self.packed, record_dir=record_dir
+        )
         self._guests = Guests(self._shelf, self._loader, self._changed)
-
-    def _slots(self, tier: Tier, most: int | None) -> int:
-        slots = self.budgets[tier] // self._bytes[tier]
-        return slots if most is None else min(slots, most)
 
     @property
     def inside(self) -> "Inside":
@@ -179,7 +178,7 @@ class Residency:
     @property
     def slot_bytes(self) -> int:
         """Bytes that an expert takes in memory."""
-        return self._bytes["device"]
+        return self._shelf.record_bytes["device"]
 
     @property
     def slack(self) -> Slack:
@@ -199,7 +198,9 @@ class Residency:
             Where the record of each can be had, best first.
         """
         if self.caching is not None:
-            self._guests.invite({key: [self._as_held(each) for each in sources] for key, sources in guests.items()})
+            self._guests.invite(
+                {key: [self._placer.as_held(each) for each in sources] for key, sources in guests.items()}
+            )
 
     def note_call(self, keys: Sequence[Key], seconds: float) -> None:
         """Note that experts of another node were called together, and waited for. May bring one here. Modifies."""
@@ -229,80 +230,29 @@ class Residency:
         OverBudget
             The tier has no room. Nothing changes.
         """
-        if len(record) != self.layout.bytes:
-            raise InvalidInput(
-                f"layer {key[0]} expert {key[1]}: record of {len(record)} bytes, the layout says {self.layout.bytes}"
-            )
-        if tier == "disk":
-            self._put_file(key, record)
-            return
-        with self._changed:
-            copy, is_held = self._claim(key, tier, source)
-            if is_held:
-                return
-            if source is not None:
-                self._shelf.add_source(key, self._as_held(source))
-            self._shelf.assign(key, tier)
-            if copy is None:
-                return  # the budget was lowered: it is loaded when it is asked for
-            copy.is_assigned = True
-            self._shelf.settle(copy)
-            if copy.is_ready:
-                return
-        try:
-            self._pools[tier].fill(copy.slot, record if self.packed is None else pack_record(record, self.packed))
-        except BaseException:
-            self.drop(key, tier)
-            raise
-        finally:
-            with self._changed:
-                self._shelf.finish(copy)
+        self._placer.put(key, tier, record, source)
 
     def place(self, key: Key, source: Source) -> None:
         """Execute `key` from a source that takes none of the budgets; counted as held on disk. Modifies."""
-        with self._changed:
-            self._shelf.add_source(key, self._as_held(source))
-            self._shelf.assign(key, "disk")
+        self._placer.place(key, source)
 
     def place_packed(self, key: Key, precision: LowPrecision, source: Source) -> None:
         """Know where the record of `key` in a low precision lies, so that it may be lent so. Modifies.
 
         Where experts are held packed in that precision, it is where they are read from first.
         """
-        with self._changed:
-            if self.packed is None:
-                unpacked = Unpacked(source, self.layout, packed_layout(self.layout, precision))
-                self._shelf.add_source((*key, precision), unpacked)
-            elif self.packed.precision == precision:
-                known = self._shelf.sources.setdefault(key, [])
-                if source not in known:
-                    known.insert(0, source)
-
-    def _as_held(self, source: Source) -> Source:
-        """Return a source of weights as one of what slots hold."""
-        return source if self.packed is None else Repacked(source, self.layout, self.packed)
+        self._placer.place_packed(key, precision, source)
 
     def add_source(self, key: Key, source: Source) -> None:
         """Remember another place where the record of a held expert lies, the next best after those known. Modifies."""
-        with self._changed:
-            if any((key, tier) in self._shelf.assigned for tier in TIERS):
-                self._shelf.add_source(key, self._as_held(source))
+        self._placer.add_source(key, source)
 
     def drop(self, key: Key, tier: Tier | None = None) -> None:
         """Stop holding `key` in `tier` (everywhere by default); what is not held is no error. Modifies.
 
         A replica in use is freed, and counted by `used`, until its last user is done.
         """
-        with self._changed:
-            for each in TIERS if tier is None else (tier,):
-                if (key, each) in self._shelf.assigned:
-                    self._remove_file(self._shelf.unassign(key, each))
-            if not any((key, each) in self._shelf.assigned for each in TIERS):
-                for copy_key in copy_keys(key):
-                    self._shelf.sources.pop(copy_key, None)
-                    for each in MEMORY:
-                        self._shelf.remove((copy_key, each))
-                    self._shelf.note_lack(copy_key)
+        self._placer.drop(key, tier)
 
     def set_budget(self, tier: Tier, budget: int) -> None:
         """Let experts take so many bytes of a tier from now on; at most what was reserved in the beginning. Modifies.
@@ -314,17 +264,7 @@ class Residency:
         BudgetTooSmall
             Replicas that can be read nowhere else need more. Nothing changes.
         """
-        with self._changed:
-            budget = min(budget, self._most[tier])
-            bound = sum(where == tier and key not in self._shelf.sources for key, where in self._shelf.assigned)
-            if tier != "disk" and bound * self._bytes[tier] > budget:
-                why = f"{bound} experts have no copy on this node's disk"
-                raise BudgetTooSmall(tier, budget=budget, needed=bound * self._bytes[tier], why=why)
-            self.budgets[tier] = budget
-            if tier != "disk":
-                self._shelf.forget_guesses(*self._shelf.guesses)
-                self._shelf.review(tier)
-                self._shelf.shrink(tier)
+        self._placer.set_budget(tier, budget)
 
     @contextmanager
     def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[list[Borrowed]]:
@@ -483,33 +423,6 @@ class Residency:
         """Whether there are experts that have no memory of their own, and a cache for them."""
         return self.caching is not None and bool(self._shelf.lacking)
 
-    def _claim(self, key: Key, tier: Tier, source: Source | None) -> tuple[Copy | None, bool]:
-        """Return a copy to be filled or kept, and whether the replica is held already.
-
-        There is no copy where the budget was lowered and the record can be read again. Cached copies make room, those
-        in use when their users are done.
-        """
-        while True:
-            copy = self._shelf.copies.get((key, tier))
-            if copy is not None and not copy.is_ready:
-                self._changed.wait()
-            elif copy is not None or (key, tier) in self._shelf.assigned:
-                return copy, (key, tier) in self._shelf.assigned
-            elif room := self._shelf.take(tier, 1):
-                return self._shelf.occupy(key, *room[0]), False
-            elif self._shelf.is_frozen and tier in self._shelf.computed_in:
-                self._changed.wait()
-            elif victims := self._shelf.worst(key[0], 1, (tier,)):
-                self._shelf.evict(victims[0])
-            elif any(each.tier == tier and not each.is_assigned for each in self._shelf.copies.values()):
-                self._shelf.forget_guesses(*self._shelf.guesses)
-                if not any(each.tier == tier for each in self._shelf.evictable):
-                    self._changed.wait()
-            elif source is not None and self.budgets[tier] < self._most[tier]:
-                return None, False
-            else:
-                raise OverBudget(tier, needed=self._bytes[tier], used=self._shelf.used[tier], budget=self.budgets[tier])
-
     def _settled(self, key: Key) -> Copy | None:
         """Return the copy of an expert, waiting for one that is being filled; None: to be read from its source."""
         while (copy := self._shelf.ready.get(key)) is None and self._shelf.is_coming(key) is not None:
@@ -517,34 +430,6 @@ class Residency:
         if copy is None and not self._shelf.can_load(key):
             raise ExpertUnavailable(*key, "this node")
         return copy
-
-    def _put_file(self, key: Key, record: Record) -> None:
-        size = self.layout.bytes
-        with self._changed:
-            if (key, "disk") in self._shelf.assigned:
-                return
-            if self._shelf.used["disk"] + size > self.budgets["disk"]:
-                raise OverBudget("disk", needed=size, used=self._shelf.used["disk"], budget=self.budgets["disk"])
-            self._shelf.used["disk"] += size
-        try:
-            file = write_record(self._record_dir, record)
-        except BaseException:
-            with self._changed:
-                self._shelf.used["disk"] -= size
-            raise
-        with self._changed:
-            if (key, "disk") in self._shelf.assigned:  # another thread put it meanwhile
-                self._shelf.used["disk"] -= size
-                return
-            own = self._as_held(RecordFile(file, file.name))
-            self._shelf.sources.setdefault(key, []).insert(0, own)
-            self._shelf.assign(key, "disk", own)
-
-    @staticmethod
-    def _remove_file(source: Source | None) -> None:
-        source = source.source if isinstance(source, Repacked) else source
-        if isinstance(source, RecordFile):
-            source.file.unlink(missing_ok=True)
 
 
 def _device_copies(device: torch.device, layout: RecordLayout, packed: PackedLayout | None) -> "DeviceCopies":
