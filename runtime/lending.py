@@ -6,7 +6,8 @@ record is read, nor which expert is worth its slot. Flow: ready copies → loads
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
 from runtime.copies import Copy, CopyKey
@@ -71,6 +72,30 @@ class Lender:
                 yield position, self._loader.borrowed(copy)
         finally:
             self.end(layer, copies)
+
+    @contextmanager
+    def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[list[Borrowed]]:
+        """Lend experts all at once, as they are, as `Residency.borrow` says."""
+        copies: list[Copy | None] = []
+        try:
+            with self._changed:
+                for expert in experts:
+                    copy = self._settled((layer, expert))
+                    copies.append(copy)
+                    if copy is not None:
+                        self._shelf.use(copy)
+            pairs = zip(copies, experts, strict=True)
+            yield [self._loader.borrowed(c) if c else self._loader.read((layer, expert)) for c, expert in pairs]
+        finally:
+            self.give_back(copy for copy in copies if copy is not None)
+
+    def _settled(self, key: CopyKey) -> Copy | None:
+        """Return the copy of an expert, waiting for one that is being filled; None: to be read from its source."""
+        while (copy := self._shelf.ready.get(key)) is None and self._shelf.is_coming(key) is not None:
+            self._changed.wait(0.05)
+        if copy is None and not self._shelf.can_load(key):
+            raise ExpertUnavailable(key[0], key[1], "this node")
+        return copy
 
     def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
         """Begin to use experts that are all at hand, until `end`; None, with nothing done, if one is not. Modifies."""

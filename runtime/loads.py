@@ -245,3 +245,10 @@ class Loader:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def device_copies(device: torch.device, layout: RecordLayout, packed: PackedLayout | None) -> "DeviceCopies":
+    """Return what brings records to the slots of a CUDA device, whose package is imported where there is one."""
+    from runtime.cuda.copies import DeviceCopies
+
+    return DeviceCopies(device, layout, packed=packed)

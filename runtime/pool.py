@@ -162,6 +162,18 @@ def as_weights(layout: RecordLayout, tensors: Sequence[torch.Tensor]) -> ExpertW
     return ExpertWeights(named["gate_up_proj"], named["down_proj"], bias, down_bias)
 
 
+def record_of(layout: RecordLayout, weights: ExpertWeights) -> bytes:
+    """Return the record that weights came from."""
+    by_name = {
+        "gate_up_proj": weights.gate_up,
+        "down_proj": weights.down,
+        "gate_up_proj_bias": weights.gate_up_bias,
+        "down_proj_bias": weights.down_bias,
+    }
+    parts = [tensor for part in layout.parts if (tensor := by_name[part.name]) is not None]
+    return b"".join(part.contiguous().cpu().view(torch.uint8).numpy().tobytes() for part in parts)
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 

@@ -10,11 +10,11 @@ outside of the lock, `lending` gives out: this is the one door to all of them.
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,27 +22,22 @@ from numpy.typing import NDArray
 
 from runtime.copies import MEMORY, Copy, Key, copy_keys
 from runtime.counters import TierCounts
-from runtime.errors import ExpertUnavailable
 from runtime.guests import Guests
+from runtime.learning import Learner
 from runtime.lending import Lender, Low
-from runtime.loads import Borrowed, Loader
+from runtime.loads import Borrowed, Loader, device_copies
 from runtime.placing import Placer, Record
 from runtime.policy.eviction import EVICTIONS, Deferred
 from runtime.policy.prefetch import Slack
-from runtime.pool import ExpertWeights, SlotPool
+from runtime.pool import ExpertWeights, SlotPool, record_of
 from runtime.precision import packed_layout
 from runtime.records import Source
 from runtime.shelf import Shelf
-from schemas.precision import LOW_PRECISIONS, LowPrecision, PackedLayout, Precision
+from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
 
-if TYPE_CHECKING:
-    from runtime.cuda.copies import DeviceCopies
-
 __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
-
-_FEW_ROWS: Final = 64  # what the eviction policy may learn later, since it takes little memory to note
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,10 @@ class Caching:
     eviction: str = "rates"
     prefetch: bool = True
     workers: int = 2
+
+    def policy(self) -> Deferred:
+        """Return the eviction policy, which knows nothing yet."""
+        return Deferred(EVICTIONS[self.eviction](self.layers, self.experts))
 
 
 class Inside(NamedTuple):
@@ -130,23 +129,22 @@ class Residency:
         self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
         is_apart = self.device.type == "cuda"  # what is in host memory is brought to the device to be computed there
         computed_in: tuple[Tier, ...] = ("device",) if is_apart and slots["device"] else MEMORY
-        self._eviction = (
-            Deferred(EVICTIONS[caching.eviction](caching.layers, caching.experts)) if caching is not None else None
-        )
+        eviction = caching.policy() if caching is not None else None
         self._shelf = Shelf(
             sizes,
             self.budgets,
             slots,
             cached_in=() if caching is None else computed_in,
             computed_in=computed_in,
-            eviction=self._eviction,
+            eviction=eviction,
             experts=caching.experts if caching else 0,
             counts=self.counts,
             notify=self._changed.notify_all,
             give_back=lambda tier, slot: self._pools[tier].give_back(slot),
         )
+        self._learner = Learner(eviction, self._shelf, self._changed) if eviction is not None else None
         counts = self.counts if caching else None
-        copies = _device_copies(self.device, layout, self.packed) if is_apart and slots["device"] else None
+        copies = device_copies(self.device, layout, self.packed) if is_apart and slots["device"] else None
         self._loader = Loader(
             layout,
             self._shelf,
@@ -266,8 +264,7 @@ class Residency:
         """
         self._placer.set_budget(tier, budget)
 
-    @contextmanager
-    def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[list[Borrowed]]:
+    def borrow(self, layer: int, experts: Sequence[int]) -> AbstractContextManager[list[Borrowed]]:
         """Lend weights of experts of one layer all at once, as they are; they stay valid inside. Caches nothing.
 
         Raises
@@ -275,18 +272,7 @@ class Residency:
         ExpertUnavailable
             One of them is not held.
         """
-        copies: list[Copy | None] = []
-        try:
-            with self._changed:
-                for expert in experts:
-                    copy = self._settled((layer, expert))
-                    copies.append(copy)
-                    if copy is not None:
-                        self._shelf.use(copy)
-            pairs = zip(copies, experts, strict=True)
-            yield [self._loader.borrowed(c) if c else self._loader.read((layer, expert)) for c, expert in pairs]
-        finally:
-            self._lender.give_back(copy for copy in copies if copy is not None)
+        return self._lender.borrow(layer, experts)
 
     def lend(self, layer: int, experts: Sequence[int], low: Low | None = None) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights), those at hand first, others as they come. May modify the cache.
@@ -340,8 +326,8 @@ class Residency:
 
     def observe_token(self, layer: int, experts: list[int], weights: NDArray[np.float32]) -> None:
         """Do what `observe` does for one token, with weights [R]. Modifies."""
-        if self._eviction is not None and self._shelf.lacking:
-            self._eviction.note(layer, experts, weights)
+        if self._learner is not None:
+            self._learner.observe_token(layer, experts, weights)
 
     def observe(self, layer: int, token: NDArray[Any], expert: NDArray[Any], weight: torch.Tensor) -> None:
         """Let the eviction policy learn which experts the tokens of a layer were routed to. Modifies.
@@ -351,17 +337,8 @@ class Residency:
         token, expert, weight
             [R] each, a row per token and expert.
         """
-        if self._eviction is None or self.caching is None or not self._shelf.lacking:
-            return
-        is_few = len(expert) <= _FEW_ROWS
-        if not is_few and len(self._shelf.ready) == self.caching.layers * self.caching.experts:
-            return  # all of them are at hand: nothing has to go
-        scores = weight.float().cpu().numpy()
-        if is_few:
-            self._eviction.note(layer, expert, scores, token)
-            return
-        with self._changed:
-            self._eviction.learn(layer, expert, scores, token)
+        if self._learner is not None:
+            self._learner.observe(layer, token, expert, weight)
 
     def acquire(self, key: Key) -> ExpertWeights:
         """Return a copy of an expert's weights that stays valid whatever is dropped later. Does not modify."""
@@ -381,9 +358,7 @@ class Residency:
         if self.packed is not None:
             return self._loader.read_weights(key)
         with self.borrow(key[0], [key[1]]) as (borrowed,):
-            by_name = _by_name(borrowed.weights)
-            parts = (by_name[part.name] for part in self.layout.parts)
-            return b"".join(part.contiguous().cpu().view(torch.uint8).numpy().tobytes() for part in parts)
+            return record_of(self.layout, borrowed.weights)
 
     def holds(self, key: Key) -> bool:
         """Whether `key` is held in any tier."""
@@ -422,27 +397,3 @@ class Residency:
     def is_caching(self) -> bool:
         """Whether there are experts that have no memory of their own, and a cache for them."""
         return self.caching is not None and bool(self._shelf.lacking)
-
-    def _settled(self, key: Key) -> Copy | None:
-        """Return the copy of an expert, waiting for one that is being filled; None: to be read from its source."""
-        while (copy := self._shelf.ready.get(key)) is None and self._shelf.is_coming(key) is not None:
-            self._changed.wait(0.05)
-        if copy is None and not self._shelf.can_load(key):
-            raise ExpertUnavailable(*key, "this node")
-        return copy
-
-
-def _device_copies(device: torch.device, layout: RecordLayout, packed: PackedLayout | None) -> "DeviceCopies":
-    from runtime.cuda.copies import DeviceCopies
-
-    return DeviceCopies(device, layout, packed=packed)
-
-
-def _by_name(weights: ExpertWeights) -> dict[str, torch.Tensor]:
-    named = {
-        "gate_up_proj": weights.gate_up,
-        "down_proj": weights.down,
-        "gate_up_proj_bias": weights.gate_up_bias,
-        "down_proj_bias": weights.down_bias,
-    }
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
