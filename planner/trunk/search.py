@@ -19,13 +19,13 @@ from planner.assemble import Solved
 from planner.errors import InfeasibleProblem, PlannerError, UnsafePlan
 from planner.feasibility import impossible
 from planner.objective import ObjectiveName
-from planner.problem import Bools, Ints, Problem
+from planner.problem import Ints, Problem
 from planner.solvers.base import SolveLimits, StopReason, with_status
 from planner.trunk.bound import blame_of, joint_bound, trunk_bound
 from planner.trunk.neighbours import neighbours, single_layers
 from planner.trunk.starts import find_starts
 from planner.trunk.tools import Report, Tools
-from planner.trunk.trials import STAY, Trial
+from planner.trunk.trials import STAY, Trial, why_nothing
 from planner.trunk.viterbi import better_paths
 
 STARTS: Final = 10  # trunks that are tried by estimate, beside the one at the ingress and the pipelines
@@ -115,6 +115,7 @@ class _Search:
         self.blame = blame_of(problem, "latency")
         self.bound = joint_bound(problem, objective, self.blame if objective == "latency" else None)
         self.entries: list[_Entry] = []
+        self.in_force: list[Solved] = []
         self.failed: dict[str, PlannerError] = {}
 
     def run(self) -> Solved:
@@ -122,7 +123,7 @@ class _Search:
         if not self.entries:
             self._make_room()
         if not self.entries:
-            raise self._nothing()
+            raise why_nothing({n: e for n, e in self.failed.items() if n not in _PIPELINES} or self.failed)
         for entry in self._ranked()[:_IMPROVED]:
             self._explore(entry)
         for entry in self._ranked()[:_IMPROVED]:
@@ -135,8 +136,9 @@ class _Search:
         """Give every start a quick placement."""
         for name in _PIPELINES:
             self._try(name, partial(self.tools.quick, self.problem, name))
-        if self.limits.start is not None:
-            self._try("the plan in force", lambda: self.tools.keep(self.problem, self._start()))
+        if (placed := self.limits.start) is not None:
+            entry = self._try("the plan in force", lambda: self.tools.keep(self.problem, placed))
+            self.in_force = [] if entry is None else [entry.solved]
         for number, start in enumerate(
             find_starts(self.problem, STARTS, self.blame, partial(self._over, _QUICK_SHARE / 2))
         ):
@@ -172,11 +174,6 @@ class _Search:
     def _fits(self, trunk: Ints) -> bool:
         """Whether a trunk fits, and beside the one that is in force."""
         return self.problem.room.fits(trunk) and self.tools.allows(trunk)
-
-    def _start(self) -> Bools:
-        if self.limits.start is None:
-            raise AssertionError("asked only where there is a start")
-        return self.limits.start
 
     def _names(self) -> set[str]:
         return {entry.name for entry in self.entries} | self.failed.keys()
@@ -369,7 +366,7 @@ class _Search:
         return self.clock() - self.began > share * self.limits.time_s
 
     def _outcome(self) -> Solved:
-        solved = self._with_tail(self._best().solved)
+        solved = self._with_tail(self._best())
         late = self._over(1.0)
         result = replace(
             solved.result,
@@ -383,10 +380,10 @@ class _Search:
             solved, result=with_status(result, self.limits.gap), asked_gap=self.limits.gap, trials=tuple(self._trials())
         )
 
-    def _best(self) -> _Entry:
-        """Return the best that can be come to; the best of all where none can, whose steps then say why."""
-        ranked = self._ranked()
-        return next((entry for entry in ranked if self.tools.reaches(entry.solved)), ranked[0])
+    def _best(self) -> Solved:
+        """Return the best that can be come to, else what is in force; where that is nothing, the best of all."""
+        found = [*(entry.solved for entry in self._ranked()), *self.in_force]
+        return next((solved for solved in found if self.tools.reaches(solved)), found[0])
 
     def _with_tail(self, solved: Solved) -> Solved:
         """Shorten the longest waits on the chosen paths, where that was asked for."""
@@ -403,11 +400,3 @@ class _Search:
         for name, error in self.failed.items():
             if name not in placed:
                 yield Trial(name, note=str(error))
-
-    def _nothing(self) -> PlannerError:
-        """Return why nothing fits: of all that was tried, what misses least; pipelines count last."""
-        tried = {name: error for name, error in self.failed.items() if name not in _PIPELINES} or self.failed
-        found = [error for error in tried.values() if isinstance(error, InfeasibleProblem)]
-        if not found:
-            return next(iter(tried.values()))
-        return min(found, key=lambda error: sum(one.value - one.limit for one in error.violations))

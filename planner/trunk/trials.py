@@ -3,8 +3,10 @@
 Must not know how a trial was made.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from planner.errors import InfeasibleProblem, PlannerError
 from planner.problem import Floats
 
 STAY = "stay"
@@ -30,3 +32,11 @@ class Trial:
     latency_s: Floats | None = None
     mean_s: float | None = None
     note: str = ""
+
+
+def why_nothing(failed: Mapping[str, PlannerError]) -> PlannerError:
+    """Return why no trunk would do: of all that were tried, what misses least."""
+    found = [error for error in failed.values() if isinstance(error, InfeasibleProblem)]
+    if not found:
+        return next(iter(failed.values()))
+    return min(found, key=lambda error: sum(one.value - one.limit for one in error.violations))
