@@ -12,14 +12,14 @@ from typing import Final
 from planner.assemble import Solved
 from planner.child import Job, Standing, Watch, solve_in_child
 from planner.departure import Departure
-from planner.errors import BrokenPlacement, InfeasibleProblem, NoPlacementFound
+from planner.errors import BrokenPlacement, InfeasibleProblem, NoPlacementFound, PlannerError
 from planner.feasibility import impossible, violations
 from planner.objective import ObjectiveName, judge, nearest, path_cost, plan_cost
 from planner.problem import Bools, Problem
 from planner.solvers.base import Result, SolveLimits, SolveStatus, StopReason, ignore, with_status
 from planner.solvers.choose import EXACT, PIPELINES, STRATEGIES, find_solver
 from planner.solvers.events import UnsuitedSolver, refuse_large
-from planner.solvers.milp.joint import refuse_large_joint
+from planner.solvers.milp.joint import is_tiny, refuse_large_joint
 from planner.trunk.search import search_paths
 from planner.trunk.tools import Tools
 from planner.trunk.trials import Trial
@@ -137,14 +137,15 @@ def _move(
 
     _import_solvers()
     tools = Tools(quick=quick, improve=improve, ask=ask, keep=keep, departure=departure)
-    if solver != "auto" or not _is_tiny(problem, objective):
+    if solver != "auto" or not _suits_joint(problem, objective):
         return search_paths(problem, tools, objective=objective, limits=limits, report=told)
+    tiny = is_tiny(problem)
     half = replace(limits, time_s=_SEARCHED * limits.time_s)
     try:
-        found = search_paths(problem, tools, objective=objective, limits=half, report=told)
-    except (InfeasibleProblem, NoPlacementFound):
-        return solve(problem, "milp", limits=half, in_process=in_process)
-    return _or_exact(problem, found, limits, tools, in_process=in_process)
+        found = search_paths(problem, tools, objective=objective, limits=half if tiny else limits, report=told)
+    except (InfeasibleProblem, NoPlacementFound) as nothing:
+        return _joint(problem, half, nothing, in_process=in_process)
+    return found if not tiny else _or_exact(problem, found, limits, tools, in_process=in_process)
 
 
 def _import_solvers() -> None:
@@ -155,10 +156,21 @@ def _import_solvers() -> None:
     import planner.solvers.routing  # noqa: F401
 
 
-def _is_tiny(problem: Problem, objective: ObjectiveName) -> bool:
-    from planner.solvers.milp.joint import is_tiny
+def _joint(problem: Problem, limits: SolveLimits, nothing: PlannerError, *, in_process: bool) -> Solved:
+    """Let the joint model find the one way that a search missed, or prove that there is none."""
+    try:
+        return solve(problem, "milp", limits=limits, in_process=in_process)
+    except NoPlacementFound:
+        raise nothing from None
 
-    return objective == "latency" and is_tiny(problem)
+
+def _suits_joint(problem: Problem, objective: ObjectiveName) -> bool:
+    """Whether paths and placement can be an exact model together."""
+    try:
+        refuse_large_joint(problem, objective)
+    except UnsuitedSolver:
+        return False
+    return True
 
 
 def _or_exact(problem: Problem, found: Solved, limits: SolveLimits, tools: Tools, *, in_process: bool) -> Solved:
