@@ -17,7 +17,7 @@ from schemas.units import format_bytes, format_share, parse_bytes, parse_share
 if TYPE_CHECKING:
     from runtime.replay import Recording, Replayed
 
-EVICTION_NAMES: Final = ("rates", "steady", "cyclfu", "least-stale", "score", "lfu", "lru")
+EVICTION_NAMES: Final = ("rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru")
 ROUTING_NAMES: Final = (
     "exact",
     "mass",

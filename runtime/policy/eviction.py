@@ -14,6 +14,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.policy.cost_aware import CostAware
+
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -320,6 +322,7 @@ def _ahead(keys: Ints, layer: int, layers: int, experts: int) -> Ints:
 EVICTIONS: Final[Mapping[str, Callable[[int, int], Eviction]]] = {
     "rates": Rates,
     "steady": partial(Rates, slow=STEADY_SLOW, fast_share=STEADY_FAST_SHARE),
+    "cost-aware": lambda layers, experts: CostAware(Rates(layers, experts), layers * experts),
     "cyclfu": CycLfu,
     "least-stale": LeastStale,
     "score": ScoreAverage,
