@@ -8,6 +8,7 @@ the budget.
 import logging
 import threading
 from collections.abc import Collection
+from dataclasses import replace
 
 from agent.budget import MemoryBudget
 from runtime.errors import BudgetTooSmall
@@ -26,10 +27,15 @@ class Allowance:
     ----------
     device
         Bytes of the device to begin with; what the config gives to ExpertMesh if None. Never more than that.
+
+    Attributes
+    ----------
+    residency
+        Where experts are; may be replaced.
     """
 
     def __init__(self, residency: Residency, budget: MemoryBudget, device: int | None) -> None:
-        self._residency = residency
+        self.residency = residency
         self._budget = budget
         self._lock = threading.Lock()
         self._assignments: Collection[Assignment] = ()
@@ -48,10 +54,17 @@ class Allowance:
         with self._lock:
             device = min(device, self._budget.memory.device)
             self._require(device)
-            self._residency.set_budget("device", self._left("device", device))
+            self.residency.set_budget("device", self._left("device", device))
             self._device = device
         log.info("the device budget is %s", format_bytes(device))
         return device
+
+    def limit(self, device: int) -> None:
+        """Take no more of the device from now on, however little that is. Modifies."""
+        with self._lock:
+            memory = self._budget.memory
+            self._budget = replace(self._budget, memory=memory.model_copy(update={"device": device}))
+            self._device = min(self._device, device)
 
     def fit(self, assignments: Collection[Assignment]) -> None:
         """Leave room for the trunk and KV cache of these assignments together."""
@@ -60,7 +73,7 @@ class Allowance:
             budgets: tuple[tuple[Tier, int], ...] = (("device", self._device), ("host", self._budget.memory.host))
             for tier, memory in budgets:
                 try:
-                    self._residency.set_budget(tier, self._left(tier, memory))
+                    self.residency.set_budget(tier, self._left(tier, memory))
                 except BudgetTooSmall as error:
                     log.warning("%s", error)
 
@@ -70,7 +83,7 @@ class Allowance:
         return max(0, memory - taken)
 
     def _require(self, device: int) -> None:
-        spec, expert_bytes = self._budget.spec, self._residency.slot_bytes
+        spec, expert_bytes = self._budget.spec, self.residency.slot_bytes
         trunk = self._budget.path_memory(self._assignments).total if self._budget.trunk_tier == "device" else 0
         experts = spec.top_k * expert_bytes
         if device < trunk + experts:

@@ -81,9 +81,17 @@ class Layers:
         layers = self._model.spec.num_decoder_layers
         return frozenset(key for first, last in ranges for key in part_keys(first, last, layers))
 
+    def move(self, device: str) -> None:
+        """Let go of every range, since its device is gone; what is loaded from now on comes to another. Modifies."""
+        with self._lock:
+            self._device, self._pool, self._segments = device, TensorPool(), {}
+        self._offer(None)
+
     def load(self, assignments: Collection[Assignment], records: Mapping[PartKey, bytes]) -> None:
         """Load the ranges that are not here, from `records` if there are any, and the tokenizer where tokens enter."""
         wanted = self._budget.ranges(assignments)
+        with self._lock:
+            device, pool = self._device, self._pool
         for first, last in sorted(wanted.keys() - self._segments.keys()):
             trunk = load_trunk(
                 Path(self._settings.model),
@@ -91,11 +99,13 @@ class Layers:
                 first_layer=first,
                 last_layer=last,
                 source=RecordSource(records) if records else None,
-                pool=self._pool,
-                device=self._device,
+                pool=pool,
+                device=device,
             )
             segment = self._make_segment(trunk)
             with self._lock:
+                if device != self._device:
+                    return  # lost meanwhile; whoever moved everything has it loaded again
                 segment.importance = self._importance
                 self._segments = {**self._segments, (first, last): segment}
         for key, kv_bytes in wanted.items():

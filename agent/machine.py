@@ -95,7 +95,14 @@ class AbortReceived:
     plan: str
 
 
-Event = Started | PrepareReceived | Obtained | NotObtained | CommitReceived | RetireReceived | AbortReceived
+@dataclass(frozen=True)
+class WeightsLost:
+    """What was in memory is gone with the device that it lay on; whatever is on disk is still there."""
+
+
+Event = (
+    Started | PrepareReceived | Obtained | NotObtained | CommitReceived | RetireReceived | AbortReceived | WeightsLost
+)
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,8 @@ class AgentMachine:
                 yield from self._retire(epoch)
             case AbortReceived(epoch, plan):
                 yield from self._abort(epoch, plan)
+            case WeightsLost():
+                yield from self._lose()
             case _:
                 assert_never(event)
 
@@ -219,6 +228,12 @@ class AgentMachine:
         yield Keep(self._all())
         if self.state.active is not None:
             yield self._obtain(self.state.active)
+
+    def _lose(self) -> Iterator[Instruction]:
+        """Get back what the active epoch gives, as after a restart."""
+        yield StopObtaining()
+        self.is_restored, self.fault = self.state.active is None, None
+        yield from self._start()
 
     def _prepare(self, assignment: Assignment) -> Iterator[Instruction]:
         state = self.state

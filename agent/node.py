@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -26,6 +27,7 @@ from agent import machine as m
 from agent.allowance import Allowance
 from agent.budget import MemoryBudget, wanted_parts, wanted_replicas
 from agent.clients import ClientServer
+from agent.computing import Computing, release_device_memory
 from agent.control import ControlLine
 from agent.errors import CoordinatorAbsent, JournalUnwritable, Refused, ThreadLost
 from agent.generation import Generator
@@ -45,20 +47,18 @@ from agent.settings import Settings
 from agent.transfer import Puller, Wanted, WeightsServer
 from agent.transport import Context, bind, make_socket
 from runtime.counters import Counters
-from runtime.cuda.devices import is_device_fault, usable_device
 from runtime.engine import Segment
 from runtime.errors import InvalidStore, RuntimeFault
 from runtime.importance import Importance
 from runtime.loading import Trunk
 from runtime.models import open_model
 from runtime.routing import EpochBoard, Routing
-from runtime.slots import Caching, Record, Residency
+from runtime.slots import Record
 from runtime.store import Store
 from schemas import messages as msg
 from schemas.address import Address
 from schemas.model import ModelSpec
 from schemas.paths import layers_run
-from schemas.topology import TIERS, Tier
 from schemas.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -94,24 +94,15 @@ class Node:
         store = _open_store(settings, self._spec) or self._model.store
         data = Path(settings.data)
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
-        memory = settings.memory
-        self._memory = msg.TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
+        self._computing = Computing(settings, self._model)
+        self._faults: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        memory = self._computing.memory
         budget = MemoryBudget(
-            settings.node, self._memory, "device" if memory.device else "host", self._spec, settings.context
+            settings.node, memory, "device" if memory.device else "host", self._spec, settings.context
         )
         self._machine = m.AgentMachine(self._journal.state, budget)
-        budgets = {tier: getattr(self._memory, tier) for tier in TIERS}
-        self._device, _ = usable_device(settings.torch_device)
-        try:
-            self._residency = self._make_residency(budgets)
-        except RuntimeFault as error:
-            if self._device == "cpu" or not is_device_fault(error.__cause__ or error):
-                raise
-            log.warning("%s; the processor computes instead of %s", error, self._device)
-            self._device = "cpu"
-            self._residency = self._make_residency(budgets)
-        self._allowance = Allowance(self._residency, budget, settings.device_budget)
-        self._holdings = Holdings(self._residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
+        self._allowance = Allowance(self._computing.residency, budget, settings.device_budget)
+        self._holdings = Holdings(self._computing.residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
         self._counters = Counters(self._spec.layers, self._spec.experts)
         self._quality = QualityBudget(settings, self._spec)
         self._quality.require()
@@ -130,27 +121,16 @@ class Node:
         self._last_refusal = ""
         endpoints = self._bind(opened)
         self._line = opened.enter_context(closing(ControlLine(self._context, settings.coordinator, settings.node)))
-        identity = Identity(settings, self._incarnation, self._spec, endpoints, self._memory)
+        identity = Identity(settings, self._incarnation, self._spec, endpoints)
         self._reporter = Reporter(
             identity,
+            computing=self._computing,
             holdings=self._holdings,
             counters=self._counters,
             work=self._work,
             board=self._board,
             traffic=self._plane.traffic,
             quality=self._quality,
-        )
-
-    def _make_residency(self, budgets: Mapping[Tier, int]) -> Residency:
-        settings, spec = self._settings, self._spec
-        return Residency(
-            self._model.layout,
-            budgets,
-            Path(settings.data) / "records",
-            device=self._device,
-            max_slots=spec.layers * spec.experts,
-            caching=Caching(spec.layers, spec.experts, eviction=settings.eviction, prefetch=settings.prefetch),
-            precision=None if settings.precision == "checkpoint" else settings.precision,
         )
 
     def _bind(self, opened: ExitStack) -> msg.Endpoints:
@@ -179,6 +159,7 @@ class Node:
             layers=spec.num_decoder_layers,
             endpoints=lambda: self._peers,
             make_caller=self._make_caller,
+            is_device_fault=self._note_fault,
             stopped=lambda: self._is_silent,
         )
         opened.callback(self._plane.close)
@@ -186,12 +167,19 @@ class Node:
             settings,
             self._model,
             self._machine.budget,
-            device=self._device,
+            device=self._computing.torch_device,
             make_segment=self._make_segment,
             plane=self._plane,
         )
         self._threads = [
-            ExpertServer(expert, self._residency, self._limits, self._work, self._stopped),
+            ExpertServer(
+                expert,
+                lambda: self._computing.residency,
+                self._limits,
+                self._work,
+                self._stopped,
+                is_device_fault=self._note_fault,
+            ),
             WeightsServer(weights, self._holdings, self._stopped),
             ClientServer(
                 self._context,
@@ -218,7 +206,7 @@ class Node:
             self._context,
             endpoints=lambda: self._peers,
             routes=lambda: self._routes,
-            residency=self._residency,
+            residency=lambda: self._computing.residency,
             limits=self._limits,
             patience=Patience(answer_s=self._settings.call_timeout_s, absence_s=self._settings.absence_timeout_s),
         )
@@ -233,11 +221,12 @@ class Node:
 
     def _set_budget(self, device: int) -> msg.BudgetChanged:
         device = self._allowance.change(device)
-        experts, used = self._residency.budgets["device"], self._residency.used()["device"]
+        residency = self._computing.residency
+        experts, used = residency.budgets["device"], residency.used()["device"]
         return msg.BudgetChanged(device=device, experts=experts, used=used)
 
     def _make_segment(self, trunk: Trunk) -> Segment:
-        return Segment(trunk, self._residency, self._board, counters=self._counters, kv_budget=0)
+        return Segment(trunk, self._computing.residency, self._board, counters=self._counters, kv_budget=0)
 
     def run(self) -> None:
         """Serve until stopped; then say goodbye."""
@@ -254,6 +243,7 @@ class Node:
             for message in self._line.receive(_POLL_MS):
                 self._take(message)
             self._take_outcomes()
+            self._take_faults()
             self._release()
             self._speak()
             self._require_threads()
@@ -344,6 +334,29 @@ class Node:
             if not preparation.is_stopped:
                 self._handle(outcome)
 
+    def _note_fault(self, error: BaseException) -> bool:
+        """Whether an error is a device's; if it is that of this node's own, the processor takes over soon."""
+        if self._computing.is_fault(error):
+            self._faults.put(error)
+        return self._computing.is_of_device(error)
+
+    def _take_faults(self) -> None:
+        """Let the processor take over once the device has failed: weights are obtained anew, answers begin again."""
+        while not self._faults.empty():
+            error = self._faults.get()
+            if not self._computing.is_fault(error):
+                continue  # of the device that is used no more
+            self._stop_preparation()
+            self._computing.fall(error)
+            self._layers.move(self._computing.torch_device)
+            self._holdings.residency = self._allowance.residency = self._computing.residency
+            self._machine.budget = replace(self._machine.budget, memory=self._computing.memory)
+            self._allowance.limit(self._computing.memory.device)
+            self._generation = ""  # it introduces itself anew, with the memory that it has
+            self._handle(m.WeightsLost())
+            del error  # with all that lies on the device
+            release_device_memory()
+
     def _handle(self, event: m.Event) -> None:
         """Let the machine decide, and do what it says in its order."""
         for instruction in self._machine.handle(event):
@@ -376,6 +389,7 @@ class Node:
                     endpoints=self._endpoints_of,
                     layers=self._layers,
                     report=self._outcomes.put,
+                    is_device_fault=self._note_fault,
                     after=self._preparation,
                 )
                 self._preparation.start()
@@ -429,7 +443,7 @@ class Node:
 
     def _way(self) -> Way:
         """Return the path of tokens that enter here."""
-        if self._machine.active_epoch == 0 and self._machine.state.active is not None:
+        if self._layers.way.epoch == 0 and self._machine.state.active is not None:
             return Way(
                 0, None, f"{self._settings.node} was restarted and is fetching its experts; try again in a moment"
             )
@@ -465,7 +479,7 @@ class Node:
 
     def _used(self) -> msg.TierBytes:
         """Bytes taken of each tier: experts, backing copies, and the trunk and KV cache of the layers that run here."""
-        used = dict(self._residency.used())
+        used = dict(self._computing.residency.used())
         used["disk"] += self._holdings.backing_bytes
         used[self._machine.budget.trunk_tier] += self._layers.used_bytes(self._machine.assignments)
         return msg.TierBytes(**used)

@@ -87,7 +87,7 @@ class PeerCaller:
     routes
         The newest epoch's routes, for rows that must go elsewhere than first meant.
     residency
-        Where rows are computed that in the newest epoch are this node's own.
+        Returns where rows are computed that in the newest epoch are this node's own.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PeerCaller:
         *,
         endpoints: Callable[[], Mapping[str, Endpoints]],
         routes: Callable[[], EpochRoutes],
-        residency: Residency,
+        residency: Callable[[], Residency],
         limits: Limits,
         patience: Patience,
     ) -> None:
@@ -269,7 +269,7 @@ class PeerCaller:
         parts = [(rows, self._regrouped(call, target, rows, routes.epoch, tried)) for target, rows in groups.items()]
         answer = torch.zeros(call.answer_shape, dtype=call.answer_dtype)
         for rows, (part, token, under_way) in parts:
-            got = under_way.result() if under_way is not None else answer_call(self._residency, part)
+            got = under_way.result() if under_way is not None else answer_call(self._residency(), part)
             index = torch.tensor(rows) if call.combine == "ordered" else torch.from_numpy(token)
             answer.index_add_(0, index, got)
         return answer

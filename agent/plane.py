@@ -70,6 +70,8 @@ class SessionPlane:
         Decoder layers of the model.
     make_caller
         Called once in each worker thread.
+    is_device_fault
+        See `Segments`.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class SessionPlane:
         endpoints: Callable[[], Mapping[str, Endpoints]],
         make_caller: Callable[[], PeerCaller],
         stopped: Callable[[], bool],
+        is_device_fault: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         self._socket = socket
         self._limits = limits
@@ -99,7 +102,13 @@ class SessionPlane:
         self._is_asleep = False
         self._looked_at = 0.0
         self._turn = Turn(self._wake)
-        self._segments = Segments(me, layers=layers, outside=_Outside(self._links), frame_bytes=limits.call_bytes)
+        self._segments = Segments(
+            me,
+            layers=layers,
+            outside=_Outside(self._links),
+            frame_bytes=limits.call_bytes,
+            is_device_fault=is_device_fault,
+        )
 
     def workers(self, count: int) -> list[threading.Thread]:
         """Return `count` threads that do the work and one that listens, not yet started."""

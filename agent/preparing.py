@@ -50,6 +50,7 @@ class Preparation(threading.Thread):
         endpoints: Callable[[str], Endpoints | None],
         layers: Layers,
         report: Callable[[tuple["Preparation", Obtained | NotObtained]], None],
+        is_device_fault: Callable[[BaseException], bool] = lambda _: False,
         after: "Preparation | None",
     ) -> None:
         super().__init__(name=f"prepare-{order.epoch}", daemon=True)
@@ -63,6 +64,7 @@ class Preparation(threading.Thread):
         self._layers = layers
         self._parts: dict[PartKey, bytes] = {}
         self._report = report
+        self._is_device_fault = is_device_fault
         self._after = after
         self._ended = threading.Event()
         self._holding = threading.Lock()
@@ -78,7 +80,7 @@ class Preparation(threading.Thread):
         return self._ended.is_set()
 
     def run(self) -> None:
-        """Obtain everything and report."""
+        """Obtain everything and report; not where the device fails meanwhile."""
         order = self.order
         if self._after is not None:
             self._after.join()  # one at a time; it was told to stop, but may be loading layers
@@ -89,10 +91,14 @@ class Preparation(threading.Thread):
             self._obtain()
             outcome: Obtained | NotObtained = Obtained(order.epoch, order.plan)
         except (AgentError, RuntimeFault, InvalidCheckpoint, OSError) as error:
+            if self._is_device_fault(error):
+                return  # the processor takes over, and all of it is asked for again
             if not self.is_stopped:
                 log.warning("epoch %d cannot be prepared: %s", order.epoch, error)
             outcome = NotObtained(order.epoch, order.plan, _exit_code(error), str(error))
         except Exception as error:
+            if self._is_device_fault(error):
+                return
             log.exception("epoch %d cannot be prepared", order.epoch)
             text = f"{type(error).__name__}: {error}; the agent's log has more"
             outcome = NotObtained(order.epoch, order.plan, ExitCode.FAILED, text)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Final
 
+from agent.computing import Computing
 from agent.holdings import Holdings
 from agent.offer import Traffic
 from agent.preparing import Preparation
@@ -32,7 +33,6 @@ class Identity:
     incarnation: str
     model: ModelSpec
     endpoints: msg.Endpoints
-    memory: msg.TierBytes
 
 
 class Reporter:
@@ -42,6 +42,7 @@ class Reporter:
         self,
         identity: Identity,
         *,
+        computing: Computing,
         holdings: Holdings,
         counters: Counters,
         work: Work,
@@ -51,6 +52,7 @@ class Reporter:
     ) -> None:
         self._identity = identity
         self._node = identity.settings.node
+        self._computing = computing
         self._holdings = holdings
         self._counters = counters
         self._work = work
@@ -69,7 +71,7 @@ class Reporter:
             model=identity.model,
             dtype=identity.settings.dtype,
             endpoints=identity.endpoints,
-            memory=identity.memory,
+            memory=self._computing.memory,
             has_store=self._holdings.store is not None,
             standing=standing,
         )
@@ -118,6 +120,8 @@ class Reporter:
             to_move=preparation.to_move if preparation else 0,
             is_loading=preparation.is_loading if preparation else False,
             peers=peers,
+            device=self._computing.device,
+            device_note=self._computing.fault,
         )
 
     def catalogue(self) -> msg.Catalogue | None:

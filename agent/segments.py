@@ -18,6 +18,7 @@ from agent.early import Early, EarlySteps, Reply
 from agent.errors import RequestCancelled
 from agent.fronts import Fronts, News
 from agent.offer import Offer, Traffic
+from agent.serving import DEVICE_FAILED
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
 from agent.steps import ids_of, name_of, require_fit
 from agent.tracing import PutTrace, Traces
@@ -73,15 +74,26 @@ class Segments:
         Decoder layers of the model.
     frame_bytes
         The largest message that other nodes take.
+    is_device_fault
+        Told of errors; says of those that a device made, after which another will do the work.
     """
 
-    def __init__(self, me: Sender, *, layers: int, outside: Outside, frame_bytes: int = MOST_TRACE_BYTES) -> None:
+    def __init__(
+        self,
+        me: Sender,
+        *,
+        layers: int,
+        outside: Outside,
+        frame_bytes: int = MOST_TRACE_BYTES,
+        is_device_fault: Callable[[BaseException], bool] = lambda _: False,
+    ) -> None:
         self.offer = Offer()
         self.traffic = Traffic()
         self.fronts = Fronts()
         self.registry = Registry(me.node, layers=layers, cut=prefill_chunks)
         self._me = me
         self._outside = outside
+        self._is_device_fault = is_device_fault
         self._traces = Traces(me.node)
         self._trace_bytes = min(frame_bytes, MOST_TRACE_BYTES)
         self._open: dict[str, Segment] = {}  # by entry name: where its KV cache is
@@ -180,9 +192,17 @@ class Segments:
                 segment.open(entry.name, message.max_tokens)
                 self._open[entry.name] = segment
         except (ContextFull, KvBudgetExceeded) as error:
-            for entry in self.registry.forget(opened):
-                self._free(entry)
+            self._forget(opened)
             raise Objection("context_full" if isinstance(error, ContextFull) else "kv_budget", str(error)) from error
+        except RuntimeError as error:
+            self._forget(opened)
+            if not self._is_device_fault(error):
+                raise
+            raise Objection("lost", DEVICE_FAILED) from error
+
+    def _forget(self, entries: list[Entry]) -> None:
+        for entry in self.registry.forget(entries):
+            self._free(entry)
 
     def _free(self, entry: Entry) -> None:
         """Give a forgotten entry's KV cache back."""
@@ -329,6 +349,9 @@ class Segments:
     def _fail(self, entry: Entry, error: Exception | None) -> None:
         """Give a session up that cannot go on here, and tell its ingress why."""
         code: SessionCode = "failed"
+        if error is not None and self._is_device_fault(error):
+            self._give_up([entry], self.fault(entry.session, "lost", DEVICE_FAILED))
+            return
         if isinstance(error, ExpertUnavailable) and entry.range not in self.offer.current:
             code = "stale_epoch"  # the routes of the newer epoch are not made for these layers
         elif not isinstance(error, RuntimeFault):
@@ -341,8 +364,7 @@ class Segments:
         """Forget sessions and tell their ingress the fault, each once."""
         ingresses = {entry.session: entry.opened.path.ingress for entry in entries}
         for session, ingress in ingresses.items():
-            for entry in self.registry.forget(self.registry.at(session)):
-                self._free(entry)
+            self._forget(self.registry.at(session))
             self.say(ingress, fault.model_copy(update={"session": session}))
 
     def drop_stale(self) -> None:

@@ -26,6 +26,7 @@ from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, call_place
 
 log = logging.getLogger(__name__)
 
+DEVICE_FAILED: Final = "the device of this node has failed, and its processor takes over"
 _SLICE_MS: Final = 100
 _NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -59,10 +60,23 @@ class Work:
 
 
 class ExpertServer(threading.Thread):
-    """Owns the ROUTER it is given and serves until stopped."""
+    """Owns the ROUTER it is given and serves until stopped.
+
+    Parameters
+    ----------
+    is_device_fault
+        Told of errors; says of those that a device made, after which another will do the work: ask again.
+    """
 
     def __init__(
-        self, socket: Socket, residency: Residency, limits: Limits, work: Work, stopped: Callable[[], bool]
+        self,
+        socket: Socket,
+        residency: Callable[[], Residency],
+        limits: Limits,
+        work: Work,
+        stopped: Callable[[], bool],
+        *,
+        is_device_fault: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         super().__init__(name="experts", daemon=True)
         self._socket = socket
@@ -70,6 +84,7 @@ class ExpertServer(threading.Thread):
         self._limits = limits
         self._work = work
         self._stopped = stopped
+        self._is_device_fault = is_device_fault
 
     def run(self) -> None:
         """Serve until stopped."""
@@ -112,12 +127,15 @@ class ExpertServer(threading.Thread):
             call = call_of(header, frame)
             if header.tokens > 1 or not _is_plain(call):
                 call.check()
-            answer = answer_call(self._residency, call)
+            answer = answer_call(self._residency(), call)
         except ExpertUnavailable as error:
             # an epoch retired since the call was let in is the better reason: the caller follows the newer one
             fault = self._work.fence.objection(header.epoch) or CallFault(code="not_held", message=str(error))
             return pack_fault(header.epoch, header.request, fault)
         except (RuntimeFault, RuntimeError, ValueError, MemoryError) as error:
+            if self._is_device_fault(error):
+                fault = CallFault(code="unknown_epoch", message=DEVICE_FAILED, epoch=self._work.fence.active)
+                return pack_fault(header.epoch, header.request, fault)
             log.exception("a call of epoch %d layer %d failed", header.epoch, header.layer)
             fault = CallFault(code="failed", message=f"{type(error).__name__}: {error}"[:500])
             return pack_fault(header.epoch, header.request, fault)

@@ -6,7 +6,6 @@ record → `Segment`. Must not know who wants text.
 """
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from runtime.cuda.devices import first_words, free_bytes, is_device_fault, usable_device
+from runtime.cuda.devices import available_host_bytes, first_words, free_bytes, is_device_fault, usable_device
 from runtime.engine import Segment, generate
 from runtime.errors import BudgetTooSmall, InvalidStore, RuntimeFault
 from runtime.loading import load_trunk
@@ -159,7 +158,7 @@ def open_alone(
     if device != "cpu":
         lacking = max(0, trunk_bytes + spec.total_expert_bytes - budget)
         wanted = spec.total_expert_bytes if lacking else 0
-        in_host = min(wanted, int(_SPARE_HOST * _available_bytes())) if host_budget is None else host_budget
+        in_host = min(wanted, int(_SPARE_HOST * available_host_bytes())) if host_budget is None else host_budget
     residency = Residency(
         model.layout,
         {"device": budget - trunk_bytes, "host": in_host},
@@ -183,10 +182,6 @@ def open_alone(
         residency.add_source(key, remade)
     board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
     return Segment(load_trunk(path, dtype=dtype, device=device), residency, board)
-
-
-def _available_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Times(NamedTuple):

@@ -64,7 +64,7 @@ def wait_for(condition: Callable[[], Any], *, timeout_s: float, what: Callable[[
 class Cluster:
     """Processes of one cluster below one directory.
 
-    Nodes are alike and made up, or those of `topology`, with its own memories.
+    Nodes are alike and made up, or those of `topology`, with its own memories. Agents run as `agent` says.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Cluster:
         settings: dict[str, Any] | None = None,
         topology: Path | None = None,
         verbose: bool = True,
+        agent: tuple[str, ...] = AGENT,
     ) -> None:
         self.path = path
         self.port = free_port()
@@ -85,6 +86,7 @@ class Cluster:
         self._given = load_given(topology) if topology else None
         self.nodes = [n["id"] for n in self._given["nodes"]] if self._given else [f"n{i}" for i in range(nodes)]
         self._flags = ("-v",) if verbose else ()
+        self._agent = agent
         self.processes: dict[str, Forked] = {}
         self.active: Plan | None = None  # the plan that was reached last
         self.memory = memory or {"device": "64 MiB", "host": "0 MiB", "disk": "64 MiB"}
@@ -151,7 +153,7 @@ class Cluster:
         self._start("coordinator", *PLANNER, "serve", str(self.topology), *self._flags)
 
     def start_agent(self, node: str) -> None:
-        self._start(node, *AGENT, "run", "--config", str(self.path / f"{node}.yaml"), *self._flags)
+        self._start(node, *self._agent, "run", "--config", str(self.path / f"{node}.yaml"), *self._flags)
 
     def _start(self, name: str, *command: str) -> None:
         log = self.path / f"{name}.log"

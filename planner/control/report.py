@@ -29,7 +29,8 @@ def status_view(report: StatusReport) -> RenderableType:
         held = (_held(node, tier) for tier in tiers)
         table.add_row(node.id, Text(node.state, style=_STYLES[node.state]), str(node.epoch), *held, *_figures(node))
     head = Text(f"{report.cluster}: epoch {report.epoch}, {plan_line(report.plan)}")
-    notes = [Text(f"{node.id}: {words}") for node in report.nodes if (words := _precision(node))]
+    notes = [Text(f"{node.id}: {words}") for node in report.nodes if (words := _device(node))]
+    notes += [Text(f"{node.id}: {words}") for node in report.nodes if (words := _precision(node))]
     notes += [Text(f"{node.id}: {words}") for node in report.nodes if (words := _guests(node))]
     notes += [Text(f"{node.id}: {node.quality.note}") for node in report.nodes if node.quality and node.quality.note]
     running = [node for node in report.nodes if node.hops_per_token is not None]
@@ -153,6 +154,13 @@ def _held(node: NodeStatus, tier: Tier) -> str:
         return "–"
     used = getattr(node.memory_used, tier)
     return f"{getattr(node.experts, tier)}: {used / allowed:.0%} of {format_bytes(allowed)}"
+
+
+def _device(node: NodeStatus) -> str:
+    """Say where a node computes, unless that is its processor because nobody asked for anything else."""
+    if node.device_note:
+        return f"{node.device_note}; the processor computes instead"
+    return "" if node.device == "cpu" else f"computes on {node.device}"
 
 
 def _precision(node: NodeStatus) -> str:

@@ -6,7 +6,7 @@ beside what was counted. Pure: times are passed in.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from planner.control.state import ClusterState
 from planner.journey import Promise, promises
@@ -50,7 +50,7 @@ def node_status(
     node: str, allowed: Memory, view: AgentView | None, *, now: float, promise: Promise | None = None
 ) -> NodeStatus:
     """Return one row of the table; `promise` is what the plan expects there."""
-    planned = {
+    planned: dict[str, Any] = {
         "planned_hops_per_token": promise.hops if promise else None,
         "planned_calls_per_token": promise.calls if promise else None,
         "planned_wait_per_token_s": promise.wait_s if promise else None,
@@ -78,6 +78,8 @@ def node_status(
         hit_rate=served.device_rows / rows if rows else None,
         substitution_share=served.substituted_rows / rows if rows else None,
         quality=served.quality,
+        device=beat.device if beat else "cpu",
+        device_note=beat.device_note if beat else "",
         cache=served.cache,
         precision=served.precision,
         low_share=served.low_rows / rows if rows else None,

@@ -4,6 +4,7 @@ Decides what counts as a fault of a device rather than of the model. Must not kn
 """
 
 import logging
+import os
 
 import torch
 
@@ -63,3 +64,8 @@ def free_bytes(device: str) -> int:
     """Return the memory of a CUDA device that nobody uses."""
     free, _ = torch.cuda.mem_get_info(torch.device(device))
     return int(free)
+
+
+def available_host_bytes() -> int:
+    """Return the memory of this machine that nobody uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

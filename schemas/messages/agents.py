@@ -13,7 +13,7 @@ from schemas.precision import Precision
 from schemas.store import RecordLayout, TrunkPart
 from schemas.topology import NodeId
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 
 
 class PrepareFault(FrozenModel):
@@ -173,6 +173,8 @@ class Heartbeat(FrozenModel):
         The trunk is being loaded for that epoch: bytes stand still meanwhile.
     peers
         The revision of `Peers` that the agent has.
+    device, device_note
+        What computes here, and why it is not what the agent's config asks for; "" where it is.
     """
 
     type: Literal["heartbeat"] = "heartbeat"
@@ -188,6 +190,8 @@ class Heartbeat(FrozenModel):
     to_move: Count = 0
     is_loading: bool = False
     peers: Count = 0
+    device: str = "cpu"
+    device_note: Annotated[str, Field(max_length=1000)] = ""
 
 
 class Goodbye(FrozenModel):

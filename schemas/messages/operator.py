@@ -53,6 +53,8 @@ class NodeStatus(FrozenModel):
     state
         ``stalled``: heartbeats come, but nothing that is under way makes progress. ``away``: heartbeats stopped.
         ``stopped``: its agent said goodbye.
+    device, device_note
+        What computes there, and why it is not what its config asks for; "" where it is.
     precision, low_share
         In which every expert is executed here; share of rows in a lower one, for want of a better copy.
     any_remote_share
@@ -74,6 +76,8 @@ class NodeStatus(FrozenModel):
     substitution_share: float | None
     quality: QualityUse | None = None
     cache: CacheUse | None = None
+    device: str = "cpu"
+    device_note: str = ""
     precision: Precision = "checkpoint"
     low_share: float | None = None
     remote_share: float | None

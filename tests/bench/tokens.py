@@ -106,7 +106,7 @@ def print_calls(store: Path, where: Endpoints) -> None:
     residency.put((0, expert), "device", record_of(Store.open(store), expert))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     caller = PeerCaller(
-        context, endpoints=lambda: {"n1": where}, routes=no_routes, residency=residency,
+        context, endpoints=lambda: {"n1": where}, routes=no_routes, residency=lambda: residency,
         limits=limits, patience=Patience(),
     )  # fmt: skip
     with bare_echo(call) as echo:

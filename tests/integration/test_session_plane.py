@@ -130,7 +130,7 @@ class World:
     def make_caller(self, context: zmq.Context) -> PeerCaller:
         nothing = Routing.all_local(1, layers=4, experts=16)
         return PeerCaller(
-            context, endpoints=lambda: self.holders, routes=lambda: EpochRoutes(nothing, {}, frozenset()), residency=self.residency,
+            context, endpoints=lambda: self.holders, routes=lambda: EpochRoutes(nothing, {}, frozenset()), residency=lambda: self.residency,
             limits=LIMITS, patience=Patience(),
         )  # fmt: skip
 
@@ -447,7 +447,7 @@ def holding(world: World) -> Iterator[msg.Endpoints]:
     socket = make_socket(context, zmq.ROUTER, "expert", frame_bytes=LIMITS.call_bytes)
     port = bind(socket, Address("127.0.0.1", 0), "experts")
     work = Work(fence=Fence(0, frozenset({1}), 1))
-    server = ExpertServer(socket, world.residency, LIMITS, work, over.is_set)
+    server = ExpertServer(socket, lambda: world.residency, LIMITS, work, over.is_set)
     server.start()
     try:
         yield msg.Endpoints(address="127.0.0.1", expert=port, weights=1, client=1, session=1)

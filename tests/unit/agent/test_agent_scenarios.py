@@ -77,6 +77,8 @@ def event(words: list[str]) -> m.Event:
             return m.RetireReceived(int(epoch))
         case ["abort", epoch, plan]:
             return m.AbortReceived(int(epoch), digest(plan))
+        case ["weights-lost"]:
+            return m.WeightsLost()
     raise ValueError(f"no such event: {words}")
 
 
