@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_args
 import click
 
 from agent.calibrating import COMMANDS as CALIBRATE_COMMANDS
+from agent.learning import COMMANDS as LEARN_COMMANDS
 from agent.offline import COMMANDS as OFFLINE_COMMANDS
 from agent.replaying import COMMANDS as REPLAY_COMMANDS
 from agent.scoring import COMMANDS as SCORE_COMMANDS
@@ -213,7 +214,7 @@ def _write_trace(file: Path, parts: list[TracePart], ingress: str) -> None:
         click.echo(f"{file} is without the {missed} last spans: a node keeps {MOST} of a request", err=True)
 
 
-for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *REPLAY_COMMANDS, *SCORE_COMMANDS):
+for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *LEARN_COMMANDS, *REPLAY_COMMANDS, *SCORE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -90,6 +90,7 @@ def prepare(*, model: Path, store: Path, dtype: Any, precisions: tuple[LowPrecis
     "--window", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest context in tokens."
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="To compute in.")
+@click.option("--guesses", is_flag=True, help="Record too what each layer's gate would have guessed one layer before.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def trace(
     *,
@@ -102,6 +103,7 @@ def trace(
     candidates: int | None,
     window: int,
     dtype: Any,
+    guesses: bool,
     as_json: bool,
 ) -> None:
     """Record which experts MODEL, a Hugging Face directory, chooses for texts, or import a recorded route."""
@@ -112,8 +114,8 @@ def trace(
         raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
     dropped = 0
     if csv_file is not None:
-        if model is not None or texts:
-            raise click.UsageError("--import takes neither MODEL nor --text")
+        if model is not None or texts or guesses:
+            raise click.UsageError("--import takes neither MODEL nor --text, and no --guesses")
         recorded, dropped = import_route_csv(csv_file, workload=workload)
     else:
         if model is None or not texts or not workload:
@@ -127,6 +129,7 @@ def trace(
                 max_tokens=tokens,
                 window=window,
                 dtype=dtype,
+                has_guesses=guesses,
                 progress=progress,
             )
     recorded.write(output)

@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -45,6 +46,9 @@ class Trace:
         [T, L, C] float16: the router's score of each.
     sequence
         [T] int32: tokens with the same number followed each other in one context.
+    guesses
+        [T, L, K] int16: what the gate of each layer would have chosen on the hidden state that the experts of the layer
+        before it got, -1 in layer 0; None where that was not recorded.
     """
 
     model: str
@@ -54,6 +58,7 @@ class Trace:
     expert_ids: NDArray[np.int16]
     scores: NDArray[np.float16]
     sequence: NDArray[np.int32]
+    guesses: NDArray[np.int16] | None = None
 
     def write(self, path: Path, *, created: str | None = None) -> None:
         """Write the trace file whole or not at all; raises `DiskFull` or `InvalidInput`."""
@@ -69,6 +74,8 @@ class Trace:
             "created": created or datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
         arrays = {"expert_ids": self.expert_ids, "scores": self.scores, "sequence": self.sequence}
+        if self.guesses is not None:
+            arrays["guesses"] = self.guesses
         data = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
         with writing(path, needed=len(data)), tempfile.TemporaryDirectory(dir=path.parent) as directory:
             temporary = Path(directory) / path.name
@@ -118,6 +125,7 @@ def record_trace(
     max_tokens: int | None = None,
     window: int = DEFAULT_WINDOW,
     dtype: HeldDtype = "checkpoint",
+    has_guesses: bool = False,
     progress: Progress | None = None,
 ) -> Trace:
     """Run a whole checkpoint over texts and record its routing.
@@ -130,6 +138,8 @@ def record_trace(
         Stop after this many tokens; all of the texts by default.
     window
         Longer texts are cut into pieces of this many tokens, each a sequence of its own.
+    has_guesses
+        Record what each layer's gate would have guessed one layer before.
     progress
         Called with (tokens done, tokens in all).
 
@@ -150,7 +160,8 @@ def record_trace(
     pieces = _pieces(tokenizer, texts, window=window, max_tokens=max_tokens)
     if not pieces:
         raise InvalidInput("the texts hold no token to record; give at least one text that is not empty")
-    recorded = record_pieces(model, pieces, width=width, progress=progress)
+    recorded = record_pieces(model, pieces, width=width, has_guesses=has_guesses, progress=progress)
+    guesses = [choice.guesses for choice in recorded if choice.guesses is not None]
     sequence = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
     return Trace(
         model=spec.id,
@@ -160,6 +171,7 @@ def record_trace(
         expert_ids=np.concatenate([choice.expert_ids for choice in recorded]),
         scores=np.concatenate([choice.scores for choice in recorded]),
         sequence=sequence,
+        guesses=np.concatenate(guesses) if guesses else None,
     )
 
 
@@ -182,30 +194,46 @@ def _pieces(tokenizer: Any, texts: Iterable[str], *, window: int, max_tokens: in
 
 
 class Choice(NamedTuple):
-    """What the routers chose for T tokens: ids and scores as in `Trace`."""
+    """What the routers chose for T tokens: ids, scores and guesses as in `Trace`."""
 
     expert_ids: NDArray[np.int16]  # [T, L, C]
     scores: NDArray[np.float16]  # [T, L, C]
+    guesses: NDArray[np.int16] | None = None  # [T, L, K]
 
 
-def record_pieces(model: Any, pieces: list[list[int]], *, width: int, progress: Progress | None = None) -> list[Choice]:
+def record_pieces(
+    model: Any,
+    pieces: list[list[int]],
+    *,
+    width: int,
+    has_guesses: bool = False,
+    progress: Progress | None = None,
+) -> list[Choice]:
     """Run every piece through the model and collect what its routers chose, layer by layer."""
     layers: list[tuple[NDArray[np.int16], NDArray[np.float16]]] = []
-    rule = router_rule(model.config)
+    guesses: list[NDArray[np.int16]] = []
+    rule, routers = router_rule(model.config), routers_of(model)
+    following = dict(pairwise(routers))
 
-    def on_router(router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    def on_router(router: Any, given: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         ids, scores = rank_experts(rule, router, output[0], output[2], width=width)
         layers.append((ids.numpy().astype(np.int16), scores.numpy().astype(np.float16)))
+        if has_guesses and router in following:
+            chosen = following[router].forward(given[0])[2]  # past the hooks: this is no routing
+            guesses.append(chosen.view(len(ids), -1).numpy().astype(np.int16))
 
-    hooks = [router.register_forward_hook(on_router) for router in routers_of(model)]
+    hooks = [router.register_forward_hook(on_router) for router in routers]
     total, done, recorded = sum(len(piece) for piece in pieces), 0, []
     try:
         with torch.inference_mode():
             for piece in pieces:
                 layers.clear()
+                guesses.clear()
                 model.model(input_ids=torch.tensor([piece]), use_cache=False)
                 ids, scores = zip(*layers, strict=True)
-                recorded.append(Choice(np.stack(ids, axis=1), np.stack(scores, axis=1)))
+                told = [np.full_like(guesses[0], -1), *guesses] if guesses else []
+                found = np.stack(told, axis=1) if told else None
+                recorded.append(Choice(np.stack(ids, axis=1), np.stack(scores, axis=1), found))
                 done += len(piece)
                 if progress:
                     progress(done, total)

@@ -1,121 +1,55 @@
-"""Replaying recorded routing against a cache: any eviction and routing policy on any trace, without a model.
+"""Replaying recorded routing against a cache: any eviction, routing and prefetch policy on any trace, without a model.
 
 Decides what is counted. Flow: trace file → `Recording` (batches of one layer each, in the order in which they ran) →
 `Cache` and policies → `Replayed`. Must not know torch: it runs on a laptop with nothing but the trace.
 """
 
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from runtime.errors import InvalidInput
-from runtime.policy.cache import Cache
-from runtime.policy.eviction import Belady, Eviction, Floats, Ints
-from runtime.policy.routing import ROUTINGS, Buddies, Exact, Routing, buddies_of
-from runtime.route_csv import read_route_table, route_shape
-from schemas.activation import read_trace_header
+from runtime.policy.cache import Access, Cache
+from runtime.policy.cost_aware import CostAware
+from runtime.policy.eviction import EVICTIONS, Belady, Eviction, Floats, Ints
+from runtime.policy.guessing import Predictor, best
+from runtime.policy.routing import ROUTINGS, Buddies, Choice, Exact, Routing, buddies_of
+from runtime.recording import Batch, Recording, read_recording
 
-
-class Batch(NamedTuple):
-    """Tokens that went through one layer together: candidates and scores ``[T, C]``, best first."""
-
-    layer: int
-    ids: Ints
-    scores: Floats
-    is_decode: bool
+__all__ = ["Batch", "Recording", "Replayed", "belady", "read_recording", "replay"]
 
 
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """Recorded routing in the order in which layers ran.
+@dataclass
+class Guessed:
+    """Guesses of what the next layer asks for, and what was loaded for them. Modified while it is counted.
 
     Attributes
     ----------
-    expert_bytes
-        Bytes of one expert of each layer, float64 ``[L]``; None where the file does not say.
+    made, right, wanted
+        Guesses, those among what the router chose, and what it chose.
+    loads, used
+        Experts that were brought in ahead, and those of them that their layer asked for.
+    loaded_bytes, wasted_bytes
+        Of all that was brought in ahead, and of what nobody asked for.
     """
 
-    name: str
-    layers: int
-    experts: int
-    top_k: int
-    batches: tuple[Batch, ...]
-    expert_bytes: Floats | None = None
-
-    @cached_property
-    def decode_tokens(self) -> int:
-        """Tokens that are counted; prefill only warms the cache."""
-        return sum(len(batch.ids) for batch in self.batches if batch.is_decode and batch.layer == 0)
+    made: int = 0
+    right: int = 0
+    wanted: int = 0
+    loads: int = 0
+    used: int = 0
+    loaded_bytes: float = 0.0
+    wasted_bytes: float = 0.0
 
     @property
-    def num_experts(self) -> int:
-        """L * E."""
-        return self.layers * self.experts
+    def precision(self) -> float:
+        """Share of the guesses that came true."""
+        return self.right / max(self.made, 1)
 
     @property
-    def has_candidates(self) -> bool:
-        """Whether more experts were recorded than were chosen."""
-        return any(batch.ids.shape[1] > self.top_k for batch in self.batches)
-
-    @cached_property
-    def uses(self) -> Ints:
-        """Keys that the router chose, event by event, int64 ``[T * L, K]``."""
-        return np.concatenate(
-            [batch.layer * self.experts + batch.ids[:, : self.top_k] for batch in self.batches], axis=0
-        )
-
-
-def read_recording(path: Path) -> Recording:
-    """Read a trace file, or a ``*.route.csv`` with its prefill; raises `InvalidInput` or `InvalidFile`."""
-    return _from_csv(path) if path.suffix == ".csv" else _from_trace(path)
-
-
-def _from_trace(path: Path) -> Recording:
-    """Every token of a trace is taken as decoded by itself, which is how a cache meets it while an answer is made."""
-    header = read_trace_header(path)
-    arrays = load_file(path)
-    ids, scores = arrays["expert_ids"].astype(np.int64), arrays["scores"].astype(np.float64)
-    if ids.size and (ids.min() < 0 or ids.max() >= header.experts):
-        raise InvalidInput(f"{path}: expert ids leave 0 … {header.experts - 1}")
-    batches = tuple(
-        Batch(layer, ids[token, layer][None], scores[token, layer][None], True)
-        for token in range(header.tokens)
-        for layer in range(header.layers)
-    )
-    return Recording(path.name, header.layers, header.experts, header.top_k, batches)
-
-
-def _from_csv(path: Path) -> Recording:
-    """Rows are taken as they lie, which is how the layers ran: prefill layer by layer, decode token by token."""
-    header, table = read_route_table(path)
-    _, layers, experts, top_k = route_shape(path, header)
-    if table.min() < 0 or table[:, 3].max() >= layers or table[:, 5].max() >= experts or len(table) % top_k:
-        raise InvalidInput(f"{path}: a row leaves {layers} layers × {experts} experts, top-{top_k}")
-    events = table.reshape(-1, top_k, table.shape[1])
-    if (events[:, :, 4] != np.arange(top_k)).any() or (events[:, :, :4] != events[:, :1, :4]).any():
-        raise InvalidInput(f"{path}: rows do not list {top_k} experts, slot by slot, for every token and layer")
-    turn, phase, step, layer = events[:, 0, :4].astype(np.int64).T.tolist()
-    kinds = [(t, p, s if p else -1, n) for t, p, s, n in zip(turn, phase, step, layer, strict=True)]
-    batches = []
-    for (_, decode, _, layer_idx), group in groupby(range(len(events)), key=kinds.__getitem__):
-        picked = list(group)
-        batches.append(Batch(layer_idx, events[picked, :, 5].astype(np.int64), events[picked, :, 6], decode > 0))
-    return Recording(path.name, layers, experts, top_k, tuple(batches), _layer_bytes(path, layers))
-
-
-def _layer_bytes(path: Path, layers: int) -> Floats | None:
-    """Bytes of an expert by layer, from header comments such as ``# layer=3 expert_bytes=4336640``."""
-    found = {
-        int(match[1]): float(match[2])
-        for match in re.finditer(r"^# layer=(\d+) expert_bytes=(\d+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    }
-    return np.array([found[layer] for layer in range(layers)]) if found.keys() >= set(range(layers)) else None
+    def recall(self) -> float:
+        """Share of what was chosen that was guessed."""
+        return self.right / max(self.wanted, 1)
 
 
 @dataclass(frozen=True)
@@ -124,16 +58,23 @@ class Replayed:
 
     Attributes
     ----------
+    slots
+        Experts that fit; of the largest, where the capacity is in bytes.
+    prefetch, guessed
+        What guessed the next layer's experts, and how that went; none if nothing did.
     requests, hits, loads
-        Experts asked for, found, and brought in.
+        Experts asked for, found, and brought in when they were asked for.
     loads_per_token, bytes_per_token
-        None for bytes where an expert's size is not known.
+        None for bytes where an expert's size is not known. What was brought in ahead is counted too.
+    reload_s
+        Time that loads took when they were asked for, seconds per token; None where nothing says how long they take.
     waits
         Share of (token, layer) events that had to load anything.
     lost_mass
         Share of the router's top-K mass given up, mean over events.
     belady_hit_rate
-        Of the best possible eviction under exact routing.
+        Of the best possible eviction under exact routing, without prefetch; where capacity is in bytes and experts
+        differ in them, of the same rule, which is then no bound.
     """
 
     slots: int
@@ -146,7 +87,10 @@ class Replayed:
     waits: float
     lost_mass: float
     bytes_per_token: float | None = None
+    reload_s: float | None = None
     belady_hit_rate: float | None = None
+    prefetch: str = "none"
+    guessed: Guessed | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -156,64 +100,216 @@ class Replayed:
     @property
     def loads_per_token(self) -> float:
         """Experts brought in per decoded token."""
-        return self.loads / max(self.tokens, 1)
+        ahead = self.guessed.loads if self.guessed is not None else 0
+        return (self.loads + ahead) / max(self.tokens, 1)
+
+
+Guess = Callable[[Batch], Ints]
+"""Returns the experts that the next layer will probably ask for, best first, of a batch that has run."""
+
+
+class LookAhead:
+    """Loads what the next layer will probably ask for while a layer runs.
+
+    Parameters
+    ----------
+    guess
+        Called for every batch in order.
+    room
+        Loads that fit into the time of a layer; more are not begun.
+    """
+
+    def __init__(self, guess: Guess, room: int) -> None:
+        self._guess = guess
+        self._room = room
+        self._guesses: Ints | None = None
+        self._brought: Ints = np.empty(0, dtype=np.int64)
+        self.counts = Guessed()
+
+    def look(self, batch: Batch, cache: Cache, layers: int, used: Ints, *, is_counted: bool) -> None:
+        """Guess, and bring in what is missing, unless it is only to be learnt from. Modifies."""
+        guesses = self._guess(batch)
+        after = batch.layer + 1
+        self._guesses = guesses if is_counted and after < layers and len(guesses) else None
+        if self._guesses is not None:
+            missing = guesses[~cache.resident_of(after)[guesses]][: self._room]
+            self._brought = cache.bring(after, missing, batch.layer, used)
+
+    def settle(self, batch: Batch, used: Ints, top_k: int, experts: int, num_bytes: float) -> None:
+        """Count what became of the guesses for the layer that runs now. Modifies."""
+        if self._guesses is None:
+            return
+        counts, chosen = self.counts, np.unique(batch.ids[:, :top_k])
+        counts.made += len(self._guesses)
+        counts.right += int(np.isin(self._guesses, chosen).sum())
+        counts.wanted += len(chosen)
+        came_true = int(np.isin(self._brought - batch.layer * experts, used).sum())
+        counts.loads += len(self._brought)
+        counts.used += came_true
+        counts.loaded_bytes += len(self._brought) * num_bytes
+        counts.wasted_bytes += (len(self._brought) - came_true) * num_bytes
+        self._guesses = None
+
+
+def predicted(predictor: Predictor, layers: int, top_k: int, count: int) -> Guess:
+    """Return the guesses of a predictor, which sees what the router chose: `count` for each token."""
+
+    def guess(batch: Batch) -> Ints:
+        predictor.observe(batch.layer, batch.ids[:, :top_k])
+        after = batch.layer + 1
+        return best(predictor.scores(after), count) if after < layers and batch.is_decode else _NOTHING
+
+    return guess
+
+
+def recorded(batch: Batch) -> Ints:
+    """Return the guesses of the next layer's gate that were recorded."""
+    return _NOTHING if batch.guesses is None else np.array(list(dict.fromkeys(batch.guesses.T.ravel().tolist())))
+
+
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
+@dataclass
+class _Tally:
+    """What is counted of a replay, all of it modified by `add`."""
+
+    layer_bytes: Floats
+    reload_s: Floats
+    events: int = 0
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    waits: int = 0
+    lost: float = 0.0
+    num_bytes: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, layer: int, choice: Choice, access: Access) -> None:
+        """Count one token in one layer."""
+        self.events += 1
+        self.requests += len(choice.experts)
+        self.hits += len(access.hits)
+        self.loads += len(access.loads)
+        self.waits += len(access.loads) > 0
+        self.lost += choice.lost
+        self.num_bytes += len(access.loads) * float(self.layer_bytes[layer])
+        self.seconds += float(self.reload_s[access.loads].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """What a replay is run against.
+
+    Attributes
+    ----------
+    slots
+        Experts that fit, over all layers or per layer; with `in_bytes`, the bytes that they may take.
+    first
+        The first decoded token that is counted, and for which anything is loaded ahead.
+    reload_s
+        What bringing each expert back takes, float64 ``[L * E]``; None where nothing says.
+    """
+
+    slots: int
+    per_layer: bool = False
+    in_bytes: bool = False
+    first: int = 0
+    reload_s: Floats | None = None
 
 
 def replay(
     recording: Recording,
-    slots: int,
+    slots: int | Situation,
     eviction: Eviction,
     routing: Routing | None = None,
     *,
-    names: tuple[str, str] = ("", "exact"),
-    per_layer: bool = False,
+    names: tuple[str, str, str] = ("", "exact", "none"),
+    ahead: LookAhead | None = None,
 ) -> Replayed:
     """Run a recording through a cache.
 
     Parameters
     ----------
     slots
-        Experts that fit, over all layers or per layer.
+        Experts that fit over all layers; or all that there is to say of the cache.
     names
-        Of eviction and routing, for the record.
+        Of eviction, routing and prefetch, for the record.
+    ahead
+        Loads ahead; nothing does if None.
 
     Raises
     ------
     CacheTooSmall
         A token's experts of one layer do not fit together.
     """
-    cache = Cache(recording.layers, recording.experts, slots, eviction, per_layer=per_layer)
-    rule, top_k = routing or Exact(), recording.top_k
-    requests = hits = loads = events = waits = 0
-    lost = num_bytes = 0.0
+    given = slots if isinstance(slots, Situation) else Situation(slots)
+    sizes = recording.key_bytes if given.in_bytes else None
+    cache = Cache(recording.layers, recording.experts, given.slots, eviction, per_layer=given.per_layer, sizes=sizes)
+    layer_bytes = np.zeros(recording.layers) if recording.expert_bytes is None else recording.expert_bytes
+    seconds = np.zeros(recording.num_experts) if given.reload_s is None else given.reload_s
+    rule, tally, decoded = routing or Exact(), _Tally(layer_bytes, seconds), 0
     for batch in recording.batches:
-        eviction.observe(batch.layer, batch.ids, batch.scores, top_k)
+        eviction.observe(batch.layer, batch.ids, batch.scores, recording.top_k)
+        decoded += len(batch.ids) * (batch.is_decode and batch.layer == 0)
+        is_counted = batch.is_decode and decoded > given.first
+        used = []
         for ids, scores in zip(batch.ids, batch.scores, strict=True):
-            choice = rule.choose(batch.layer, ids, scores, cache.resident_of(batch.layer), top_k)
+            choice = rule.choose(batch.layer, ids, scores, cache.resident_of(batch.layer), recording.top_k)
             access = cache.request(batch.layer, choice.experts)
-            if not batch.is_decode:
-                continue
-            events += 1
-            requests += len(choice.experts)
-            hits += len(access.hits)
-            loads += len(access.loads)
-            waits += len(access.loads) > 0
-            lost += choice.lost
-            if recording.expert_bytes is not None:
-                num_bytes += len(access.loads) * float(recording.expert_bytes[batch.layer])
-    tokens = recording.decode_tokens
+            used.append(choice.experts)
+            if is_counted:
+                tally.add(batch.layer, choice, access)
+        if ahead is not None:
+            experts = np.unique(np.concatenate(used))
+            ahead.settle(batch, experts, recording.top_k, recording.experts, float(layer_bytes[batch.layer]))
+            ahead.look(batch, cache, recording.layers, experts, is_counted=is_counted)
+    return _replayed(recording, given, tally, names, ahead)
+
+
+def _replayed(
+    recording: Recording, given: Situation, tally: _Tally, names: tuple[str, str, str], ahead: LookAhead | None
+) -> Replayed:
+    tokens = recording.decode_tokens - given.first
+    guessed = ahead.counts if ahead is not None else None
+    num_bytes = tally.num_bytes + (guessed.loaded_bytes if guessed is not None else 0.0)
+    largest = float(recording.expert_bytes.max()) if recording.expert_bytes is not None else 1.0
     return Replayed(
-        slots=slots,
+        slots=int(given.slots // largest) if given.in_bytes else given.slots,
         eviction=names[0],
         routing=names[1],
+        prefetch=names[2],
         tokens=tokens,
-        requests=requests,
-        hits=hits,
-        loads=loads,
-        waits=waits / max(events, 1),
-        lost_mass=lost / max(events, 1),
+        requests=tally.requests,
+        hits=tally.hits,
+        loads=tally.loads,
+        waits=tally.waits / max(tally.events, 1),
+        lost_mass=tally.lost / max(tally.events, 1),
         bytes_per_token=None if recording.expert_bytes is None else num_bytes / max(tokens, 1),
+        reload_s=None if given.reload_s is None else tally.seconds / max(tokens, 1),
+        guessed=guessed,
     )
+
+
+def eviction_of(recording: Recording, name: str, given: Situation) -> Eviction:
+    """Make an eviction policy by name; one that is aware of costs is told them."""
+    policy = EVICTIONS[name](recording.layers, recording.experts)
+    if isinstance(policy, CostAware):
+        num_bytes = recording.key_bytes if given.in_bytes else None
+        if given.reload_s is not None:
+            policy.price(given.reload_s, 1.0 if num_bytes is None else num_bytes)
+    return policy
+
+
+def drawn_reload_s(num_keys: int, shares: Sequence[tuple[float, float]]) -> Floats:
+    """Return what bringing each expert back takes, float64 ``[L * E]``, of shares of them and seconds.
+
+    Which experts have which is drawn, always the same way.
+    """
+    ends = np.cumsum([share for share, _ in shares]) * num_keys
+    places = np.random.default_rng(0).permutation(num_keys)
+    which = np.searchsorted(ends, places + 0.5).clip(max=len(shares) - 1)
+    return np.asarray(np.array([seconds for _, seconds in shares])[which], dtype=np.float64)
 
 
 def routing_of(recording: Recording, name: str, number: float) -> Routing:
@@ -226,7 +322,7 @@ def routing_of(recording: Recording, name: str, number: float) -> Routing:
     return Buddies(buddies_of(ids, recording.experts, recording.top_k), undecided=1 - number)
 
 
-def belady(recording: Recording, slots: int, *, per_layer: bool = False) -> Replayed:
+def belady(recording: Recording, slots: int | Situation) -> Replayed:
     """Replay with the eviction that knows the future, exact routing."""
-    best = Belady(recording.uses, recording.num_experts)
-    return replay(recording, slots, best, names=("belady", "exact"), per_layer=per_layer)
+    best_policy = Belady(recording.uses, recording.num_experts)
+    return replay(recording, slots, best_policy, names=("belady", "exact", "none"))

@@ -1,7 +1,8 @@
 """Activation statistics: the header of a recorded trace, and the counters that agents report while serving.
 
 Decides what both files say about their origin and shape. The arrays of a trace (``expert_ids [T, L, C] int16``,
-``scores [T, L, C] float16``, ``sequence [T] int32``) are read by whoever needs them; only the header is known here.
+``scores [T, L, C] float16``, ``sequence [T] int32``, and perhaps ``guesses [T, L, K] int16``) are read by whoever needs
+them; only the header is known here.
 """
 
 from pathlib import Path

@@ -1,0 +1,137 @@
+"""Predictors learnt from recordings, and the files that keep them.
+
+Decides which kinds there are, and that a file must fit the model that it guesses for. The guessing is
+`runtime.policy.guessing` and `runtime.policy.learned`. Must not know torch.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from runtime.errors import InvalidInput, writing
+from runtime.policy.eviction import Ints
+from runtime.policy.guessing import Coactivation, Predictor, Tables, best
+from runtime.policy.learned import Learned, Weights, train
+from schemas.files import Fault, InvalidFile
+from schemas.predictor import PREDICTOR_FORMAT, PredictorHeader, PredictorKind, read_predictor_header
+
+Progress = Callable[[int, int], None]
+
+
+class Lesson(NamedTuple):
+    """What a predictor learns from: which experts tokens were routed to.
+
+    Attributes
+    ----------
+    chosen
+        ``[T, L, K]``, tokens in order.
+    is_start
+        ``[T]``: tokens that follow no other.
+    experts
+        Of a layer.
+    """
+
+    chosen: Ints
+    is_start: NDArray[np.bool_]
+    experts: int
+
+    def part(self, first: int, last: int | None = None) -> "Lesson":
+        """Return some of the tokens."""
+        is_start = self.is_start[first:last].copy()
+        is_start[:1] = True
+        return self._replace(chosen=self.chosen[first:last], is_start=is_start)
+
+
+def joined(lessons: list[Lesson]) -> Lesson:
+    """Return recordings of one model one after another."""
+    chosen = np.concatenate([each.chosen for each in lessons])
+    return Lesson(chosen, np.concatenate([each.is_start for each in lessons]), lessons[0].experts)
+
+
+def learn(kind: PredictorKind, lesson: Lesson, *, progress: Progress | None = None) -> Coactivation | Learned:
+    """Make a predictor of a recording."""
+    if kind == "learned":
+        return Learned(train(*lesson, progress=progress))
+    made = Coactivation(lesson.chosen.shape[1], lesson.experts)
+    made.fit(lesson.chosen, lesson.is_start)
+    return made
+
+
+def recall(predictor: Predictor, lesson: Lesson) -> float:
+    """Return the share of a recording's choices that are among as many guesses, layer 0 left out. Modifies."""
+    right = 0
+    tokens, layers, top_k = lesson.chosen.shape
+    for token in lesson.chosen:
+        for layer, chosen in enumerate(token):
+            if layer:
+                right += int(np.isin(chosen, best(predictor.scores(layer), top_k)).sum())
+            predictor.observe(layer, chosen[None])
+    return float(right / max(1, tokens * (layers - 1) * top_k))
+
+
+def write_predictor(path: Path, predictor: Coactivation | Learned, *, model: str, top_k: int, tokens: int) -> int:
+    """Write a predictor whole or not at all; returns its bytes. Raises `DiskFull` or `InvalidInput`."""
+    is_network = isinstance(predictor, Learned)
+    arrays = predictor.weights._asdict() if isinstance(predictor, Learned) else predictor.tables._asdict()
+    layers, experts = arrays["bias" if is_network else "used"].shape
+    metadata = {
+        "format": PREDICTOR_FORMAT,
+        "kind": "learned" if is_network else "coactivation",
+        "model": model,
+        "layers": str(layers),
+        "experts": str(experts),
+        "top_k": str(top_k),
+        "tokens": str(tokens),
+    }
+    data = save({name: np.ascontiguousarray(array, dtype=np.float16) for name, array in arrays.items()}, metadata)
+    temporary = path.with_name(f".{path.name}.new")
+    with writing(path, needed=len(data)):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return len(data)
+
+
+def read_predictor(path: Path) -> tuple[PredictorHeader, Coactivation | Learned]:
+    """Read a predictor file; raises `InvalidFile` with every fault."""
+    header = read_predictor_header(path)
+    arrays = {name: array.astype(np.float32) for name, array in load_file(path).items()}
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if header.kind == "coactivation":
+        broken += [name for name, array in arrays.items() if name not in broken and (array < 0).any()]
+    if broken:
+        what = "holds numbers that cannot be; learn it again"
+        raise InvalidFile(path, [Fault(name, what) for name in broken])
+    if header.kind == "learned":
+        return header, Learned(Weights(**arrays))
+    return header, Coactivation(header.layers, header.experts, Tables(**arrays))
+
+
+def predictor_for(path: Path, *, layers: int, experts: int, top_k: int) -> Predictor:
+    """Read a predictor file for a model of this shape.
+
+    Raises
+    ------
+    InvalidFile
+        It is none, or damaged.
+    InvalidInput
+        It was learnt from another model.
+    """
+    header, predictor = read_predictor(path)
+    shape, wanted = (header.layers, header.experts, header.top_k), (layers, experts, top_k)
+    if shape != wanted:
+        raise InvalidInput(
+            f"{path}: was learnt from {header.model}, {_shown(shape)}, not for {_shown(wanted)}; learn one from traces "
+            "of this model"
+        )
+    return predictor
+
+
+def _shown(shape: tuple[int, int, int]) -> str:
+    return f"{shape[0]} layers × {shape[1]} experts, top-{shape[2]}"
