@@ -5,6 +5,8 @@ tensors of the range's parts from their source → cut to the range → `Trunk`.
 routed experts are whatever `Trunk.dispatch` says while a forward runs.
 """
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -173,7 +175,15 @@ def load_trunk(
     model.eval().requires_grad_(False).to(device)
     quicken(model, held)
     decoder = Decoder(model, held, dispatch)
+    _give_back()
     return Trunk(model, spec, held, torch.device(device), first_layer, last, dispatch, decoder)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: loading takes much of a trunk twice for a moment; glibc would keep that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 _Wanted = Mapping[PartKey, Mapping[str, Held]]
