@@ -242,6 +242,23 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(self.path.glob("*.log")))
 
+    def signal(self, name: str, number: int) -> None:
+        self.processes[name].send_signal(number)
+
+    def heal(self) -> None:
+        """Start whatever should run and does not, as a test that failed may have left it."""
+        gone = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in gone:
+            del self.processes[name]
+        missing = [name for name in ("coordinator", *self.nodes) if name not in self.processes]
+        for name in missing:
+            if name == "coordinator":
+                self.start_coordinator()
+            else:
+                self.start_agent(name)
+        if missing:
+            self.wait_up(self.nodes)
+
     def interrupt(self, name: str) -> int:
         """Stop one process as Ctrl-C does; return its exit code, or fail after two seconds."""
         process = self.processes.pop(name)

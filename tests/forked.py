@@ -4,8 +4,10 @@ A forked process differs from one that a shell starts in nothing but the seconds
 starting use a process of the usual kind.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+_PR_SET_PDEATHSIG = 1
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
@@ -72,7 +75,8 @@ def context() -> Any:
 
 
 def _main(command: tuple[str, ...], output: str, errors: str, environment: dict[str, str], folder: str) -> None:
-    """Be `python` with these arguments."""
+    """Be `python` with these arguments, and end with whoever forked it, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     flag, source, *arguments = command
     assert flag == "-c", command
     for stream, path in ((sys.stdout, output), (sys.stderr, errors)):

@@ -14,11 +14,11 @@ from typing import Final
 
 from planner.control import machine as m
 from planner.control.journal import Journal
-from planner.control.rivals import Rivals
+from planner.control.rivals import judge as judge_rival
 from planner.control.stages import plan_nodes
 from planner.control.state import Accept, Refuse, judge
 from planner.control.status import AWAY_S, AgentView, node_status, plan_status, promises_in_force
-from planner.control.transport import CoordinatorSocket
+from planner.control.transport import CoordinatorSocket, reach
 from schemas import messages as msg
 from schemas.address import InvalidAddress, require_loopback
 from schemas.messages import Message
@@ -67,7 +67,6 @@ class Coordinator:
         self._appliers: dict[bytes, msg.ApplyProgress | None] = {}
         self._collections: list[_Collection] = []
         self._preparing_since: float | None = None
-        self._rivals = Rivals()
         self._peers_revision = 0
         self._asked_at = -CATALOGUE_S
         self._ticked_at = clock()
@@ -118,7 +117,7 @@ class Coordinator:
             answer = msg.Refusal(code=ExitCode.INVALID, message=refusal, incarnation=hello.incarnation)
             self._socket.send(identity, answer)
             return
-        match self._rivals.judge(hello, self._views.get(hello.node), now):
+        match judge_rival(hello, self._views.get(hello.node), now, reach):
             case "wait":
                 return  # it says hello again
             case "taken":

@@ -4,6 +4,7 @@ Decides how sockets are made (options of `schemas.wire`; keys will go here) and 
 Must not know what messages mean.
 """
 
+import socket
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -11,20 +12,33 @@ from typing import Final
 import zmq
 
 from planner.control.errors import CannotBind, CoordinatorAbsent
+from planner.control.rivals import Reach
 from schemas.address import Address, InvalidAddress, parse_address, require_loopback
-from schemas.messages import Message, RemoteProtocolError, decode, encode
+from schemas.messages import Endpoints, Message, RemoteProtocolError, decode, encode
 from schemas.wire import DEALER_OPTIONS, ROUTER_OPTIONS, SHUTDOWN_LINGER_MS, plane_options
 
 FIRST_ANSWER_S: Final = 3.0
 SILENCE_S: Final = 15.0
+_REACH_S: Final = 0.2  # nobody else is heard meanwhile
 
 
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
     """Return a control socket with all its options set; the one place where sockets are made here."""
-    socket = context.socket(kind)
+    made = context.socket(kind)
     for option in (*(ROUTER_OPTIONS if kind == zmq.ROUTER else DEALER_OPTIONS), *plane_options("control")):
-        socket.setsockopt(getattr(zmq, option.name), option.value)
-    return socket
+        made.setsockopt(getattr(zmq, option.name), option.value)
+    return made
+
+
+def reach(endpoints: Endpoints) -> Reach:
+    """Tell whether a process still listens where an agent said that it does."""
+    try:
+        with socket.create_connection((endpoints.address, endpoints.client), timeout=_REACH_S):
+            return "listens"
+    except ConnectionRefusedError:
+        return "gone"
+    except OSError:
+        return "unknown"
 
 
 class CoordinatorSocket:

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +27,16 @@ from tests.integration.conftest import NUM_TOKENS
 OneNode = Callable[[str, int], list[int]]
 
 
+@pytest.fixture(autouse=True)
+def healed(cluster: Cluster) -> Iterator[None]:
+    """What a test that failed has stopped runs again for the next one."""
+    yield
+    cluster.heal()
+
+
 @pytest.fixture(scope="module")
 def cluster(pair: Cluster) -> Cluster:
+    pair.heal()
     if pair.status()["epoch"] == 0:
         pair.reach(make_plan(pair, spread(pair.nodes)))
     return pair
@@ -55,6 +63,19 @@ def test_an_agent_started_twice_is_refused(cluster: Cluster, one_node: OneNode) 
     refused(call(*AGENT, "run", "--config", str(other)), "another agent runs as node 'n1' already")
     assert cluster.up() == {"n0", "n1"}
     assert "not heard" not in cluster.log("coordinator").removeprefix(said)
+    assert cluster.generate("n0", PROMPTS[0], "--max-tokens", "16")["tokens"] == one_node(PROMPTS[0], 64)[:16]
+
+
+def test_an_agent_that_is_merely_late_keeps_its_place(cluster: Cluster, one_node: OneNode) -> None:
+    """Found on two overloaded cores: heartbeats came too late, and the second agent took the place."""
+    other = cluster.write_config("spare", node="n1", data="data-copy")
+    cluster.signal("n1", signal.SIGSTOP)
+    try:
+        wait_for(lambda: cluster.node_status("n1")["last_heartbeat_s"] > 2, timeout_s=10, what="n1 to be late")
+        refused(call(*AGENT, "run", "--config", str(other), timeout_s=20), "another agent runs as node 'n1' already")
+    finally:
+        cluster.signal("n1", signal.SIGCONT)
+    cluster.wait_up(cluster.nodes)
     assert cluster.generate("n0", PROMPTS[0], "--max-tokens", "16")["tokens"] == one_node(PROMPTS[0], 64)[:16]
 
 
