@@ -13,6 +13,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -135,21 +136,32 @@ class Holdings:
             self._back(name, record)
 
     def _from_store(self, name: str) -> bytes | None:
-        if self.store is not None and name in self.store.by_sha256 and _is_intact(data := self.store.read(name), name):
-            return data
-        return None
+        if self.store is None or name not in self.store.by_sha256:
+            return None
+        try:
+            data = self.store.read(name)
+        except OSError as error:
+            log.warning("%s cannot be read: %s; record %s… is looked for elsewhere", self.store.path, error, name[:12])
+            return None
+        return data if _is_intact(data, name) else None
 
     def _read_back(self, name: str) -> bytes | None:
         """Return a record from this node's own files; damaged ones are removed."""
         for file in (self._records / name, self._backing / name):
-            data = _read_file(file)
-            if data is not None and _is_intact(data, name):
-                return data
-            if data is not None:
+            try:
+                data = file.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                log.warning("%s cannot be read: %s; it is fetched again", file, error.strerror)
+            else:
+                if _is_intact(data, name):
+                    return data
                 log.warning("%s is damaged; it is fetched again", file)
+            with suppress(OSError):  # of a disk that takes nothing back: it is looked at again
                 file.unlink(missing_ok=True)
-                with self._lock:
-                    self._backed.pop(name, None)
+            with self._lock:
+                self._backed.pop(name, None)
         return None
 
     def hold(self, replica: AssignedReplica, record: Record) -> None:
@@ -288,13 +300,6 @@ class Holdings:
     def _unback(self, name: str) -> None:
         (self._backing / name).unlink(missing_ok=True)
         self._backed.pop(name, None)
-
-
-def _read_file(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def _is_intact(record: Record, sha256: str) -> bool:
