@@ -31,6 +31,7 @@ def stream_alone(
     host_budget: int | None = None,
     precision: Precision = "checkpoint",
     eviction: str = "rates",
+    predictor: Path | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -48,6 +49,7 @@ def stream_alone(
         max_tokens=len(ids) + max_tokens,
         precision=precision,
         eviction=eviction,
+        predictor=predictor,
     )
     timeline = Timeline()
     text, began, first = TextStream(tokenizer), time.monotonic(), 0.0

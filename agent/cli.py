@@ -131,6 +131,10 @@ def _on_signal(handle: Callable[..., object]) -> None:
     help="With --local: execute every expert in this; a store made with it is read faster.",
 )  # fmt: skip
 @click.option(
+    "--predictor", type=click.Path(path_type=Path),
+    help="With --local: a file of agent learn, instead of the next layer's gate, says what to load ahead.",
+)  # fmt: skip
+@click.option(
     "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
     metavar="HOST:PORT", help="Where planner serve listens.",
 )  # fmt: skip
@@ -152,6 +156,7 @@ def generate(
     host_budget: str | None,
     trace_file: Path | None,
     precision: Precision,
+    predictor: Path | None,
     coordinator: str,
     as_json: bool,
     **wanted: Any,
@@ -159,11 +164,11 @@ def generate(
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    is_special = device_budget or host_budget or torch_device != "cpu" or precision != "checkpoint"
+    is_special = device_budget or host_budget or torch_device != "cpu" or precision != "checkpoint" or predictor
     if (node is None) == (local is None) or (is_special and local is None):
         raise click.UsageError(
             "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
-            "--precision"
+            "--precision, --predictor FILE"
         )
     answer = Answer()
     if local is not None:
@@ -176,6 +181,7 @@ def generate(
             budget=_size(device_budget) if device_budget else None,
             host_budget=_size(host_budget) if host_budget else None,
             precision=precision,
+            predictor=predictor,
             trace_file=trace_file,
             **wanted,
         )

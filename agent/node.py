@@ -46,6 +46,7 @@ from agent.sessions import Sender
 from agent.settings import Settings
 from agent.transfer import Puller, Wanted, WeightsServer
 from agent.transport import Context, bind, make_socket
+from runtime.ahead import learnt_from
 from runtime.counters import Counters
 from runtime.engine import Segment
 from runtime.errors import InvalidStore, RuntimeFault
@@ -104,6 +105,7 @@ class Node:
         self._allowance = Allowance(self._computing.residency, budget, settings.device_budget)
         self._holdings = Holdings(self._computing.residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
         self._counters = Counters(self._spec.layers, self._spec.experts)
+        self._ahead = learnt_from(Path(settings.predictor), self._spec) if settings.predictor is not None else None
         self._quality = QualityBudget(settings, self._spec)
         self._quality.require()
         nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
@@ -226,7 +228,14 @@ class Node:
         return msg.BudgetChanged(device=device, experts=experts, used=used)
 
     def _make_segment(self, trunk: Trunk) -> Segment:
-        return Segment(trunk, self._computing.residency, self._board, counters=self._counters, kv_budget=0)
+        return Segment(
+            trunk,
+            self._computing.residency,
+            self._board,
+            counters=self._counters,
+            kv_budget=0,
+            ahead=self._ahead,
+        )
 
     def run(self) -> None:
         """Serve until stopped; then say goodbye."""

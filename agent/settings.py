@@ -66,6 +66,8 @@ class Settings(FrozenModel):
         Cache experts of other nodes, too, where the plan leaves memory free and calls cost more than bringing them.
     eviction, prefetch
         Of experts that are cached in memory which the plan leaves free.
+    predictor
+        A file of `agent learn` that guesses what to load ahead; by default the next layer's gate does.
     precision
         In which this node holds and executes every expert, whoever asks for it: in int8 or int4 more of them fit into
         the same memory, and text changes as `agent calibrate` tells. What the plan places here is counted as before;
@@ -93,8 +95,9 @@ class Settings(FrozenModel):
     dtype: HeldDtype = "checkpoint"
     torch_device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     device_budget: Bytes | None = None
-    eviction: Literal["rates", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
+    eviction: Literal["rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True
+    predictor: str | None = None
     peer_cache: bool = True
     precision: Precision = "checkpoint"
     low_precision: LowPrecision | None = None
@@ -115,6 +118,7 @@ def load_settings(path: Path) -> Settings:
         "quality": quality,
         "model": str(base / settings.model),
         "data": str(base / settings.data),
+        "predictor": str(base / settings.predictor) if settings.predictor is not None else None,
         "store": store,
     }
     return settings.model_copy(update=absolute)

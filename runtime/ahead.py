@@ -5,13 +5,16 @@ Decides nothing: 81 to 89 % of a gate's guesses come true (RUNTIME.md), whether 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
 
 from runtime.policy.guessing import Predictor, best
+from runtime.predictors import predictor_for
 from runtime.routers import routers_of
 from runtime.skeleton import RoutedExperts
+from schemas.model import ModelSpec
 
 _SEEN: Final = 64  # tokens of a step: to count more of a prompt's takes longer than it is worth
 
@@ -71,3 +74,9 @@ class Learnt:
             return ()
         guessed: list[int] = best(self._predictor.scores(layer), self._top_k).tolist()
         return guessed
+
+
+def learnt_from(file: Path, spec: ModelSpec) -> Learnt:
+    """Return what guesses by a predictor file for a model; raises `InvalidFile`, or `InvalidInput` if of another."""
+    predictor = predictor_for(file, layers=spec.layers, experts=spec.experts, top_k=spec.top_k)
+    return Learnt(predictor, spec.layers, spec.top_k)

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from runtime.ahead import learnt_from
 from runtime.cuda.devices import available_host_bytes, first_words, free_bytes, is_device_fault, usable_device
 from runtime.engine import Segment, generate
 from runtime.errors import BudgetTooSmall, InvalidStore, RuntimeFault
@@ -109,6 +110,7 @@ def open_alone(
     is_packed: bool | None = None,
     eviction: str = "rates",
     prefetch: bool = True,
+    predictor: Path | None = None,
     workers: int = 2,
 ) -> Segment:
     """Load the trunk of a checkpoint directory or store, with every expert executed here.
@@ -130,14 +132,20 @@ def open_alone(
     is_packed
         Hold experts packed in memory, and unpack them whenever they are used; None: where that pays, by what reading
         and unpacking take on this machine now. Either way the same bits come out.
+    predictor
+        A file of `agent learn` that guesses what to load ahead; by default the next layer's router does, and in captured
+        decode on a CUDA device always.
 
     Raises
     ------
     BudgetTooSmall
         Says how much is needed.
+    InvalidInput
+        The predictor was learnt from another model.
     """
     model = open_model(path, dtype)
     spec = model.spec
+    ahead = learnt_from(predictor, spec) if predictor is not None else None
     decoder = range(spec.num_decoder_layers)
     trunk_bytes = spec.range_bytes(decoder) + spec.kv_bytes_per_token_layer * len(decoder) * max_tokens
     if budget is None:
@@ -181,7 +189,7 @@ def open_alone(
         residency.place(key, remade if stored is None else Unpacked(stored, model.layout, low))
         residency.add_source(key, remade)
     board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
-    return Segment(load_trunk(path, dtype=dtype, device=device), residency, board)
+    return Segment(load_trunk(path, dtype=dtype, device=device), residency, board, ahead=ahead)
 
 
 class Times(NamedTuple):

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import torch
 
-from runtime.ahead import NextRouters
+from runtime.ahead import Foresight, NextRouters
 from runtime.caches import Between, session_cache, step_cache
 from runtime.counters import Counters
 from runtime.cuda.decode import captured_decode
@@ -51,6 +51,8 @@ class Segment:
     importance
         Lets decode steps use other experts than the router's choice, within a budget; exact if None. Prompts and
         steps that combine in order are exact.
+    ahead
+        Guesses what the next layer will ask for; by default, that layer's router.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Segment:
         counters: Counters | None = None,
         kv_budget: int | None = None,
         importance: Importance | None = None,
+        ahead: Foresight | None = None,
     ) -> None:
         self.trunk = trunk
         self.residency = residency
@@ -71,7 +74,7 @@ class Segment:
         self.importance = importance
         self.captured = captured_decode(trunk, residency)
         self._taps = RouterTaps(trunk.model)
-        self._ahead = NextRouters(trunk.model)
+        self._ahead: Foresight = ahead or NextRouters(trunk.model)
         self._rates = Rates()
         self._sessions: dict[str, Session] = {}
         self._kv_used = 0
