@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.ahead import NextRouters
+from runtime.ahead import Foresight
 from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
@@ -93,7 +93,7 @@ class Dispatcher:
     combine: Combine = "partial"
     turn: int = 0
     substitution: Substitution | None = None
-    ahead: NextRouters | None = None
+    ahead: Foresight | None = None
     rates: Rates = field(default_factory=Rates)
     timeline: Recorder | None = field(default_factory=recorder)
     spent_s: float = field(default=0.0, init=False)
@@ -122,6 +122,8 @@ class Dispatcher:
             [T, D] in the dtype of `hidden`.
         """
         began = perf_counter()
+        if self.ahead is not None:
+            self.ahead.see(layer, top_k_index)
         combined = None
         if hidden.shape[0] == 1 and self.combine == "partial":
             combined = self._run_token(layer, hidden, top_k_index, top_k_weights)
