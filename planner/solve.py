@@ -42,6 +42,7 @@ def solve(
     watch: Watch | None = None,
     in_process: bool = False,
     departure: Departure | None = None,
+    stands_in: bool = True,
 ) -> Solved:
     """Find a placement and re-check it.
 
@@ -49,6 +50,8 @@ def solve(
     ----------
     departure
         Where the trunk may move: what is in force, from which the result should be reached.
+    stands_in
+        Whether a solver that found nothing in time is told of, and a strategy's placement used.
 
     Raises
     ------
@@ -89,6 +92,7 @@ def solve(
         and result.status is SolveStatus.UNKNOWN
         and solver not in STRATEGIES
         and not problem.moves
+        and stands_in
     ):
         result = _stand_in(problem, result, objective=objective, limits=limits)
     return recheck(problem, result, objective=objective, gap=limits.gap)
@@ -123,7 +127,7 @@ def _move(
         return run(given, "auto", replace(limits, time_s=time_s, start=start, tail=0.0))
 
     def ask(given: Problem, given_limits: SolveLimits) -> Solved:
-        return solve(given, solver, objective=objective, limits=given_limits, in_process=in_process)
+        return solve(given, solver, objective=objective, limits=given_limits, in_process=in_process, stands_in=False)
 
     def keep(given: Problem, placed: Bools) -> Solved:
         result = Result(
