@@ -15,6 +15,7 @@ from runtime.errors import BudgetTooSmall, InvalidInput, OverBudget
 from runtime.packed import Repacked, Unpacked
 from runtime.pool import SlotPool
 from runtime.precision import pack_record, packed_layout
+from runtime.reads import Reads
 from runtime.records import RecordFile, Source, write_record
 from runtime.shelf import Shelf
 from schemas.precision import LowPrecision, PackedLayout
@@ -35,6 +36,8 @@ class Placer:
         How the slots hold records, where not as weights.
     record_dir
         Directory of the disk tier's record files.
+    reads
+        How these are read.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Placer:
         *,
         packed: PackedLayout | None,
         record_dir: Path | None,
+        reads: Reads,
     ) -> None:
         self._layout = layout
         self._shelf = shelf
@@ -53,6 +57,7 @@ class Placer:
         self._changed = changed
         self._packed = packed
         self._record_dir = record_dir
+        self._reads = reads
         self._most = dict(shelf.budgets)
 
     def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
@@ -190,7 +195,7 @@ class Placer:
             if (key, "disk") in self._shelf.assigned:  # another thread put it meanwhile
                 self._shelf.used["disk"] -= size
                 return
-            own = self.as_held(RecordFile(file, file.name))
+            own = self.as_held(RecordFile(file, file.name, reads=self._reads))
             self._shelf.sources.setdefault(key, []).insert(0, own)
             self._shelf.assign(key, "disk", own)
 

@@ -32,6 +32,7 @@ from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool, record_of
 from runtime.precision import packed_layout
 from runtime.records import Source
+from runtime.reads import CACHED, Reads
 from runtime.shelf import Shelf
 from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision
 from schemas.store import RecordLayout
@@ -88,6 +89,8 @@ class Residency:
         Directory of the disk tier's record files, named by sha256. Needed if the disk budget is not 0.
     device
         Torch device of the device tier's slots.
+    reads
+        How record files are read.
     max_slots
         Slots to reserve at most: no model has more experts than it has, however large the budget.
     caching
@@ -111,6 +114,7 @@ class Residency:
         record_dir: Path | None = None,
         *,
         device: str = "cpu",
+        reads: Reads = CACHED,
         max_slots: int | None = None,
         caching: Caching | None = None,
         precision: LowPrecision | None = None,
@@ -118,6 +122,7 @@ class Residency:
         self.layout = layout
         self.packed = packed_layout(layout, precision) if precision is not None else None
         self.device = torch.device(device)
+        self.reads = reads
         self.caching = caching
         self.counts = TierCounts(caching.layers if caching else 0)
         self.budgets: dict[Tier, int] = {tier: budgets.get(tier, 0) for tier in TIERS}
@@ -164,7 +169,7 @@ class Residency:
             workers=caching.workers if caching else 0,
         )
         self._placer = Placer(
-            layout, self._shelf, self._pools, self._changed, packed=self.packed, record_dir=record_dir
+            layout, self._shelf, self._pools, self._changed, packed=self.packed, record_dir=record_dir, reads=reads
         )
         self._guests = Guests(self._shelf, self._loader, self._changed)
 
