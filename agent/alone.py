@@ -13,6 +13,7 @@ from runtime.alone import Alone
 from runtime.engine import Sampling
 from runtime.loading import load_tokenizer
 from runtime.models import open_model
+from runtime.reads import ReadWay
 from runtime.text import TextStream
 from runtime.timeline import Process, Timeline, recorded, write_trace
 from schemas.messages import Finished
@@ -32,6 +33,7 @@ def stream_alone(
     precision: Precision = "checkpoint",
     eviction: str = "rates",
     predictor: Path | None = None,
+    reads: ReadWay = "cached",
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -50,6 +52,7 @@ def stream_alone(
         precision=precision,
         eviction=eviction,
         predictor=predictor,
+        reads=reads,
     )
     timeline = Timeline()
     text, began, first = TextStream(tokenizer), time.monotonic(), 0.0

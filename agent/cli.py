@@ -21,6 +21,7 @@ from agent.learning import COMMANDS as LEARN_COMMANDS
 from agent.offline import COMMANDS as OFFLINE_COMMANDS
 from agent.replaying import COMMANDS as REPLAY_COMMANDS
 from agent.scoring import COMMANDS as SCORE_COMMANDS
+from runtime.reads import READ_WAYS, ReadWay
 from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
@@ -131,6 +132,10 @@ def _on_signal(handle: Callable[..., object]) -> None:
     help="With --local: execute every expert in this; a store made with it is read faster.",
 )  # fmt: skip
 @click.option(
+    "--reads", type=click.Choice(READ_WAYS), default="cached", show_default=True,
+    help="With --local: read a store's records through the page cache, or past it: it then takes no memory.",
+)  # fmt: skip
+@click.option(
     "--predictor", type=click.Path(path_type=Path),
     help="With --local: a file of agent learn, instead of the next layer's gate, says what to load ahead.",
 )  # fmt: skip
@@ -157,6 +162,7 @@ def generate(
     trace_file: Path | None,
     precision: Precision,
     predictor: Path | None,
+    reads: ReadWay,
     coordinator: str,
     as_json: bool,
     **wanted: Any,
@@ -164,11 +170,18 @@ def generate(
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    is_special = device_budget or host_budget or torch_device != "cpu" or precision != "checkpoint" or predictor
+    is_special = (
+        device_budget
+        or host_budget
+        or torch_device != "cpu"
+        or precision != "checkpoint"
+        or predictor
+        or reads != "cached"
+    )
     if (node is None) == (local is None) or (is_special and local is None):
         raise click.UsageError(
             "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
-            "--precision, --predictor FILE"
+            "--precision, --predictor FILE, --reads"
         )
     answer = Answer()
     if local is not None:
@@ -182,6 +195,7 @@ def generate(
             host_budget=_size(host_budget) if host_budget else None,
             precision=precision,
             predictor=predictor,
+            reads=reads,
             trace_file=trace_file,
             **wanted,
         )

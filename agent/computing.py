@@ -17,6 +17,7 @@ from agent.settings import Settings
 from runtime.cuda.devices import available_host_bytes, first_words, is_device_fault, usable_device
 from runtime.errors import RuntimeFault
 from runtime.models import Model
+from runtime.reads import reads_of
 from runtime.slots import Caching, Residency
 from schemas.messages import TierBytes
 from schemas.topology import TIERS
@@ -63,6 +64,7 @@ class Computing:
             {tier: int(getattr(settings.memory, tier)) for tier in TIERS},  # reserves slots; `memory` may be less
             Path(settings.data) / "records",
             device=device,
+            reads=reads_of(settings.reads),
             max_slots=spec.layers * spec.experts,
             caching=Caching(spec.layers, spec.experts, eviction=settings.eviction, prefetch=settings.prefetch),
             precision=None if settings.precision == "checkpoint" else settings.precision,

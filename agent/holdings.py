@@ -183,11 +183,15 @@ class Holdings:
     def _sources(self, replica: AssignedReplica) -> list[Source]:
         """Return where the record can be read again on this node."""
         name = replica.record.sha256
-        sources: list[Source] = [RecordFile(self._backing / name, name)] if name in self._backed else []
+        sources: list[Source] = [self._file(self._backing / name, name)] if name in self._backed else []
         if self.store is not None and name in self.store.by_sha256:
             offset = self.store.by_sha256[name].offset
-            sources.append(RecordFile(self.store.path / RECORDS_NAME, name, offset))
+            sources.append(self._file(self.store.path / RECORDS_NAME, name, offset))
         return sources
+
+    def _file(self, path: Path, sha256: str, offset: int = 0) -> RecordFile:
+        """Return a record of this machine's disk, read as the residency reads."""
+        return RecordFile(path, sha256, offset, self.residency.reads)
 
     def _packed_sources(self, key: Key, name: str) -> list[tuple[LowPrecision, Source]]:
         """Return where the store has this expert in low precisions."""
@@ -197,7 +201,7 @@ class Holdings:
         found = [
             (each.layout.precision, each.records[key[0] * manifest.model.experts + key[1]]) for each in manifest.packed
         ]
-        return [(precision, RecordFile(file, record.sha256, record.offset)) for precision, record in found]
+        return [(precision, self._file(file, record.sha256, record.offset)) for precision, record in found]
 
     def invite(self, routing: Iterable[Hop]) -> None:
         """Let experts that others compute for this node be cached here, from its own store or from them. Modifies."""

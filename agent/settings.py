@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from runtime.reads import ReadWay
 from schemas.address import InvalidAddress, parse_address, require_loopback
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_yaml
@@ -68,6 +69,9 @@ class Settings(FrozenModel):
         Of experts that are cached in memory which the plan leaves free.
     predictor
         A file of `agent learn` that guesses what to load ahead; by default the next layer's gate does.
+    reads
+        How records come from this node's disk: through the page cache, which takes what memory is free besides, or past
+        it.
     precision
         In which this node holds and executes every expert, whoever asks for it: in int8 or int4 more of them fit into
         the same memory, and text changes as `agent calibrate` tells. What the plan places here is counted as before;
@@ -98,6 +102,7 @@ class Settings(FrozenModel):
     eviction: Literal["rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True
     predictor: str | None = None
+    reads: ReadWay = "cached"
     peer_cache: bool = True
     precision: Precision = "checkpoint"
     low_precision: LowPrecision | None = None

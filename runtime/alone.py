@@ -21,6 +21,7 @@ from runtime.loading import load_trunk
 from runtime.models import Model, open_model
 from runtime.packed import Repacked, Unpacked
 from runtime.precision import packed_layout, unpack_parts
+from runtime.reads import CACHED, Reads, ReadWay, reads_of
 from runtime.records import CheckpointExpert, RecordFile, Source
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Caching, Key, Residency
@@ -111,6 +112,7 @@ def open_alone(
     eviction: str = "rates",
     prefetch: bool = True,
     predictor: Path | None = None,
+    reads: ReadWay = "cached",
     workers: int = 2,
 ) -> Segment:
     """Load the trunk of a checkpoint directory or store, with every expert executed here.
@@ -133,8 +135,10 @@ def open_alone(
         Hold experts packed in memory, and unpack them whenever they are used; None: where that pays, by what reading
         and unpacking take on this machine now. Either way the same bits come out.
     predictor
-        A file of `agent learn` that guesses what to load ahead; by default the next layer's router does, and in captured
-        decode on a CUDA device always.
+        A file of `agent learn` that guesses what to load ahead; by default the next layer's router does, and in
+        captured decode on a CUDA device always.
+    reads
+        How records of a store come from the disk: through the page cache, or past it.
 
     Raises
     ------
@@ -153,10 +157,13 @@ def open_alone(
         if device != "cpu":
             budget = min(budget, int(_SPARE_DEVICE * free_bytes(device)))
     low = None if precision == "checkpoint" else packed_layout(model.layout, precision)
-    sources = expert_sources(path, model)
+    way = reads_of(reads)
+    sources = expert_sources(path, model, way)
     if is_packed is None and low is not None:
         first = next(iter(sources))
-        times = _times(packed_source(model, first, low.precision) or Repacked(sources[first], model.layout, low), low)
+        times = _times(
+            packed_source(model, first, low.precision, way) or Repacked(sources[first], model.layout, low), low
+        )
         room = max(0, budget - trunk_bytes) / (spec.layers * spec.experts)
         is_packed = packing_pays(times, fit=room / spec.expert_bytes, fit_packed=room / low.bytes)
         is_packed |= budget < trunk_bytes + spec.top_k * spec.expert_bytes
@@ -171,6 +178,7 @@ def open_alone(
         model.layout,
         {"device": budget - trunk_bytes, "host": in_host},
         device=device,
+        reads=way,
         max_slots=spec.layers * spec.experts,
         caching=Caching(spec.layers, spec.experts, eviction=eviction, prefetch=prefetch, workers=workers),
         precision=held.precision if held is not None else None,
@@ -179,7 +187,7 @@ def open_alone(
         if low is None:
             residency.place(key, source)
             continue
-        stored = packed_source(model, key, low.precision)
+        stored = packed_source(model, key, low.precision, way)
         if held is not None:
             residency.place(key, source)
             if stored is not None:
@@ -246,20 +254,20 @@ def _require(spec: ModelSpec, budget: int, trunk_bytes: int, expert_bytes: int) 
         raise BudgetTooSmall("device", budget=budget, needed=needed, why=why)
 
 
-def packed_source(model: Model, key: Key, precision: LowPrecision) -> Source | None:
+def packed_source(model: Model, key: Key, precision: LowPrecision, reads: Reads = CACHED) -> Source | None:
     """Return where the record of an expert in a low precision is; None where the model has none."""
     packed = model.store.manifest.packed_as(precision) if model.store is not None else None
     if model.store is None or packed is None:
         return None
     record = packed.records[key[0] * model.spec.experts + key[1]]
-    return RecordFile(model.store.path / RECORDS_NAME, record.sha256, record.offset)
+    return RecordFile(model.store.path / RECORDS_NAME, record.sha256, record.offset, reads)
 
 
-def expert_sources(path: Path, model: Model) -> dict[Key, Source]:
+def expert_sources(path: Path, model: Model, reads: Reads = CACHED) -> dict[Key, Source]:
     """Return where the record of every expert is; raises `InvalidStore` in a card, which has none."""
     if model.store is not None:
         file = model.store.path / RECORDS_NAME
-        return {key: RecordFile(file, found.sha256, found.offset) for key, found in model.store.by_key.items()}
+        return {key: RecordFile(file, found.sha256, found.offset, reads) for key, found in model.store.by_key.items()}
     if model.manifest is not None:
         raise InvalidStore(f"{path}: holds no {RECORDS_NAME}; name a store or checkpoint that does")
     checkpoint = read_checkpoint(path)

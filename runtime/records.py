@@ -1,7 +1,7 @@
 """Where the record of an expert can be read from, straight into the memory where it is used.
 
 Decides what counts as damage: other bytes than the sha256 says, fewer of them, or a disk that returns an error. Flow:
-`preadv` into the parts of a slot → checked where the caller asks for it. Must not know who needs the record or why.
+`reads` into the parts of a slot → checked where the caller asks for it. Must not know who needs the record or why.
 """
 
 import hashlib
@@ -9,11 +9,12 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import DamagedRecord, InvalidInput, RuntimeFault, writing
+from runtime.reads import CACHED, Reads
 from schemas.checkpoint import Checkpoint
 from schemas.store import RecordLayout
 
@@ -41,36 +42,18 @@ class RecordFile:
     file: Path
     sha256: str
     offset: int = 0
+    reads: Reads = field(default=CACHED, compare=False, repr=False)
 
     def read_into(self, parts: Sequence[memoryview], *, check: bool) -> None:
-        """Read without reading ahead: what lies behind a record is another expert."""
+        """Read it, whole or not at all."""
         try:
-            descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.posix_fadvise(descriptor, self.offset, 0, os.POSIX_FADV_RANDOM)
-                _read_all(descriptor, parts, self.offset)
-            finally:
-                os.close(descriptor)
+            self.reads.read(self.file, self.offset, parts)
         except OSError as error:
             raise DamagedRecord(self.file, error.strerror or str(error)) from error
         except EOFError as error:
             raise DamagedRecord(self.file, "it was cut short") from error
         if check:
             _check(self.file, parts, self.sha256)
-
-
-def _read_all(descriptor: int, parts: Sequence[memoryview], offset: int) -> None:
-    """Fill the parts, however few bytes one call brings."""
-    left = list(parts)
-    while left:
-        count = os.preadv(descriptor, left, offset)
-        if count == 0:
-            raise EOFError
-        offset += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if count:
-            left[0] = left[0][count:]
 
 
 def _check(where: Path | str, parts: Sequence[memoryview], sha256: str) -> None:
