@@ -24,6 +24,7 @@ from runtime.menu import Menu
 from runtime.policy.menu import Rates
 from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
+from runtime.streaming import Ahead
 from runtime.timeline import Recorder, recorder
 
 __all__ = ["Combine", "Dispatcher", "ExpertCall", "ExpertCaller", "NoCaller", "PendingCall", "execute_call"]
@@ -192,6 +193,12 @@ class Dispatcher:
         if self.ahead is not None and self.residency.is_caching and hidden.shape[0] <= _FEW_TOKENS:
             self.residency.prefetch(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
 
+    def _following(self, layer: int, hidden: torch.Tensor) -> Ahead | None:
+        """Return what a prompt's next layer will ask for, to be loaded when this layer's loads are on their way."""
+        if self.ahead is None or not self.residency.is_caching or hidden.shape[0] <= _FEW_TOKENS:
+            return None
+        return Ahead(layer + 1, partial(self.ahead.guess, layer + 1, hidden))
+
     def _run_rows(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -308,6 +315,7 @@ class Dispatcher:
                 combine=self.combine,
                 tier_rows=self.counts.tier_rows,
                 low=self._low(layer, rows),
+                ahead=self._following(layer, hidden),
             )
         self._note_local(layer, began, len(rows.expert))
         return answer

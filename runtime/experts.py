@@ -6,7 +6,7 @@ Bits also depend on how many threads a matrix product uses: nodes whose results 
 Must not know who called, nor which node it runs on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from runtime.errors import InvalidInput, RuntimeFault
 from runtime.lending import Low
+from runtime.loads import Borrowed
 from runtime.pool import ExpertWeights
 from runtime.slots import Residency
+from runtime.streaming import Ahead
 from schemas.store import ExpertForm
 from schemas.topology import Tier
 
@@ -118,13 +120,14 @@ def compute_rows(
     combine: Combine,
     tier_rows: TierRows | None = None,
     low: Low | None = None,
+    ahead: Ahead | None = None,
 ) -> torch.Tensor:
     """Compute rows of one layer from the replicas held here, as `execute_call` does; hidden is [T, D].
 
     Parameters
     ----------
-    low
-        Experts that may be computed in low precision, see `Residency.lend`.
+    low, ahead
+        Experts that may be computed in low precision, and what runs next, see `Residency.lend`.
     """
     bounds = group_bounds(rows.expert)
     residency.observe(layer, rows.token, rows.expert, rows.weight)
@@ -134,7 +137,9 @@ def compute_rows(
         else:
             token = torch.from_numpy(rows.token).to(hidden.device)
             gathered = hidden[token]
-        answers = torch.cat(_answers(residency, layer, rows, gathered, bounds=bounds, tier_rows=tier_rows, low=low))
+        experts = rows.expert[bounds[:-1]].tolist()
+        lending = residency.lend(layer, experts, low, rows=len(rows.expert), ahead=ahead)
+        answers = torch.cat(_answers(residency.layout.form, lending, gathered, bounds, tier_rows))
         if combine == "ordered":
             return (answers * rows.weight.unsqueeze(1)).to(hidden.dtype)
         if token is None:
@@ -144,20 +149,16 @@ def compute_rows(
 
 
 def _answers(
-    residency: Residency,
-    layer: int,
-    rows: Rows,
+    form: ExpertForm,
+    lending: Generator[tuple[int, Borrowed]],
     gathered: torch.Tensor,
-    *,
     bounds: list[int],
     tier_rows: TierRows | None,
-    low: Low | None,
 ) -> list[torch.Tensor]:
     """Return what each expert makes of its rows, [n, D] each, in the rows' order, however the experts come."""
-    math = expert_math(residency.layout.form)
-    experts = rows.expert[bounds[:-1]].tolist()
-    answers: list[Any] = [None] * len(experts)
-    with closing(residency.lend(layer, experts, low)) as lending:
+    math = expert_math(form)
+    answers: list[Any] = [None] * (len(bounds) - 1)
+    with closing(lending):
         for index, lent in lending:
             start, end = bounds[index], bounds[index + 1]
             answers[index] = math(lent.weights, gathered[start:end])

@@ -36,11 +36,17 @@ class Learner:
         if not self._shelf.lacking:
             return
         is_few = len(expert) <= _FEW_ROWS
-        if not is_few and not any(list(self._shelf.absent.values())):
-            return  # all of them are at hand: nothing has to go
+        if not is_few and self._fits:
+            return  # nothing has to go
         scores = weight.float().cpu().numpy()
         if is_few:
             self._eviction.note(layer, expert, scores, token)
             return
         with self._changed:
             self._eviction.learn(layer, expert, scores, token)
+
+    @property
+    def _fits(self) -> bool:
+        """Whether all that is in no slot now would find a free one."""
+        shelf = self._shelf
+        return sum(map(shelf.unused, shelf.cached_in)) >= sum(map(len, list(shelf.absent.values())))

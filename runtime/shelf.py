@@ -102,7 +102,7 @@ class Shelf:
         self.watchers: list[Callable[[CopyKey, Copy | None], None]] = []
         self._notify = notify
         self._give_back = give_back
-        self._is_frozen = False
+        self._is_frozen = self._is_host_frozen = False
         self._thawing: list[Copy] = []
 
     @property
@@ -146,7 +146,7 @@ class Shelf:
         if copy.is_dropped:
             if not copy.users and copy.is_ready:
                 copy.is_ready = False
-                if self._is_frozen and copy.tier in self.computed_in:
+                if self.is_frozen_in(copy.tier):
                     self._thawing.append(copy)
                 else:
                     self.vacate(copy.tier, copy.slot)
@@ -172,9 +172,7 @@ class Shelf:
 
     def worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[Copy]:
         """Return copies to give up, the least valuable first."""
-        if self._is_frozen:
-            tiers = [tier for tier in tiers if tier not in self.computed_in]
-        return self.victims.worst(layer, count, tiers)
+        return self.victims.worst(layer, count, [tier for tier in tiers if not self.is_frozen_in(tier)])
 
     @property
     def is_frozen(self) -> bool:
@@ -190,9 +188,19 @@ class Shelf:
         finally:
             self._is_frozen = True
 
-    def freeze(self) -> None:
-        """Let no slot be given up: a step looks experts up by itself, and no use of theirs is noted."""
-        self._is_frozen = True
+    def is_frozen_in(self, tier: Tier) -> bool:
+        """Whether no slot of a tier may be given up."""
+        return self._is_frozen and (tier in self.computed_in or self._is_host_frozen)
+
+    def freeze(self, *, host: bool = False) -> None:
+        """Let no slot be given up: a step looks experts up by itself, and no use of theirs is noted.
+
+        Parameters
+        ----------
+        host
+            In host memory neither: the step reads there what it lacks.
+        """
+        self._is_frozen, self._is_host_frozen = True, host
 
     def thaw(self) -> None:
         """Give up what was to be given up meanwhile."""
@@ -245,10 +253,13 @@ class Shelf:
             rooms += self.take(copy.tier, 1)
         return rooms
 
+    def unused(self, tier: Tier) -> int:
+        """Return how many free slots of a tier its budget has room for."""
+        return max(0, min((self.budgets[tier] - self.used[tier]) // self.record_bytes[tier], len(self.free[tier])))
+
     def take(self, tier: Tier, count: int) -> list[tuple[Tier, int]]:
         """Account for up to so many records in `tier`; return their slots."""
-        fit = (self.budgets[tier] - self.used[tier]) // self.record_bytes[tier]
-        taken = max(0, min(count, fit, len(self.free[tier])))
+        taken = min(max(0, count), self.unused(tier))
         self.used[tier] += taken * self.record_bytes[tier]
         return [(tier, self.free[tier].pop()) for _ in range(taken)]
 
@@ -320,6 +331,10 @@ class Shelf:
         """Return a copy that is being filled."""
         found = (self.copies.get((key, tier)) for tier in self.computed_in)
         return next((copy for copy in found if copy is not None and not copy.is_ready), None)
+
+    def is_wanting(self, key: CopyKey) -> bool:
+        """Whether an expert without a slot of its own is in none now, and not on its way to one."""
+        return key in self.lacking and key not in self.ready and self.is_coming(key) is None
 
     def choose(self, key: CopyKey) -> None:
         """Note where an expert is computed from."""

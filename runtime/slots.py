@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.caching import Caching
 from runtime.copies import MEMORY, Copy, Key, copy_keys
 from runtime.counters import TierCounts
 from runtime.guests import Guests
@@ -27,13 +27,13 @@ from runtime.learning import Learner
 from runtime.lending import Lender, Low
 from runtime.loads import Borrowed, Loader, device_copies
 from runtime.placing import Placer, Record
-from runtime.policy.eviction import EVICTIONS, Deferred
 from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool, record_of
 from runtime.precision import packed_layout
-from runtime.records import Source
 from runtime.reads import CACHED, Reads
+from runtime.records import Source
 from runtime.shelf import Shelf
+from runtime.streaming import Ahead
 from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -41,40 +41,14 @@ from schemas.topology import TIERS, Tier
 __all__ = ["Borrowed", "Caching", "ExpertWeights", "Key", "Record", "Residency"]
 
 
-@dataclass(frozen=True)
-class Caching:
-    """That budget which is left is a cache, and how it is run.
-
-    Attributes
-    ----------
-    layers, experts
-        Of the model.
-    eviction
-        A name of `runtime.policy.eviction.EVICTIONS`.
-    prefetch
-        Load what the next layer will probably ask for, where the link has time.
-    workers
-        Threads that load beside the one that computes.
-    """
-
-    layers: int
-    experts: int
-    eviction: str = "rates"
-    prefetch: bool = True
-    workers: int = 2
-
-    def policy(self) -> Deferred:
-        """Return the eviction policy, which knows nothing yet."""
-        return Deferred(EVICTIONS[self.eviction](self.layers, self.experts))
-
-
 class Inside(NamedTuple):
-    """The parts of a residency: its books and their lock, what fills copies, and the device's slots."""
+    """The parts of a residency: its books and their lock, what fills copies, and slots of device and host."""
 
     shelf: Shelf
     changed: threading.Condition
     loader: Loader
     pool: SlotPool
+    host_pool: SlotPool
 
 
 class Residency:
@@ -98,6 +72,9 @@ class Residency:
     precision
         Hold every expert packed in a low precision, and unpack it whenever it is used: more experts in as many bytes.
         Records are still put, and kept on disk, as weights.
+    is_apart
+        Whether what is in host memory must be brought to the device to be computed; where the device is no processor
+        if None.
 
     Attributes
     ----------
@@ -118,6 +95,7 @@ class Residency:
         max_slots: int | None = None,
         caching: Caching | None = None,
         precision: LowPrecision | None = None,
+        is_apart: bool | None = None,
     ) -> None:
         self.layout = layout
         self.packed = packed_layout(layout, precision) if precision is not None else None
@@ -132,7 +110,7 @@ class Residency:
         most = sys.maxsize if max_slots is None else max_slots
         slots = {tier: min(self.budgets[tier] // sizes[tier], most) for tier in MEMORY}
         self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
-        is_apart = self.device.type == "cuda"  # what is in host memory is brought to the device to be computed there
+        is_apart = self.device.type == "cuda" if is_apart is None else is_apart
         computed_in: tuple[Tier, ...] = ("device",) if is_apart and slots["device"] else MEMORY
         eviction = caching.policy() if caching is not None else None
         self._shelf = Shelf(
@@ -176,7 +154,7 @@ class Residency:
     @property
     def inside(self) -> "Inside":
         """What a decode step that looks slots up by itself must have at hand."""
-        return Inside(self._shelf, self._changed, self._loader, self._pools["device"])
+        return Inside(self._shelf, self._changed, self._loader, self._pools["device"], self._pools["host"])
 
     @property
     def slot_bytes(self) -> int:
@@ -279,7 +257,9 @@ class Residency:
         """
         return self._lender.borrow(layer, experts)
 
-    def lend(self, layer: int, experts: Sequence[int], low: Low | None = None) -> Generator[tuple[int, Borrowed]]:
+    def lend(
+        self, layer: int, experts: Sequence[int], low: Low | None = None, *, rows: int = 0, ahead: Ahead | None = None
+    ) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights), those at hand first, others as they come. May modify the cache.
 
         Weights are valid until the next are asked for, or the iterator is closed; close it.
@@ -289,6 +269,10 @@ class Residency:
         low
             Experts that will do in a low precision: where an exact copy is at hand it is lent all the same, else one in
             that precision, which is loaded if need be and if `place_packed` said from where.
+        rows
+            That these experts compute.
+        ahead
+            What runs next: of many rows, its loads are begun when those of this layer are on their way.
 
         Raises
         ------
@@ -297,7 +281,7 @@ class Residency:
         ExpertLost
             The record of one is damaged wherever it lies.
         """
-        return self._lender.lend(layer, experts, low)
+        return self._lender.lend(layer, experts, low, rows=rows, ahead=ahead)
 
     def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
         """Begin to use experts of one layer that are all at hand; None, with nothing done, if one is not. Modifies.

@@ -62,6 +62,11 @@ class Slack:
         return self.load_s > _HANDOVER_S
 
     @property
+    def is_trusted(self) -> bool:
+        """Whether guesses come true, as far as is known."""
+        return self.guesses < _FEW or self.came_true >= _TRUSTED * self.guesses
+
+    @property
     def pays(self) -> bool:
         """Whether a load that is begun while the device works saves more than it costs, as far as is known.
 
@@ -81,7 +86,7 @@ class Slack:
         >>> Slack(load_s=0.010, idle_s=0.035).room
         3
         """
-        if not self.is_slow or (self.guesses >= _FEW and self.came_true < _TRUSTED * self.guesses):
+        if not self.is_slow or not self.is_trusted:
             return 0
         return int(self.idle_s / self.load_s)
 

@@ -1,15 +1,18 @@
 """What the cache costs a prompt: ``python -m tests.bench.prefill MODEL [MODEL …]``.
 
-The same prompt runs through segments that differ only in where their experts are: each in a slot of its own, in a cache
-that has room for all, and in one with room for a share, whose misses are read from the page cache. They take turns in
-one process, so that ratios hold whatever else the machine does. Without MODEL, a larger one with random weights is made.
+The same prompt runs through segments that differ only in where their experts are: each in a slot of its own (twice, to
+show what a ratio of equals looks like here), in a cache that has room for all, and in one with room for a share, whose
+misses are read from the page cache, or with ``--cold`` from the disk. They take turns in one process, in another order
+each time, so that ratios hold whatever else the machine does. Without MODEL, one with random weights is made.
 """
 
 import os
 import platform
+import random
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import click
 import torch
@@ -20,8 +23,10 @@ from runtime.loading import load_trunk
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Residency
 from runtime.store import Store, prepare_store
+from tests.bench.runtime import _cold
 
 PROMPT = 512
+FIRST = "no cache, all experts in slots"
 
 
 def make_larger(path: Path) -> Path:
@@ -66,7 +71,7 @@ def prefill_s(segment: Segment, ids: torch.Tensor) -> tuple[float, float, torch.
     return time.perf_counter() - began, time.process_time() - computed, logits
 
 
-def report(path: Path, *, share: float, rounds: int) -> None:
+def report(path: Path, *, share: float, rounds: int, is_cold: bool) -> None:
     """Measure one model and print its table."""
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory) / "store"
@@ -75,7 +80,8 @@ def report(path: Path, *, share: float, rounds: int) -> None:
         spec = store.manifest.model
         ids = torch.randint(2, 1000, (PROMPT,), generator=torch.Generator().manual_seed(1))
         arms = {
-            "no cache, all experts in slots": without_cache(store, where),
+            FIRST: without_cache(store, where),
+            "the same again": without_cache(store, where),
             "cache, room for all": with_cache(where, store, 1.0),
             f"cache, room for {share:.0%}": with_cache(where, store, share),
         }
@@ -83,10 +89,12 @@ def report(path: Path, *, share: float, rounds: int) -> None:
         loads: dict[str, int] = {}
         wanted = None
         for turn in range(rounds + 1):
-            for name, segment in arms.items():
-                had = sum(segment.residency.counts.loads)
-                *seconds, logits = prefill_s(segment, ids)
-                loads[name] = sum(segment.residency.counts.loads) - had
+            for name in random.sample(list(arms), len(arms)):
+                counts = arms[name].residency.counts
+                had = sum(counts.loads)
+                with _cold(where, is_cold):
+                    *seconds, logits = prefill_s(arms[name], ids)
+                loads[name] = sum(counts.loads) - had
                 wanted = logits if wanted is None else wanted
                 assert torch.equal(logits, wanted), name
                 if turn:  # the first one loads what there is room for
@@ -95,21 +103,25 @@ def report(path: Path, *, share: float, rounds: int) -> None:
 
 
 def print_table(name: str, taken: dict[str, list[tuple[float, float]]], loads: dict[str, int]) -> None:
-    """Print an arm a row: its best turn, which other work on the machine disturbed least, beside the first arm's."""
-    first = [min(each) for each in zip(*next(iter(taken.values())), strict=True)]
+    """Print an arm a row: the best turn, which other work disturbed least, and the median of its ratios to the first arm."""
+    first = taken[FIRST]
     head = f"{name}, a prompt of {PROMPT} tokens"
     click.echo(f"\n{head:44s}{'ms':>10s}{'of no cache':>13s}{'computed ms':>13s}{'of no cache':>13s}{'loads':>7s}")
     for arm, turns in taken.items():
-        wall, computed = (min(each) for each in zip(*turns, strict=True))
-        ratios = f"{1e3 * wall:10.1f}{wall / first[0]:13.3f}{1e3 * computed:13.1f}{computed / first[1]:13.3f}"
-        click.echo(f"{arm:44s}{ratios}{loads[arm]:7d}")
+        columns = ""
+        for which in (0, 1):
+            ratio = median(turn[which] / base[which] for turn, base in zip(turns, first, strict=True))
+            width = 10 if which == 0 else 13
+            columns += f"{1e3 * min(turn[which] for turn in turns):{width}.1f}{ratio:13.3f}"
+        click.echo(f"{arm:44s}{columns}{loads[arm]:7d}")
 
 
 @click.command()
 @click.argument("models", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--share", default=0.25, show_default=True, help="Of the experts that fit into the small cache.")
-@click.option("--rounds", default=9, show_default=True)
-def main(models: tuple[Path, ...], share: float, rounds: int) -> None:
+@click.option("--rounds", default=15, show_default=True)
+@click.option("--cold", is_flag=True, help="Drop the page cache of the store all the while.")
+def main(models: tuple[Path, ...], share: float, rounds: int, cold: bool) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     click.echo(
@@ -117,7 +129,7 @@ def main(models: tuple[Path, ...], share: float, rounds: int) -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         for model in models or (make_larger(Path(directory) / "larger"),):
-            report(model, share=share, rounds=rounds)
+            report(model, share=share, rounds=rounds, is_cold=cold)
 
 
 if __name__ == "__main__":

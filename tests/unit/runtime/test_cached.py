@@ -15,6 +15,7 @@ from runtime.records import CheckpointExpert, FetchedRecord, RecordFile
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Caching, Residency
 from runtime.store import layout_of
+from runtime.streaming import Ahead
 from schemas.checkpoint import read_checkpoint
 from schemas.store import RECORDS_NAME
 
@@ -210,6 +211,47 @@ def test_a_file_that_is_gone_or_short_is_refused(store, tmp_path):
         held.drop(key)
     with pytest.raises(ExpertUnavailable):
         take(held, 0, [0])
+
+
+def test_a_prompt_streams_layers_bit_for_bit(checkpoint, store):
+    """What the next layer asks for is loaded while this one is computed, as far as there are slots nobody uses."""
+    opened = store("qwen3_moe")
+    trunk, board = trunk_and_board(checkpoint("qwen3_moe"), opened)
+    prompt = torch.arange(7, 107)
+
+    def logits(held):
+        segment = Segment(trunk, held, board)
+        segment.open("s", 200)
+        return torch.cat([segment.step("s", prompt), segment.step("s", prompt[:50])])
+
+    want = logits(resident(opened))
+    for slots in (3, 8, 20):
+        held = cached(opened, slots=slots)
+        held.slack = EagerSlack()
+        assert torch.equal(logits(held), want), slots
+        assert sum(held.counts.prefetch_hits) > 10
+        assert held.used()["device"] <= held.budgets["device"]
+
+
+def test_what_the_next_layer_has_at_hand_stays(store):
+    held = cached(store("qwen3_moe"), slots=8)
+    held.slack = EagerSlack()
+    take(held, 1, [0, 1, 2])
+    with closing(held.lend(0, [0, 1, 2], rows=300, ahead=Ahead(1, lambda: range(8)))) as lending:
+        assert len(list(lending)) == 3
+    assert [held.tier_of((1, expert)) for expert in range(3)] == ["device"] * 3
+    assert held.counts.prefetched[1] == 5  # the three of layer 0 made room
+    take(held, 1, range(8))
+    assert (held.counts.prefetch_hits[1], held.counts.loads[1]) == (5, 8)
+
+
+def test_nothing_makes_room_for_what_is_on_its_way(store):
+    held = cached(store("qwen3_moe"), slots=4)
+    held.slack = EagerSlack()
+    take(held, 0, [0, 1])
+    held.prefetch(1, lambda: [0, 1])
+    take(held, 1, [0, 1])
+    assert (held.counts.prefetch_hits[1], held.counts.evictions) == (2, 0)
 
 
 def test_several_threads_share_few_slots(store):

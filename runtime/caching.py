@@ -1,0 +1,32 @@
+"""How the budget that is left beside what was put is run as a cache."""
+
+from dataclasses import dataclass
+
+from runtime.policy.eviction import EVICTIONS, Deferred
+
+
+@dataclass(frozen=True)
+class Caching:
+    """That budget which is left is a cache, and how it is run.
+
+    Attributes
+    ----------
+    layers, experts
+        Of the model.
+    eviction
+        A name of `runtime.policy.eviction.EVICTIONS`.
+    prefetch
+        Load what the next layer will probably ask for, where the link has time.
+    workers
+        Threads that load beside the one that computes.
+    """
+
+    layers: int
+    experts: int
+    eviction: str = "rates"
+    prefetch: bool = True
+    workers: int = 2
+
+    def policy(self) -> Deferred:
+        """Return the eviction policy, which knows nothing yet."""
+        return Deferred(EVICTIONS[self.eviction](self.layers, self.experts))

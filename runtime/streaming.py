@@ -1,0 +1,233 @@
+"""Copies of a layer lent one by one while others are loaded, and then what the next layer will ask for.
+
+Decides in which order: what is at hand first, then each as it is filled. Loads are begun as slots become free, and are
+made by other threads where that pays (`policy.streaming`), else by who waits for them. Whoever waits for a slot has
+none itself but those that are being filled for it, so that nobody waits for ever. Must not know how a record is read.
+Flow: ready copies → loads begun → copies as they are filled → loads for the layer after.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import NamedTuple
+
+from runtime.copies import Copy, CopyKey, Key
+from runtime.counters import TierCounts
+from runtime.errors import ExpertUnavailable
+from runtime.loads import Borrowed, Loader
+from runtime.policy.streaming import Pace
+from runtime.promotion import Promoter
+from runtime.shelf import Shelf
+
+
+class Ahead(NamedTuple):
+    """A layer that runs next, and what says which experts it will probably ask for; not called where none is absent."""
+
+    layer: int
+    guess: Callable[[], Iterable[int]]
+
+
+class Desk(NamedTuple):
+    """What all lendings of one residency share.
+
+    Attributes
+    ----------
+    counts
+        Takes what was found where; None without a cache.
+    pace
+        What computing takes.
+    """
+
+    shelf: Shelf
+    loader: Loader
+    changed: threading.Condition
+    promoter: Promoter
+    counts: TierCounts | None
+    pace: Pace
+
+    def give_back(self, copies: Iterable[Copy]) -> None:
+        """End the use of copies. Modifies."""
+        copies = list(copies)
+        self.loader.note_read(copies)
+        with self.changed:
+            self.shelf.end_use(copies)
+
+    def guessed(self, layer: int, wanted: Sequence[Key], most: int) -> list[Copy]:
+        """Make copies of up to `most` guesses for a layer that runs next, to be filled. Modifies; the lock is held.
+
+        Room is made by what nobody is using, and not by what that layer has at hand.
+        """
+        shelf = self.shelf
+        kept = [copy for key in wanted if (copy := shelf.ready.get(key)) is not None]
+        for copy in kept:
+            shelf.use(copy)
+        missing = [key for key in wanted if shelf.is_wanting(key)]
+        spare = sum(map(shelf.unused, shelf.cached_in)) + sum(copy.tier in shelf.cached_in for copy in shelf.evictable)
+        rooms = shelf.rooms(layer - 1, min(most, len(missing), spare))
+        made = [shelf.occupy(key, *room) for key, room in zip(missing, rooms, strict=False)]
+        for copy in made:
+            copy.is_guess = True
+        shelf.guesses[layer] += made
+        shelf.end_use(kept)
+        if self.counts is not None:
+            self.counts.prefetched[layer] += len(made)
+        return made
+
+
+@dataclass
+class Stream:
+    """One lending, some of whose copies must be loaded.
+
+    Attributes
+    ----------
+    keys
+        What is lent.
+    rows
+        That their users compute; 0 if that is not known.
+    ahead
+        What is loaded when all of these are on their way.
+    waited_s
+        For loads, so far.
+    """
+
+    desk: Desk
+    layer: int
+    keys: Sequence[CopyKey]
+    rows: int = 0
+    ahead: Ahead | None = None
+    waited_s: float = 0.0
+    _used_s: float = 0.0
+    _at_hand: list[tuple[int, Copy]] = field(default_factory=list)
+    _coming: list[tuple[int, Copy]] = field(default_factory=list)
+    _absent: list[int] = field(default_factory=list)
+    _held: set[Copy] = field(default_factory=set)
+    _wanted: list[Key] | None = None
+
+    def lend(self) -> Generator[tuple[int, Borrowed]]:
+        """Yield (position, weights) until all were lent; close it."""
+        try:
+            self._sort()
+            while self._at_hand or self._coming or self._absent:
+                self._begin()
+                lent = self._next()
+                if lent is None:
+                    continue
+                position, borrowed, copy = lent
+                asked = perf_counter()
+                yield position, borrowed
+                self._used_s += perf_counter() - asked
+                if copy is not None:
+                    self._held.discard(copy)
+                    self.desk.give_back((copy,))
+            self._begin()
+            self.desk.pace.observe(self.rows, self._used_s)
+        finally:
+            for _, copy in self._coming:
+                self.desk.promoter.run(copy)  # given up half-way: others may wait for it
+            self.desk.give_back(self._held)
+
+    def _sort(self) -> None:
+        """Tell what is at hand from what is not; raises `ExpertUnavailable`."""
+        shelf = self.desk.shelf
+        with self.desk.changed:
+            for position, key in enumerate(self.keys):
+                copy = shelf.ready.get(key)
+                if copy is not None:
+                    shelf.use(copy)
+                    self._held.add(copy)
+                    self._at_hand.append((position, copy))
+                elif shelf.can_load(key) or shelf.is_coming(key):
+                    self._absent.append(position)
+                else:
+                    raise ExpertUnavailable(key[0], key[1], "this node")
+            if self.desk.counts is not None:
+                shelf.count_found(self.layer, [copy for _, copy in self._at_hand])
+
+    @property
+    def _is_handed_over(self) -> bool:
+        """Whether other threads make the loads."""
+        slack = self.desk.shelf.slack
+        return slack.is_slow or self.desk.pace.hides(slack.load_s, rows=self.rows, experts=len(self.keys))
+
+    def _begin(self) -> None:
+        """Begin to load what there are slots for, as many at once as there are threads for and one more."""
+        if self._absent:
+            under_way = sum(not copy.is_ready for _, copy in self._coming)
+            if under_way <= self.desk.promoter.workers:
+                self._begin_absent(self.desk.promoter.workers + 2 - under_way)
+        elif self.ahead is not None and self._wanted != [] and self._is_handed_over:
+            is_last = not self._at_hand and not self._coming
+            if is_last or self.desk.promoter.waiting < self.desk.promoter.workers:
+                self._begin_ahead(self.ahead)
+
+    def _begin_absent(self, most: int) -> None:
+        shelf, jobs = self.desk.shelf, []
+        with self.desk.changed:
+            left = [position for position in self._absent if not self._await_known(position)]
+            for room in shelf.rooms(self.layer, min(len(left), most)):
+                jobs.append(shelf.occupy(self.keys[left[0]], *room))
+                self._await_known(left.pop(0))
+        self._absent = left
+        self.desk.promoter.add(jobs, wake=self._is_handed_over)
+
+    def _await_known(self, position: int) -> bool:
+        """Wait for the copy of an expert that came into memory meanwhile, or is on its way; False if there is none."""
+        shelf, key = self.desk.shelf, self.keys[position]
+        copy = shelf.ready.get(key) or shelf.is_coming(key)
+        if copy is None:
+            return False
+        shelf.use(copy)
+        shelf.redeem(copy)
+        self._held.add(copy)
+        self._coming.append((position, copy))
+        return True
+
+    def _begin_ahead(self, ahead: Ahead) -> None:
+        """Begin to load for the next layer, into slots that nobody is using."""
+        shelf = self.desk.shelf
+        if self._wanted is None:
+            is_any = bool(shelf.absent[ahead.layer]) and shelf.slack.is_trusted
+            self._wanted = [(ahead.layer, expert) for expert in ahead.guess()] if is_any else []
+        with self.desk.changed:
+            jobs = self.desk.guessed(ahead.layer, self._wanted, len(self._wanted))
+        self.desk.promoter.add(jobs, wake=True)
+
+    def _next(self) -> tuple[int, Borrowed, Copy | None] | None:
+        """Return what is lent next, and its copy where it has one; None where slots must be asked for again."""
+        loader, asked = self.desk.loader, perf_counter()
+        if self._at_hand:
+            position, copy = self._at_hand.pop(0)
+            return position, loader.borrowed(copy), copy
+        if self._absent and not self._coming and not self.desk.shelf.can_cache:
+            position = self._absent.pop(0)
+            borrowed = loader.read(self.keys[position])
+            self.waited_s += perf_counter() - asked
+            return position, borrowed, None
+        ready = self._await()
+        took = perf_counter() - asked
+        self.waited_s += took
+        if ready is None:
+            return None
+        position, copy = ready
+        return position, loader.borrowed(copy, took, is_new=True), copy
+
+    def _await(self) -> tuple[int, Copy] | None:
+        """Return one that is ready, loading it here if nobody does; None if there is none and a slot may be free."""
+        changed = self.desk.changed
+        while True:
+            with changed:
+                for index, (position, copy) in enumerate(self._coming):
+                    if copy.error is not None:
+                        raise copy.error
+                    if copy.is_ready:
+                        del self._coming[index]
+                        return position, copy
+            if any(self.desk.promoter.run(copy) for _, copy in self._coming):
+                continue
+            with changed:
+                if not self._coming:
+                    changed.wait(0.05)
+                    return None
+                if not any(copy.is_ready or copy.error for _, copy in self._coming):
+                    changed.wait(1.0)
