@@ -189,7 +189,7 @@ class Loader:
                 self._shelf.use(host)
         try:
             if host is not None and is_new:
-                self._read_host(host)
+                self.read_host(host)
             elif host is not None:
                 copy.found = "host"
             yield host
@@ -198,7 +198,8 @@ class Loader:
                 with self._changed:
                     self._shelf.end_use((host,))
 
-    def _read_host(self, host: Copy) -> None:
+    def read_host(self, host: Copy) -> None:
+        """Fill a copy in host memory, and let it be used; raises what `fill` does."""
         try:
             self._read_into(host.key, self._pools["host"].buffers(host.slot))
         except (RuntimeFault, OSError, ValueError) as error:
@@ -248,7 +249,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def device_copies(device: torch.device, layout: RecordLayout, packed: PackedLayout | None) -> "DeviceCopies":
-    """Return what brings records to the slots of a CUDA device, whose package is imported where there is one."""
-    from runtime.cuda.copies import DeviceCopies
+    """Return what brings records to the slots of a device; its package is imported where there is one."""
+    from runtime.cuda.copies import DeviceCopies, PlainCopies
 
-    return DeviceCopies(device, layout, packed=packed)
+    return (PlainCopies if device.type == "cpu" else DeviceCopies)(device, layout, packed=packed)

@@ -159,7 +159,7 @@ class Placer:
                 return copy, (key, tier) in self._shelf.assigned
             elif room := self._shelf.take(tier, 1):
                 return self._shelf.occupy(key, *room[0]), False
-            elif self._shelf.is_frozen and tier in self._shelf.computed_in:
+            elif self._shelf.is_frozen_in(tier):
                 self._changed.wait()
             elif victims := self._shelf.worst(key[0], 1, (tier,)):
                 self._shelf.evict(victims[0])

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.cuda.supply import Supply
+
 LOOK_AHEAD: Final = 2
 """Layers whose choice is guessed."""
 
@@ -67,7 +69,8 @@ class Buffers:
     Attributes
     ----------
     control
-        [2 + 2 B + 2 L B] int64: stamp, an unused word, positions, strides, addresses; written before a step.
+        [2 + 2 B + 2 L B] int64: stamp, the number of the next spare of `Supply`, positions, strides, addresses; written
+        before a step.
     news
         [L E + 2 B K] int32: the slot table, and the host's answer to a layer that lacked experts (slots, and weights
         as float32).
@@ -76,6 +79,10 @@ class Buffers:
     slots, first, weights
         [L, B, K] int32, int32 and float32: slots of the chosen experts, -1 where nothing is computed; as they were
         when the router chose; and the router's weights.
+    chosen, guessed
+        [L, B, K] int32: what `Mail.ids` and the first of `Mail.guesses` tell, for the device itself.
+    supply
+        None where the device brings nothing by itself.
     """
 
     control: torch.Tensor
@@ -85,7 +92,10 @@ class Buffers:
     first: torch.Tensor
     weights: torch.Tensor
     fence: torch.Tensor
+    chosen: torch.Tensor
+    guessed: torch.Tensor
     mail: Mail
+    supply: Supply | None = None
 
     @property
     def stamp(self) -> torch.Tensor:
@@ -117,7 +127,9 @@ class Buffers:
         return self.news[-self.slots[0].numel() :].view(torch.float32)
 
 
-def make_buffers(device: torch.device, *, layers: int, rows: int, experts: int, top_k: int) -> Buffers:
+def make_buffers(
+    device: torch.device, *, layers: int, rows: int, experts: int, top_k: int, supply: Supply | None = None
+) -> Buffers:
     """Reserve the buffers of steps of so many tokens; stamps are 0, which no step has."""
     is_pinned = device.type == "cuda"
 
@@ -140,7 +152,10 @@ def make_buffers(device: torch.device, *, layers: int, rows: int, experts: int, 
         first=torch.zeros(triples, dtype=torch.int32, device=device),
         weights=torch.zeros(triples, dtype=torch.float32, device=device),
         fence=torch.zeros(1, dtype=torch.int32, device=device),
+        chosen=torch.zeros(triples, dtype=torch.int32, device=device),
+        guessed=torch.zeros(triples, dtype=torch.int32, device=device),
         mail=mail,
+        supply=supply,
     )
 
 

@@ -117,6 +117,24 @@ class DeviceCopies:
                 self._changed.notify()
 
 
+class PlainCopies(DeviceCopies):
+    """The same where the device is a processor that computes from slots of its own: copies are made at once."""
+
+    def __init__(self, device: torch.device, layout: RecordLayout, *, packed: PackedLayout | None = None) -> None:
+        self.fences: Fences[Any] = Fences(lambda: None, lambda _: None)
+        self._staging = SlotPool(layout, _STAGING_SLOTS, "host", device, packed=packed)
+        self._free = list(range(_STAGING_SLOTS))
+        self._changed = threading.Condition()
+
+    def enqueue(self, target: SlotPool, slot: int, source: SlotPool, source_slot: int) -> None:
+        """Copy a whole slot."""
+        target.whole(slot).copy_(source.whole(source_slot))
+
+    def bring(self, target: SlotPool, slot: int, source: torch.Tensor) -> None:
+        """Copy a whole slot."""
+        target.whole(slot).copy_(source)
+
+
 def _driver_copy() -> Any:
     """Return the driver's asynchronous copy from host to device: (target, source, bytes, stream) -> error."""
     function = ctypes.CDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2

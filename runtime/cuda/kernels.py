@@ -13,7 +13,24 @@ import triton.language as tl
 from torch.nn import functional
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
+from runtime.cuda.fetch_kernels import bring, bring_ahead, join, join_all
 from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Lanes, RouterShape, Scale
+
+__all__ = [
+    "add_norm",
+    "attend",
+    "bring",
+    "bring_ahead",
+    "down",
+    "gate_up",
+    "join",
+    "join_all",
+    "normed_product",
+    "product",
+    "rotate_store",
+    "route",
+    "wait",
+]
 
 _FEW_ROWS: Final = 2  # so many products with a vector each read their weight faster than one with a matrix
 _SPIN_LIMIT: Final = 1 << 26  # some 30 s: a host that died must not hold the device for ever
@@ -269,11 +286,17 @@ def attend(queries: torch.Tensor, heads: Heads, kv: KeyValues, layer: int) -> to
 @triton.jit
 def _route(
     logits, table, slots, first, weights, stamp, seen_ids, seen_guesses, seen_weights, seen_scores, fence,
+    own_ids, own_guesses, routed, limit, limits, layer, layers,
     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
     IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr, STAMP: tl.constexpr, FOUND: tl.constexpr,
+    HAS_SUPPLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     ahead = tl.program_id(1)
+    if HAS_SUPPLY:
+        if row + ahead == 0:  # what is begun ahead stops
+            tl.store(routed, tl.load(stamp).to(tl.int64) * layers + layer + 1)
+            tl.store(limits + layer, tl.load(limit, volatile=True))
     experts = tl.arange(0, BLOCK)
     is_expert = experts < EXPERTS
     raw = tl.load(logits + row * WIDTH + ahead * EXPERTS + experts, mask=is_expert, other=0.0)
@@ -292,6 +315,8 @@ def _route(
     is_place = places < TOP
     at = row * TOP + places
     word = tl.load(stamp).to(tl.int64) * STAMP + chosen.to(tl.int64)
+    if ahead == 1:
+        tl.store(own_guesses + at, chosen, mask=is_place)
     if ahead > 0:
         tl.store(seen_guesses + (ahead - 1) * tl.num_programs(0) * TOP + at, word, mask=is_place)
     else:
@@ -303,6 +328,7 @@ def _route(
         tl.store(slots + at, found, mask=is_place)
         tl.store(first + at, found, mask=is_place)
         tl.store(weights + at, best, mask=is_place)
+        tl.store(own_ids + at, chosen, mask=is_place)
         tl.store(seen_scores + row * EXPERTS + experts, scores, mask=is_expert)
         tl.store(seen_weights + at, best, mask=is_place)
         tl.debug_barrier()
@@ -312,13 +338,15 @@ def _route(
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
     """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
-    mail = buffers.mail
+    mail, supply = buffers.mail, buffers.supply
+    routed, limit, limits = (buffers.fence,) * 3 if supply is None else (supply.routed, supply.limit, supply.limits)
     _route[(logits.shape[0], logits.shape[1] // shape.experts)](
         logits, buffers.table[layer], buffers.slots[layer], buffers.first[layer], buffers.weights[layer],
         buffers.stamp, mail.ids[layer], mail.guesses[layer], mail.weights[layer], mail.scores[layer], buffers.fence,
+        buffers.chosen[layer], buffers.guessed[layer], routed, limit, limits, layer, len(buffers.slots),
         EXPERTS=shape.experts, WIDTH=logits.shape[1], BLOCK=max(16, triton.next_power_of_2(shape.experts)),
         TOP=shape.top_k, TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
-        IS_ROUNDED=shape.is_rounded, STAMP=STAMP, FOUND=FOUND, num_warps=1,
+        IS_ROUNDED=shape.is_rounded, STAMP=STAMP, FOUND=FOUND, HAS_SUPPLY=supply is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -422,8 +450,9 @@ def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: to
     """Compute what goes into the down projections, [B, K, F], of experts at hand, or of those that came late."""
     block = 8
     top = buffers.slots.shape[2]
+    slots = buffers.slots if late else buffers.first  # slots may be changing meanwhile
     _gate_up[(x.shape[0] * top, triton.cdiv(lanes.ffn, block))](
-        x, lanes.memory, buffers.slots[layer], buffers.first[layer], out, lanes.stride, lanes.gate_up, lanes.hidden,
+        x, lanes.memory, slots[layer], buffers.first[layer], out, lanes.stride, lanes.gate_up, lanes.hidden,
         lanes.ffn, TOP=top, IS_LATE=late, BLOCK_F=block,
         BLOCK_D=min(512, triton.next_power_of_2(lanes.hidden)), num_warps=4,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from runtime.cuda.buffers import LOOK_AHEAD, Buffers
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
+from runtime.cuda.supply import Service
 from runtime.loading import Trunk
 from runtime.pool import SlotPool
 from runtime.skeleton import RoutedExperts
@@ -173,15 +174,15 @@ class Step:
         self.inputs = torch.zeros(size, dtype=dtype, device=device)
         self._active = torch.zeros((*buffers.slots.shape[1:], lanes.ffn), dtype=parts.trunk.dtype, device=device)
 
-    def run(self, kv: Any, *, waits: bool, lacking: Callable[[int], None] | None = None) -> "Answer":
+    def run(self, kv: Any, *, service: Service, lacking: Callable[[int], None] | None = None) -> "Answer":
         """Run the step.
 
         Parameters
         ----------
-        waits
-            Whether layers may lack experts.
+        service
+            Who brings what layers lack.
         lacking
-            Called in each layer before it waits, where the host runs the operations itself.
+            Called in each layer when it has chosen, where the host runs the operations itself.
         """
         ops, trunk = self._ops, self._parts.trunk
         inner = trunk.model.model
@@ -193,7 +194,9 @@ class Step:
             queries = ops.rotate_store(qkv, cos, sin, layer.norms, layer.heads, kv, index)
             attended = ops.product(ops.attend(queries, layer.heads, kv, index), layer.output)
             logits, normed, total = ops.normed_product(total, attended, layer.second_norm, layer.routers)
-            delta = self._experts(index, normed, logits, waits, lacking)
+            delta = self._experts(index, normed, logits, service, lacking)
+        if service == "device":
+            ops.join_all(self._buffers)
         if not trunk.has_head:
             return Answer(total if delta is None else total + delta, None)
         normed, _ = ops.add_norm(total, delta, *_scale(inner.norm))
@@ -204,16 +207,24 @@ class Step:
         index: int,
         normed: torch.Tensor,
         logits: torch.Tensor,
-        waits: bool,
+        service: Service,
         lacking: Callable[[int], None] | None,
     ) -> torch.Tensor:
         ops, buffers, active = self._ops, self._buffers, self._active
         ops.route(logits, self._parts.router, buffers, index)
-        ops.gate_up(normed, self._lanes, buffers, index, active, late=False)
         if lacking is not None:
             lacking(index)
-        if waits:
+        brought = None
+        if service == "device":
+            brought = ops.bring(buffers, index)
+            if index + 1 < len(self._parts.layers):
+                ops.bring_ahead(buffers, index)
+        ops.gate_up(normed, self._lanes, buffers, index, active, late=False)
+        if service == "device":
+            ops.join(brought)
+        elif service == "host":
             ops.wait(buffers, index)
+        if service != "none":
             ops.gate_up(normed, self._lanes, buffers, index, active, late=True)
         answer: torch.Tensor = ops.down(active, self._lanes, buffers, index)
         return answer

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
-from runtime.errors import RuntimeFault
+from runtime.cuda.supply import CHUNK, GUESSES, PARTS, WHOLE, Supply
+from runtime.errors import DeviceLost, RuntimeFault
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -94,8 +95,15 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
     mail = buffers.mail
     mail.scores[layer], mail.weights[layer] = scores, weights.float()
     mail.ids[layer] = buffers.stamp * STAMP + (found >= 0) * FOUND + chosen
+    buffers.chosen[layer] = chosen
     for ahead, guess in enumerate(logits.split(shape.experts, dim=1)[1:]):
-        mail.guesses[layer, ahead] = buffers.stamp * STAMP + guess.topk(shape.top_k, dim=-1).indices
+        likely = guess.topk(shape.top_k, dim=-1).indices
+        mail.guesses[layer, ahead] = buffers.stamp * STAMP + likely
+        if ahead == 0:
+            buffers.guessed[layer] = likely
+    if (supply := buffers.supply) is not None:
+        supply.routed[0] = int(buffers.stamp) * len(buffers.slots) + layer + 1
+        supply.limits[layer] = supply.limit[0]
 
 
 def wait(buffers: Buffers, layer: int) -> None:
@@ -106,6 +114,80 @@ def wait(buffers: Buffers, layer: int) -> None:
             buffers.inbox_slots.view(shape),
             buffers.inbox_weights.view(shape),
         )
+
+
+def bring(buffers: Buffers, layer: int) -> None:
+    """Bring what a layer lacks from host memory: to the slots of guesses that came true, else to the next spares."""
+    supply, chosen, slots = _supply(buffers), buffers.chosen[layer].view(-1), buffers.slots[layer].view(-1)
+    used = int(supply.taken[2 * layer - 1] if layer else buffers.control[1])
+    ahead_ids, given = supply.ahead_ids[layer].tolist(), {}
+    came = supply.progress[layer].sum(1)
+    supply.ended[layer] = buffers.stamp * STAMP + came * WHOLE // (supply.chunks * PARTS)
+    for place, (expert, slot) in enumerate(zip(chosen.tolist(), slots.tolist(), strict=True)):
+        if slot >= 0:
+            continue
+        if expert not in given and expert in ahead_ids:
+            number = ahead_ids.index(expert)
+            given[expert] = int(supply.ahead_slots[layer, number])
+            _copy_chunks(
+                supply, layer, expert, given[expert], range(int(supply.progress[layer, number, 0]), supply.chunks)
+            )
+        elif expert not in given:
+            given[expert] = _spare(supply, used)
+            used += 1
+            _copy_chunks(supply, layer, expert, given[expert], range(supply.chunks))
+        slots[place] = given[expert]
+        buffers.table[layer, expert] = given[expert]
+    supply.taken[2 * layer] = used
+
+
+def bring_ahead(buffers: Buffers, layer: int) -> None:
+    """Begin to bring what the next layer will probably lack: as if there were time for more and for less, in turns."""
+    supply, after = _supply(buffers), layer + 1
+    used, limit, count = int(supply.taken[2 * layer]), int(supply.limits[layer]), 0
+    supply.ahead_ids[after], supply.ahead_slots[after], supply.progress[after] = -1, -1, 0
+    supply.told[layer] = buffers.stamp * STAMP
+    for expert in dict.fromkeys(buffers.guessed[layer].T.reshape(-1).tolist()):
+        is_missing = buffers.table[after, expert] < 0 <= supply.hosted[after, expert]
+        if not is_missing or count == GUESSES or used + count >= limit:
+            continue
+        slot, chunks = _spare(supply, used + count), (int(buffers.stamp) + layer + count) % 3 * supply.chunks // 2
+        _copy_chunks(supply, after, expert, slot, range(chunks))
+        supply.ahead_ids[after, count], supply.ahead_slots[after, count] = expert, slot
+        supply.progress[after, count] = chunks
+        supply.told[layer, count] += expert + 1
+        count += 1
+    supply.taken[2 * layer + 1] = used + count
+
+
+def join(event: None) -> None:
+    """Come behind what `bring` brings: it has."""
+
+
+def join_all(buffers: Buffers) -> None:
+    """Come behind all that was brought: it is there."""
+
+
+def _supply(buffers: Buffers) -> Supply:
+    if buffers.supply is None:
+        raise RuntimeFault("these steps cannot bring experts by themselves")
+    return buffers.supply
+
+
+def _spare(supply: Supply, number: int) -> int:
+    entry = int(supply.spares[number % len(supply.spares)])
+    if entry >> 32 != number + 1:
+        raise DeviceLost(f"there is no spare slot number {number}")
+    return entry & 0xFFFFFFFF
+
+
+def _copy_chunks(supply: Supply, layer: int, expert: int, slot: int, chunks: range) -> None:
+    host, words = int(supply.hosted[layer, expert]), supply.words
+    if host < 0:
+        raise DeviceLost(f"layer {layer} expert {expert} is not in host memory")
+    first, last = (min(words, each * PARTS * CHUNK) for each in (chunks.start, max(chunks.start, chunks.stop)))
+    source = supply.source[host * words : (host + 1) * words]
+    supply.target[slot * words : (slot + 1) * words][first:last] = source[first:last]
 
 
 def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: torch.Tensor, *, late: bool) -> None:

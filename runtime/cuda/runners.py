@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from runtime.cuda.buffers import Buffers, Chosen, arrived
 from runtime.cuda.copies import DeviceCopies
 from runtime.cuda.layers import Answer, Step
-from runtime.errors import DeviceLost
+from runtime.cuda.supply import WHOLE, Service, Supply
+from runtime.errors import DeviceLost, RuntimeFault
 
 _PATIENCE_S: Final = 60.0
 _GLANCES: Final = 256
@@ -37,16 +38,17 @@ class States(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What a step is told: its number, and the tokens before it and the states of each of its sessions."""
+    """What a step is told: its number, tokens before it and states of each of its sessions, and the next spare."""
 
     stamp: int
     seen: Sequence[int]
     states: Sequence[States]
+    spare: int = 0
 
     def write(self, control: Ints, *, with_addresses: bool) -> None:
         """Write `Buffers.control`, which is modified; addresses may be there already."""
         rows = len(self.seen)
-        control[0] = self.stamp
+        control[:2] = self.stamp, self.spare
         control[2 : 2 + rows] = self.seen
         if with_addresses:
             control[2 + rows : 2 + 2 * rows] = [each.stride for each in self.states]
@@ -59,15 +61,15 @@ class Runner(Protocol):
     buffers: Buffers
     step: Step
 
-    def run(self, words: Words, news: NDArray[np.int32] | None, *, waits: bool, serve: Serve) -> Answer:
+    def run(self, words: Words, news: NDArray[np.int32] | None, *, service: Service, serve: Serve) -> Answer:
         """Run a step; what it launches comes behind what was launched before. Modifies the sessions' states.
 
         Parameters
         ----------
         news
             Of `Buffers`, where the slot table has changed.
-        waits
-            Whether layers may lack experts.
+        service
+            Who brings what layers lack.
         serve
             Called with each layer when it is about to choose; it asks for what is `chosen` and may `release` it.
 
@@ -86,8 +88,20 @@ class Runner(Protocol):
         """Return what the layer so far behind one that has chosen will probably choose, [B, K]."""
         ...
 
+    def begun(self, layer: int, stamp: int) -> list[int]:
+        """Return the experts of the next layer that the device has begun to bring in a layer."""
+        ...
+
+    def ended(self, layer: int, stamp: int) -> list[float]:
+        """Return how much of each of a layer's guesses was there when it ran, 0 to 1; what it lacked is there then."""
+        ...
+
     def tell(self, table: NDArray[np.int32]) -> None:
         """Let the device have the slot table behind what was launched on the copy stream before. Modifies."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until the device has what it was told."""
         ...
 
     def release(self, news: NDArray[np.int32], number: int) -> None:
@@ -101,7 +115,7 @@ class Graphs:
     def __init__(self, step: Step, buffers: Buffers, copies: DeviceCopies) -> None:
         self.step, self.buffers = step, buffers
         self._copies = copies
-        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Answer]] = {}
+        self._graphs: dict[Service, tuple[torch.cuda.CUDAGraph, Answer]] = {}
         # what is sent is read later, behind copies that take their time: each message has memory of its own, and there
         # are no more messages under way than two for each layer of a step, and of the one before
         messages = 4 * len(buffers.slots) + 8
@@ -113,26 +127,30 @@ class Graphs:
         self._next = 0
         self._seen: Ints = buffers.mail.ids.numpy()
         self._guesses: Ints = buffers.mail.guesses.numpy()
+        nothing = np.zeros(0, dtype=np.int64)
+        supply = buffers.supply
+        self._told: Ints = nothing if supply is None else supply.told.numpy()
+        self._ended: Ints = nothing if supply is None else supply.ended.numpy()
 
-    def run(self, words: Words, news: NDArray[np.int32] | None, *, waits: bool, serve: Serve) -> Answer:
+    def run(self, words: Words, news: NDArray[np.int32] | None, *, service: Service, serve: Serve) -> Answer:
         """Run a step."""
         device = self.buffers.control.device
         if torch.cuda.current_device() == device.index:
-            return self._run(words, news, waits, serve)
+            return self._run(words, news, service, serve)
         with torch.cuda.device(device):
-            return self._run(words, news, waits, serve)
+            return self._run(words, news, service, serve)
 
-    def _run(self, words: Words, news: NDArray[np.int32] | None, waits: bool, serve: Serve) -> Answer:
+    def _run(self, words: Words, news: NDArray[np.int32] | None, service: Service, serve: Serve) -> Answer:
         buffers, turn = self.buffers, words.stamp % 2
         states = [id(each) for each in words.states]
         words.write(self._controls[turn], with_addresses=self._written[turn] != states)
         self._written[turn] = states
-        if waits not in self._graphs:
-            self._capture(self._control[turn], waits)
+        if service not in self._graphs:
+            self._capture(self._control[turn], service)
         buffers.control.copy_(self._control[turn], non_blocking=True)
         if news is not None:
             buffers.news.copy_(self._news[self._message(news)], non_blocking=True)
-        graph, output = self._graphs[waits]
+        graph, output = self._graphs[service]
         graph.replay()
         answer = Answer(*(None if each is None else each.clone() for each in output))  # type: ignore[arg-type]
         try:
@@ -142,7 +160,7 @@ class Graphs:
             self._abandon()
             raise
         self._copies.fences.read_all()
-        if waits:
+        if service == "host":
             torch.cuda.current_stream().wait_stream(self._copies.stream)
         return answer
 
@@ -158,7 +176,7 @@ class Graphs:
         torch.cuda.synchronize()
         self.buffers.released.zero_()
 
-    def _capture(self, control: torch.Tensor, waits: bool) -> None:
+    def _capture(self, control: torch.Tensor, service: Service) -> None:
         """Capture a graph, after a run that compiles its kernels and computes nothing that lasts.
 
         That run has the positions of the step to come, whose keys and values it writes as the step will, and a
@@ -171,16 +189,19 @@ class Graphs:
         side = torch.cuda.Stream(buffers.control.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.step.run(buffers.key_values, waits=waits)
+            self.step.run(buffers.key_values, service=service)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.step.run(buffers.key_values, waits=waits)
-        self._graphs[waits] = graph, output
+            output = self.step.run(buffers.key_values, service=service)
+        self._graphs[service] = graph, output
         buffers.news.copy_(before)
         buffers.mail.ids.zero_()
         buffers.mail.guesses.zero_()
+        if buffers.supply is not None:
+            for told in (buffers.supply.told, buffers.supply.ended, buffers.supply.routed):
+                told.zero_()  # that run had the number of the step to come
         torch.cuda.synchronize()
 
     def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
@@ -205,6 +226,18 @@ class Graphs:
             if now > deadline:
                 raise DeviceLost(f"layer {layer} of a step did not come to an end in {_PATIENCE_S:.0f} s")
             time.sleep(0)  # another thread's turn
+
+    def begun(self, layer: int, stamp: int) -> list[int]:
+        """Return the experts that were begun ahead."""
+        return begun_of(self._await(self._told[layer], layer, stamp).experts)
+
+    def ended(self, layer: int, stamp: int) -> list[float]:
+        """Return how much of each guess has come."""
+        return shares_of(self._await(self._ended[layer], layer, stamp).experts)
+
+    def flush(self) -> None:
+        """Wait until the device has what it was told."""
+        self._copies.stream.synchronize()
 
     def tell(self, table: NDArray[np.int32]) -> None:
         """Let the device have the slot table."""
@@ -231,14 +264,14 @@ class Eager:
     def __init__(self, step: Step, buffers: Buffers) -> None:
         self.step, self.buffers = step, buffers
 
-    def run(self, words: Words, news: NDArray[np.int32] | None, *, waits: bool, serve: Serve) -> Answer:
+    def run(self, words: Words, news: NDArray[np.int32] | None, *, service: Service, serve: Serve) -> Answer:
         """Run a step."""
         buffers = self.buffers
         words.write(buffers.control.numpy(), with_addresses=True)
         if news is not None:
             buffers.news.copy_(torch.from_numpy(news))
         tensors = [list(layer) for layer in zip(*(each.tensors for each in words.states), strict=True)]
-        return self.step.run(buffers.key_values._replace(tensors=tensors), waits=waits, lacking=serve)
+        return self.step.run(buffers.key_values._replace(tensors=tensors), service=service, lacking=serve)
 
     def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
         """Return what a layer has chosen."""
@@ -256,6 +289,17 @@ class Eager:
             raise DeviceLost(f"layer {layer} has not chosen yet")
         return found
 
+    def begun(self, layer: int, stamp: int) -> list[int]:
+        """Return the experts that were begun ahead."""
+        return begun_of(self._read(supply_of(self.buffers).told[layer], layer, stamp).experts)
+
+    def ended(self, layer: int, stamp: int) -> list[float]:
+        """Return how much of each guess has come."""
+        return shares_of(self._read(supply_of(self.buffers).ended[layer], layer, stamp).experts)
+
+    def flush(self) -> None:
+        """Wait until the device has what it was told: it has."""
+
     def tell(self, table: NDArray[np.int32]) -> None:
         """Let the device have the slot table."""
         self.buffers.news[: len(table)] = torch.from_numpy(table)
@@ -264,3 +308,24 @@ class Eager:
         """Answer the layer that runs."""
         self.buffers.news.copy_(torch.from_numpy(news))
         self.buffers.released[0] = number
+
+
+def begun_of(words: Ints) -> list[int]:
+    """Return the experts that `Supply.told` names.
+
+    >>> begun_of(np.array([8, 0]))
+    [7]
+    """
+    return [word - 1 for word in words.tolist() if word]
+
+
+def shares_of(words: Ints) -> list[float]:
+    """Return the shares that `Supply.ended` tells of."""
+    return [word / WHOLE for word in words.tolist()]
+
+
+def supply_of(buffers: Buffers) -> Supply:
+    """Return what the device brings experts with."""
+    if buffers.supply is None:
+        raise RuntimeFault("these steps cannot bring experts by themselves")
+    return buffers.supply

@@ -10,8 +10,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.copies import Copy, CopyKey
 from runtime.cuda.buffers import Chosen
-from runtime.shelf import Copy, CopyKey, Shelf
+from runtime.shelf import Shelf
 from schemas.topology import Tier
 
 ABSENT: Final = -1
@@ -63,6 +64,40 @@ class SlotTable:
         """Note all that there is. Modifies."""
         for key, copy in shelf.ready.items():
             self.note(key, copy)
+
+
+class HostTable:
+    """[L, E] int32: the slot of host memory that the record of an expert lies in, `ABSENT` where in none.
+
+    Attributes
+    ----------
+    is_new
+        It has changed since it was taken.
+    """
+
+    def __init__(self, shelf: Shelf, first_layer: int, layers: int, experts: int) -> None:
+        self.slots: NDArray[np.int32] = np.full((layers, experts), ABSENT, dtype=np.int32)
+        self.is_new = True
+        self._shelf = shelf
+        self._first = first_layer
+        for key, _ in list(shelf.copies):
+            self.note(key, None)
+
+    def note(self, key: CopyKey, _: Copy | None) -> None:
+        """Note where the record of an expert lies now. Modifies."""
+        index = key[0] - self._first
+        if len(key) != 2 or not 0 <= index < len(self.slots):
+            return
+        host = self._shelf.copies.get((key, "host"))
+        slot = host.slot if host is not None and host.is_ready else ABSENT
+        if slot != self.slots[index, key[1]]:
+            self.slots[index, key[1]] = slot
+            self.is_new = True
+
+    def take(self) -> NDArray[np.int32]:
+        """Return the table for the device. Modifies."""
+        self.is_new = False
+        return self.slots
 
 
 class Rooms:

@@ -2,7 +2,8 @@
 
 Stages: ``families`` (the same greedy tokens as transformers with all experts on the device), ``resident`` (a token when
 every expert has a slot, against transformers), ``capped`` (a quarter of the experts has slots, routing of a recorded
-trace), ``large`` (experts of 352 MB, bound by the link). Figures are of one run on the machine that is named first.
+trace), ``large`` (experts of 352 MB, bound by the link), ``prompts`` (of 512 tokens, with all experts on the device and
+with a quarter). Figures are of one run on the machine that is named first.
 """
 
 import gc
@@ -36,11 +37,14 @@ from tests.bench.cuda_models import (
     spoil_guesses,
     write_hollow,
 )
+from tests.bench.cuda_split import prompts_of_model, prompts_of_segment, split_of
 from tests.families import FAMILIES, make_checkpoint
 
 TRACE = Path("../shared/data/traces/qwen.route.csv")
 WRONG_GUESSES = (0.15, 0.22)  # RUNTIME.md: of real routers one layer ahead, 81 to 89 % come true; two ahead, fewer
-STAGES = ("families", "resident", "capped", "large")
+STAGES = ("families", "resident", "capped", "large", "prompts")
+_PROFILED = 32
+_LONG_PROMPT = 512
 _PROMPT = [5, 17, 99, 3, 42, 7, 12, 80]
 
 
@@ -59,6 +63,7 @@ def main(stages: tuple[str, ...], device: str, trace: Path, json_file: Path | No
         "resident": lambda: resident(QWEN, device),
         "capped": lambda: capped(QWEN, device, trace, with_accelerate=not no_accelerate),
         "large": lambda: large(MIXTRAL, device, trace),
+        "prompts": lambda: prompts(QWEN, device),
     }
     for stage in stages or STAGES:
         click.echo(f"\n{stage}")
@@ -262,6 +267,7 @@ def under_load(segment: Segment, device: str, forced: Forced, resident_ms: float
     for number in range(skip):
         step(number)
     loads, bytes_before, waited = sum(counts.loads), sum(counts.load_bytes), sum(counts.waited_s)
+    begun_before, true_before = sum(counts.prefetched), sum(counts.prefetch_hits)
     before = segment.counters.snapshot()
     took = timed(lambda number: step(skip + number), len(forced.experts) - skip, skip=0)
     after, tokens = segment.counters.snapshot(), len(took)
@@ -270,17 +276,23 @@ def under_load(segment: Segment, device: str, forced: Forced, resident_ms: float
     num_bytes = (sum(counts.load_bytes) - bytes_before) / tokens
     link_ms = 1e3 * num_bytes / link
     mean = statistics.mean(took)
+    waited_ms = 1e3 * (sum(counts.waited_s) - waited) / tokens
+    ahead = sum(counts.prefetched) - begun_before, sum(counts.prefetch_hits) - true_before
+    numbers = range(len(forced.experts) - _PROFILED, len(forced.experts))
+    assert segment.captured is not None
     return {
         "ms": mean,
+        "split": split_of(step, numbers, ms=mean, waited_ms=waited_ms),
+        "services": dict(segment.captured.services),
         "median_ms": statistics.median(took),
         "loads_per_token": (sum(counts.loads) - loads) / tokens,
         "hit_rate": 1 - (sum(counts.loads) - loads) / routed,
         "bytes_per_token": num_bytes,
         "link_bytes_per_s": link,
         "link_ms": link_ms,
-        "prefetched_per_token": sum(counts.prefetched) / len(forced.experts) / 2,
-        "prefetch_hits_per_token": sum(counts.prefetch_hits) / len(forced.experts) / 2,
-        "waited_ms": 1e3 * (sum(counts.waited_s) - waited) / tokens,
+        "prefetched_per_token": ahead[0] / tokens,
+        "prefetch_hits_per_token": ahead[1] / tokens,
+        "waited_ms": waited_ms,
         "against_floor": mean / max(resident_ms, link_ms),
         "floor_ms": max(resident_ms, link_ms),
         "replaced_share": (after.replaced_rows - before.replaced_rows) / routed,
@@ -355,22 +367,64 @@ def substitution(shape: Shape) -> Importance:
     return Importance(MassBudget((0.2,) * shape.layers), Controller(allowance), is_whole=False)
 
 
-def _print_ms(found: dict[str, float], against: str) -> None:
+def prompts(shape: Shape, device: str) -> dict[str, Any]:
+    """Time prompts, against transformers, when every expert is on the device and when a quarter has slots."""
+    found: dict[str, Any] = {}
+    ids = torch.randint(0, 1000, (_LONG_PROMPT,), generator=torch.Generator().manual_seed(1)).to(device)
+    with cleared():
+        model = whole_model(shape, device)
+        for name in ("grouped_mm", "eager"):
+            model.set_experts_implementation(name)
+            found[f"transformers {name}"] = prompts_of_model(model, ids, 8)
+        del model
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_hollow(shape, Path(directory), shape.top_k)
+        for share in (1.0, 0.25):
+            with cleared():
+                segment = open_shape(path, device, forced=None, share=share)
+                if share == 1:
+                    fill_slots(segment)
+                before, turns = sum(segment.residency.counts.load_bytes), 5
+                took = prompts_of_segment(segment, ids, turns)
+                found[f"ours, {share:.0%} of the experts in slots"] = took
+                if share < 1:
+                    num_bytes = (sum(segment.residency.counts.load_bytes) - before) / (turns + 2)
+                    found["bytes over the link alone"] = 1e3 * num_bytes / link_rate(segment)
+                del segment
+    _print_ms(found, "transformers grouped_mm", "a prompt")
+    return found
+
+
+def _print_ms(found: dict[str, float], against: str, of_what: str = "a token") -> None:
     for name, value in found.items():
-        click.echo(f"  {name:32s}{value:9.3f} ms a token{found[against] / value:9.1f} ×")
+        click.echo(f"  {name:36s}{value:9.3f} ms {of_what}{found[against] / value:9.2f} ×")
 
 
 def _print_capped(found: dict[str, Any]) -> None:
-    click.echo(f"  all experts resident: {found['resident_ms']:.3f} ms a token")
+    click.echo(f"  all experts resident: {found['resident_ms']:.3f} ms a token; below: ms a token, and columns of it")
+    heads = (
+        "ms",
+        "trunk",
+        "experts",
+        "waits",
+        "host",
+        "loads",
+        "hits",
+        "MB",
+        "link",
+        "GB/s",
+        "floor",
+        "× floor",
+        "ahead",
+    )
+    click.echo(f"  {'':26s}" + "".join(f"{head:>9s}" for head in heads) + "  came true, replaced, by")
     for name, arm in found.items():
         if isinstance(arm, dict):
-            click.echo(
-                f"  {name:26s}{arm['ms']:9.3f} ms a token; {arm['loads_per_token']:6.2f} loads, hit rate "
-                f"{arm['hit_rate']:.1%}, {arm['bytes_per_token'] / 1e6:8.1f} MB = {arm['link_ms']:.3f} ms at "
-                f"{arm['link_bytes_per_s'] / 1e9:.1f} GB/s; waited {arm['waited_ms']:.3f} ms; "
-                f"{arm['against_floor']:.2f} × the larger of both; ahead {arm['prefetch_hits_per_token']:.1f} of "
-                f"{arm['prefetched_per_token']:.1f}; replaced {arm['replaced_share']:.1%}"
-            )
+            figures = [arm["ms"], *arm["split"].values(), arm["loads_per_token"], 100 * arm["hit_rate"]]
+            figures += [arm["bytes_per_token"] / 1e6, arm["link_ms"], arm["link_bytes_per_s"] / 1e9, arm["floor_ms"]]
+            figures += [arm["against_floor"], arm["prefetched_per_token"]]
+            rest = f"{arm['prefetch_hits_per_token']:.1f}, {arm['replaced_share']:.1%}, {arm['services']}"
+            click.echo(f"  {name:26s}" + "".join(f"{figure:9.2f}" for figure in figures) + "  " + rest)
     if "accelerate_ms" in found:
         ratio = found["accelerate_ms"] / found["rates, looking ahead"]["ms"]
         click.echo(f"  accelerate, offload to host memory: {found['accelerate_ms']:.0f} ms, {ratio:.0f} × ours")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.alone import _available_bytes
+from runtime.alone import available_host_bytes
 from runtime.engine import Segment
 from runtime.loading import Trunk, load_trunk
 from runtime.models import Model, open_model
@@ -212,7 +212,7 @@ def open_shape(
     spec = model.spec
     slots = round(share * spec.layers * spec.experts)
     host = spec.total_expert_bytes if host_room and share < 1 else 0
-    assert host < _available_bytes(), "not enough memory"
+    assert host < available_host_bytes(), "not enough memory"
     residency = Residency(
         model.layout,
         {"device": slots * spec.expert_bytes, "host": host},

@@ -6,18 +6,42 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.alone import open_alone
+from runtime.alone import expert_sources, open_alone
 from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.layers import step_parts
 from runtime.engine import Segment, generate
 from runtime.errors import DamagedRecord, ExpertLost
 from runtime.importance import Importance
+from runtime.loading import load_trunk
+from runtime.models import open_model
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import MassBudget
 from runtime.records import CheckpointExpert
+from runtime.routing import EpochBoard, Routing
+from runtime.slots import Caching, Residency
 
 PROMPT = [5, 17, 99, 3, 42, 7]
+
+
+def apart(path: Path, *, slots: int, host: int | None = None) -> Segment:
+    """Open a model whose experts are computed from so many slots only, to which they come from host memory."""
+    model = open_model(path)
+    spec, room = model.spec, model.layout.bytes
+    residency = Residency(
+        model.layout,
+        {"device": slots * room, "host": (spec.layers * spec.experts if host is None else host) * room},
+        caching=Caching(spec.layers, spec.experts),
+        is_apart=True,
+    )
+    for key, source in expert_sources(path, model).items():
+        residency.place(key, source)
+    board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
+    segment = Segment(load_trunk(path), residency, board)
+    parts = step_parts(segment.trunk, residency.layout)
+    assert parts is not None
+    segment.captured = CapturedDecode(parts, residency, reference)
+    return segment
 
 
 def opened(path: Path, *, slots: int | None = None, is_captured: bool = True, **options: Any) -> Segment:
@@ -101,3 +125,33 @@ def test_an_expert_that_is_lost_ends_the_step_and_nothing_else(
         list(tokens)
     monkeypatch.setattr(CheckpointExpert, "read_into", read)
     assert list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset())) == want
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(("slots", "host"), [(24, None), (24, 9), (7, None), (3, 9)])
+def test_a_device_that_brings_experts_by_itself(checkpoint: Any, family: str, slots: int, host: int | None) -> None:
+    path = checkpoint(family)
+    want = list(generate(opened(path, is_captured=False), PROMPT, max_tokens=30, stop_ids=frozenset()))
+    segment = apart(path, slots=slots, host=host)
+    for _ in range(2):
+        assert list(generate(segment, PROMPT, max_tokens=30, stop_ids=frozenset())) == want
+    assert segment.captured is not None
+    assert segment.captured.services == {"none": 0, "host": 0, "device": 58}
+    counts, tiers = segment.counters.snapshot(), segment.residency.counts
+    assert counts.rows == counts.routed.sum() == sum(counts.tier_rows.values()) == 2 * (len(PROMPT) + 29) * 4 * 2
+    assert sum(tiers.loads) + sum(map(sum, tiers.found.values())) >= 2 * 29 * 4 * 2
+    held, used = segment.residency.inside.shelf, segment.residency.used()
+    on_device = [copy for copy in held.copies.values() if copy.tier == "device"]
+    assert used["device"] == len(on_device) * segment.residency.layout.bytes
+    assert len({copy.slot for copy in on_device} | set(held.free["device"])) == slots
+    if slots == 24 and host is None and family == "qwen3_moe":
+        assert sum(tiers.prefetched) > 0
+
+
+def test_a_device_brings_experts_for_several_sessions(checkpoint: Any) -> None:
+    path = checkpoint("qwen3_moe")
+    want = batched(opened(path, is_captured=False), 10)
+    segment = apart(path, slots=12)
+    assert batched(segment, 10) == want
+    assert segment.captured is not None
+    assert segment.captured.services["device"] == 10

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from runtime.cuda import reference
-from runtime.cuda.buffers import Buffers, KeyValues, arrived, make_buffers
+from runtime.cuda.buffers import STAMP, Buffers, KeyValues, arrived, make_buffers
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
+from runtime.cuda.supply import CHUNK, PARTS, WHOLE, Spares, make_supply
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
@@ -159,3 +160,98 @@ def test_what_was_waited_for_is_taken_from_the_host(kernels: Any) -> None:
         before = whole.weights.clone()
         each.wait(whole, 0)
         assert torch.equal(whole.weights, before)
+
+
+WORDS = PARTS * CHUNK + 3200  # two chunks of each program, the last of some of them empty
+
+
+def supplied(*, spare: list[int]) -> tuple[Buffers, Spares]:
+    """Two layers; row 0 of the first lacks experts 5 and 2, row 1 lacks 5, and has 7 in slot 1."""
+    source, target = (
+        torch.randint(1, 1 << 40, (n * WORDS,), generator=torch.Generator().manual_seed(n)) for n in (6, 9)
+    )
+    if DEVICE.type == "cuda":
+        source, target = source.pin_memory(), target.to(DEVICE)
+    supply = make_supply(DEVICE, source, target, 8 * WORDS, layers=2, experts=EXPERTS)
+    buffers = make_buffers(DEVICE, layers=2, rows=2, experts=EXPERTS, top_k=2, supply=supply)
+    buffers.control[0], buffers.control[1] = 4, 0
+    buffers.table[0, 7] = 1
+    buffers.table[1, 3] = 0
+    buffers.chosen[0] = torch.tensor([[5, 2], [7, 5]])
+    buffers.first[0] = buffers.slots[0] = torch.tensor([[-1, -1], [1, -1]])
+    buffers.guessed[0] = torch.tensor([[3, 8], [9, 4]])
+    supply.hosted[0, :6] = torch.arange(6)
+    supply.hosted[1, 6:] = torch.arange(6)
+    spares = Spares(supply.spares.numpy())
+    spares.append(spare)
+    supply.limits[0] = spares.end
+    return buffers, spares
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("guessed", [None, 5])
+def test_a_device_brings_what_a_layer_lacks(kernels: Any, guessed: int | None) -> None:
+    made = []
+    for each in (kernels, reference):
+        buffers, _ = supplied(spare=[8, 6, 3])
+        supply = buffers.supply
+        assert supply is not None
+        if guessed is not None:  # half of it is there already
+            supply.ahead_ids[0, 1], supply.ahead_slots[0, 1], supply.progress[0, 1] = guessed, 7, 1
+            half = PARTS * CHUNK
+            supply.target[7 * WORDS : 7 * WORDS + half] = supply.source[5 * WORDS : 5 * WORDS + half]
+        each.join(each.bring(buffers, 0))
+        each.join_all(buffers)
+        synchronize()
+        made.append((buffers, supply))
+    (got, ours), (want, theirs) = made
+    assert want.slots[0].tolist() == ([[8, 6], [1, 8]] if guessed is None else [[7, 8], [1, 7]])
+    assert torch.equal(ours.target, theirs.target)
+    lying = theirs.target.view(-1, WORDS).cpu()
+    assert torch.equal(lying[want.slots[0, 0, 0]], theirs.source.view(-1, WORDS)[5].cpu())
+    assert torch.equal(lying[want.slots[0, 0, 1]], theirs.source.view(-1, WORDS)[2].cpu())
+    for a, b in zip(
+        (got.slots, got.table, ours.taken, ours.ended),
+        (want.slots, want.table, theirs.taken, theirs.ended),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    assert ours.ended[0].tolist() == [4 * STAMP, 4 * STAMP + (0 if guessed is None else WHOLE // 2)]
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_device_brings_ahead_until_the_next_router_runs(kernels: Any, is_late: bool) -> None:
+    made = []
+    for each in (kernels, reference):
+        buffers, _ = supplied(spare=[8, 6, 3])
+        supply = buffers.supply
+        assert supply is not None
+        supply.routed[0] = 4 * 2 + 2 if is_late else 4 * 2 + 1
+        each.bring_ahead(buffers, 0)
+        each.join_all(buffers)
+        synchronize()
+        made.append(supply)
+    ours, theirs = made
+    assert theirs.ahead_ids[1].tolist() == [9, 8]  # every row's best first; 3 is in a slot, 4 not in host memory
+    for a, b in ((ours.ahead_ids, theirs.ahead_ids), (ours.ahead_slots, theirs.ahead_slots), (ours.told, theirs.told)):
+        assert torch.equal(a, b)
+    assert torch.equal(ours.taken[:2], theirs.taken[:2])
+    lying, source = ours.target.view(-1, WORDS).cpu(), ours.source.view(-1, WORDS).cpu()
+    assert (ours.progress[1] == (0 if is_late else 2)).all()
+    for slot, host in ((8, 3), (6, 2)):
+        assert torch.equal(lying[slot], source[host]) != is_late
+
+
+def test_guesses_leave_spares_behind_their_limit(kernels: Any) -> None:
+    for each in (kernels, reference):
+        buffers, _ = supplied(spare=[8, 6, 3])
+        assert buffers.supply is not None
+        buffers.supply.limits[0] = 1
+        each.bring_ahead(buffers, 0)
+        synchronize()
+        assert buffers.supply.ahead_ids[1].tolist() == [9, -1]
+        assert buffers.supply.taken[1] == 1

@@ -1,0 +1,215 @@
+"""The kernels with which a device brings the experts that a layer lacks, by itself, from pinned host memory.
+
+Decides nothing that `reference` does not say: which spare goes to which expert. They run beside the layer's other
+kernels, on a stream of their own: `fetch` what a layer lacks; then `ahead` what the next one will probably lack, until
+its router runs. What of that came true is continued where it stopped. Axes as in `supply`.
+"""
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.cuda.buffers import STAMP, Buffers
+from runtime.cuda.supply import CHUNK, GUESSES, PARTS, WHOLE, Supply
+from runtime.errors import RuntimeFault
+
+_SPIN_LIMIT: Final = 1 << 24  # some 30 s: a host that died must not hold the device for ever
+
+
+@triton.jit
+def _copy_chunk(source, target, chunk, part, WORDS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    at = (chunk * PARTS + part) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < WORDS
+    tl.store(target + at, tl.load(source + at, mask=inside, other=0, cache_modifier=".cg"), mask=inside)
+
+
+@triton.jit
+def _fetch(
+    chosen, first, slots, table, hosted, spares, before, after, ahead_ids, ahead_slots, progress, source, target,
+    released, stamp, ended, waited, layer, layers, limit,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr,
+    GUESSES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, STAMP: tl.constexpr,
+    IS_TIMED: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    places = tl.arange(0, BLOCK)
+    inside = places < COUNT
+    found = tl.load(first + places, mask=inside, other=0)
+    ids = tl.load(chosen + places, mask=inside, other=-1)
+    now = tl.load(stamp).to(tl.int64)
+    used = tl.load(before)
+    taken = used * 0
+    took = tl.zeros([1], tl.int64)
+    if tl.min(found, axis=0) < 0:
+        began = tl.zeros([1], tl.int64)
+        if IS_TIMED:
+            began += tl.extra.cuda.globaltimer()
+        lacks = (found < 0) & inside
+        same = (ids[:, None] == ids[None, :]) & lacks[None, :] & lacks[:, None]
+        repeated = tl.sum((same & (places[None, :] < places[:, None])).to(tl.int32), axis=1) > 0
+        fresh = lacks & (repeated == 0)
+        guess = tl.full([BLOCK], -1, tl.int32)
+        slot = tl.full([BLOCK], -1, tl.int32)
+        for number in tl.static_range(GUESSES):
+            is_guess = fresh & (ids == tl.load(ahead_ids + number))
+            guess = tl.where(is_guess, number, guess)
+            slot = tl.where(is_guess, tl.load(ahead_slots + number), slot)
+        needs = fresh & (guess < 0)
+        order = used + tl.cumsum(needs.to(tl.int64), axis=0) - 1
+        entry = tl.load(spares + order % RING, mask=needs, other=0, volatile=True)
+        lies = tl.load(hosted + ids, mask=fresh, other=-1, volatile=True)
+        wanted = now * layers + layer + 1
+        seen = tl.load(released, volatile=True)
+        short = tl.sum(((needs & ((entry >> 32) != order + 1)) | (fresh & (lies < 0))).to(tl.int32), axis=0)
+        tries = 0
+        while (short > 0) & (tries < limit) & (seen < wanted):
+            entry = tl.load(spares + order % RING, mask=needs, other=0, volatile=True)
+            lies = tl.load(hosted + ids, mask=fresh, other=-1, volatile=True)
+            seen = tl.load(released, volatile=True)
+            short = tl.sum(((needs & ((entry >> 32) != order + 1)) | (fresh & (lies < 0))).to(tl.int32), axis=0)
+            tries += 1
+        if short > 0:  # the host has given the step up, or died: nothing is computed with what is missing
+            took = tl.full([1], -1, tl.int64)
+        else:
+            slot = tl.where(needs, (entry & 0xFFFFFFFF).to(tl.int32), slot)
+            taken += tl.sum(needs.to(tl.int64), axis=0)
+            both = same & fresh[None, :]
+            given = tl.sum(tl.where(both, slot[None, :] + 1, 0), axis=1) - 1
+            if part == 0:
+                tl.store(slots + places, given, mask=lacks)
+                tl.store(table + ids, slot, mask=fresh)
+            for place in range(COUNT):
+                mine = (places == place) & fresh
+                if tl.sum(mine.to(tl.int32), axis=0) > 0:
+                    to = tl.sum(tl.where(mine, slot, 0), axis=0).to(tl.int64) * WORDS
+                    lay = tl.sum(tl.where(mine, lies, 0), axis=0).to(tl.int64) * WORDS
+                    resumed = tl.sum(tl.where(mine, guess, 0), axis=0)
+                    begin = tl.load(progress + tl.maximum(resumed, 0) * PARTS + part)
+                    for chunk in range(tl.where(resumed >= 0, begin, 0), CHUNKS):
+                        _copy_chunk(source + lay, target + to, chunk, part, WORDS, PARTS, CHUNK)
+            if IS_TIMED:
+                took += tl.extra.cuda.globaltimer() - began
+    if part == 0:
+        tl.store(after, used + taken)
+        tl.store(waited + layer + tl.arange(0, 1), took)
+        parts = tl.arange(0, PARTS)
+        for number in tl.static_range(GUESSES):
+            came = tl.sum(tl.load(progress + number * PARTS + parts), axis=0)
+            tl.store(ended + number, now * STAMP + came * WHOLE // (CHUNKS * PARTS))
+
+
+@triton.jit
+def _ahead(
+    guessed, table, hosted, spares, before, after, limits, ahead_ids, ahead_slots, progress, source, target, routed,
+    stamp, told, layer, layers,
+    ROWS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr, GUESSES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, STAMP: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    places = tl.arange(0, BLOCK)
+    inside = places < ROWS * TOP
+    now = tl.load(stamp).to(tl.int64)
+    used = tl.load(before)
+    most = tl.load(limits + layer)
+    ids = tl.load(guessed + (places % ROWS) * TOP + places // ROWS, mask=inside, other=-1)  # every row's best first
+    slot_now = tl.load(table + ids, mask=inside, other=0)
+    lies = tl.load(hosted + ids, mask=inside, other=-1, volatile=True)
+    can = inside & (slot_now < 0) & (lies >= 0)
+    same = (ids[:, None] == ids[None, :]) & can[None, :] & (places[None, :] < places[:, None])
+    can = can & (tl.sum(same.to(tl.int32), axis=1) == 0)
+    rank = tl.cumsum(can.to(tl.int64), axis=0) - 1
+    can = can & (rank < GUESSES) & (used + rank < most)
+    entry = tl.load(spares + (used + rank) % RING, mask=can, other=0, volatile=True)
+    slot = (entry & 0xFFFFFFFF).to(tl.int32)
+    if part == 0:
+        tl.store(after, used + tl.sum(can.to(tl.int64), axis=0))
+        for number in tl.static_range(GUESSES):
+            mine = can & (rank == number)
+            expert = tl.max(tl.where(mine, ids, -1), axis=0)
+            tl.store(ahead_ids + number, expert)
+            tl.store(ahead_slots + number, tl.max(tl.where(mine, slot, -1), axis=0))
+            tl.store(told + number, now * STAMP + expert + 1)
+    wanted = now * layers + layer + 2
+    seen = tl.load(routed, volatile=True)
+    for turn in range(GUESSES):
+        its = can & (rank == turn)
+        chunk = part * 0
+        if tl.sum(its.to(tl.int32), axis=0) > 0:
+            to = tl.sum(tl.where(its, slot, 0), axis=0).to(tl.int64) * WORDS
+            lay = tl.sum(tl.where(its, lies, 0), axis=0).to(tl.int64) * WORDS
+            while (chunk < CHUNKS) & (seen < wanted):
+                seen = tl.load(routed, volatile=True)
+                _copy_chunk(source + lay, target + to, chunk, part, WORDS, PARTS, CHUNK)
+                chunk += 1
+        tl.store(progress + turn * PARTS + part, chunk)
+
+
+def bring(buffers: Buffers, layer: int) -> Any:
+    """Begin to bring what a layer lacks beside what is launched next; returns what to `join`."""
+    supply = _supply(buffers)
+    side = supply.side
+    if side is None:
+        _launch_fetch(buffers, supply, layer)
+        return None
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _launch_fetch(buffers, supply, layer)
+        return side.record_event()
+
+
+def bring_ahead(buffers: Buffers, layer: int) -> None:
+    """Begin to bring what the next layer will probably lack, until it knows."""
+    supply = _supply(buffers)
+    if supply.side is None:
+        _launch_ahead(buffers, supply, layer)
+        return
+    with torch.cuda.stream(supply.side):
+        _launch_ahead(buffers, supply, layer)
+
+
+def join(event: Any) -> None:
+    """Let what is launched next come behind what a `bring` brings."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+def join_all(buffers: Buffers) -> None:
+    """Let what is launched next come behind all that was brought."""
+    side = _supply(buffers).side
+    if side is not None:
+        torch.cuda.current_stream().wait_stream(side)
+
+
+def _supply(buffers: Buffers) -> Supply:
+    if buffers.supply is None:
+        raise RuntimeFault("these steps cannot bring experts by themselves")
+    return buffers.supply
+
+
+def _launch_fetch(buffers: Buffers, supply: Supply, layer: int) -> None:
+    count = buffers.slots[layer].numel()
+    before = supply.taken[2 * layer - 1 :] if layer else buffers.control[1:]
+    _fetch[(PARTS,)](
+        buffers.chosen[layer], buffers.first[layer], buffers.slots[layer], buffers.table[layer], supply.hosted[layer],
+        supply.spares, before, supply.taken[2 * layer :], supply.ahead_ids[layer], supply.ahead_slots[layer],
+        supply.progress[layer], supply.source, supply.target, buffers.released, buffers.stamp, supply.ended[layer],
+        buffers.mail.waited_ns, layer, len(buffers.slots), _SPIN_LIMIT,
+        COUNT=count, BLOCK=triton.next_power_of_2(count), RING=len(supply.spares), WORDS=supply.words,
+        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, WHOLE=WHOLE, STAMP=STAMP,
+        IS_TIMED=buffers.table.is_cuda, num_warps=4,
+    )  # fmt: skip
+
+
+def _launch_ahead(buffers: Buffers, supply: Supply, layer: int) -> None:
+    _, rows, top = buffers.slots.shape
+    after = layer + 1
+    _ahead[(PARTS,)](
+        buffers.guessed[layer], buffers.table[after], supply.hosted[after], supply.spares,
+        supply.taken[2 * layer :], supply.taken[2 * layer + 1 :], supply.limits, supply.ahead_ids[after],
+        supply.ahead_slots[after], supply.progress[after], supply.source, supply.target, supply.routed,
+        buffers.stamp, supply.told[layer], layer, len(buffers.slots),
+        ROWS=rows, TOP=top, BLOCK=triton.next_power_of_2(rows * top), RING=len(supply.spares), WORDS=supply.words,
+        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, STAMP=STAMP, num_warps=4,
+    )  # fmt: skip

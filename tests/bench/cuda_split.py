@@ -1,0 +1,73 @@
+"""Where a token's time on a CUDA device goes, by the names of the kernels that take it; and prompts timed."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from runtime.engine import Segment
+from runtime.sampling import prefill_chunks
+
+_EXPERTS = ("_gate_up", "_down")
+_BRINGING = ("_fetch", "_ahead", "_wait", "Memcpy")
+
+
+def split_of(step: Callable[[int], Any], numbers: Sequence[int], *, ms: float, waited_ms: float) -> dict[str, float]:
+    """Return milliseconds a token of trunk, experts at hand, waits for loads, and the rest, which is the host's.
+
+    Parameters
+    ----------
+    numbers
+        Steps that are profiled, which gives what kernels of trunk and experts take.
+    ms, waited_ms
+        A token and what it waits, measured without a profiler.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for number in numbers:
+            step(number)
+        torch.cuda.synchronize()
+    trunk = experts = 0.0
+    for kernel in seen.key_averages():
+        took = kernel.self_device_time_total / 1e3 / len(numbers)
+        if kernel.key.startswith(_EXPERTS):
+            experts += took
+        elif not kernel.key.startswith(_BRINGING):
+            trunk += took
+    return {"trunk": trunk, "experts": experts, "waits": waited_ms, "host": max(0.0, ms - trunk - experts - waited_ms)}
+
+
+def prompts_of_segment(segment: Segment, ids: torch.Tensor, turns: int, *, skip: int = 2) -> float:
+    """Return the median milliseconds of a prompt."""
+
+    def run() -> None:
+        segment.open("prompt", len(ids) + 1)
+        for chunk in prefill_chunks(len(ids)):
+            segment.step("prompt", ids[chunk], keep="last" if chunk.stop >= len(ids) else "none")
+        segment.close("prompt")
+
+    return median_ms(run, turns, skip=skip)
+
+
+def prompts_of_model(model: Any, ids: torch.Tensor, turns: int) -> float:
+    """Return the median milliseconds of a prompt through transformers."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(ids[None], logits_to_keep=1)
+
+    return median_ms(run, turns)
+
+
+def median_ms(run: Callable[[], None], turns: int, *, skip: int = 2) -> float:
+    """Return the median milliseconds of what a device computes, but for the first few times."""
+    took = []
+    for _ in range(skip + turns):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        took.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(took[skip:])
