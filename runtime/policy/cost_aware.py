@@ -11,7 +11,7 @@ Where every expert costs the same this is the policy that says the chance. Must 
 are given.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -51,22 +51,24 @@ class CostAware:
 
 
 class ReloadTimes:
-    """How long bringing an expert took lately, by where it came from: moving averages. Not thread-safe.
+    """How long having an expert took lately, by where it came from: moving averages. Not thread-safe.
 
-    Where nothing came from a place yet, `guess` says what it takes there; only ratios matter, and they are put right by
-    the first load.
+    Parameters
+    ----------
+    guesses
+        What it takes by kind of place, until something came from there: only ratios matter, and the first load puts
+        them right.
     """
 
-    def __init__(self, guess: Mapping[Hashable, float]) -> None:
-        self._seconds = dict(guess)
-        self._seen: set[Hashable] = set()
+    def __init__(self, guesses: Mapping[str, float]) -> None:
+        self._guesses = guesses
+        self._seconds: dict[tuple[str, str], float] = {}
 
-    def observe(self, place: Hashable, seconds: float) -> None:
-        """Note a load. Modifies."""
-        known = self._seconds.get(place, seconds) if place in self._seen else seconds
+    def observe(self, place: tuple[str, str], seconds: float) -> None:
+        """Note a load from a place, which has a kind and whatever else tells it apart. Modifies."""
+        known = self._seconds.get(place, seconds)
         self._seconds[place] = _FADE * known + (1 - _FADE) * seconds
-        self._seen.add(place)
 
-    def seconds(self, place: Hashable) -> float:
+    def seconds(self, place: tuple[str, str]) -> float:
         """Return what a load from a place takes."""
-        return self._seconds[place]
+        return self._seconds.get(place, self._guesses[place[0]])
