@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
+from runtime.comebacks import Origin
 from runtime.copies import MEMORY, Copy, Key
 from runtime.errors import RuntimeFault
 from runtime.loads import Loader
@@ -50,6 +51,7 @@ class Guests:
         """Note that experts were called and waited for together; perhaps one of them is brought. Modifies."""
         with self._changed:
             each = seconds / len(keys)
+            self._shelf.comebacks.observe(Origin("call"), each)
             due = [key for key in keys if key in self._shelf.guests and self._rent.pay(key, each)]
             if not due or self._promoter.waiting:
                 return

@@ -94,7 +94,7 @@ class Loader:
 
     def load(self, copy: Copy) -> None:
         """Fill a copy from the first source that is intact, and let it be used."""
-        began = perf_counter()
+        origin, began = self._shelf.comebacks.origin(copy), perf_counter()
         try:
             num_bytes = self.fill(copy)
         except (RuntimeFault, RuntimeError, OSError, ValueError, MemoryError) as error:
@@ -107,6 +107,7 @@ class Loader:
             copy.recorder.add("loads", about, began, ended, bytes=num_bytes, ahead=copy.is_guess)
         with self._changed:
             self._shelf.slack.observe_load(ended - began, is_low=len(copy.key) == 3)
+            self._shelf.comebacks.observe(origin, ended - began)
             if self._counts is not None:
                 self._counts.load(copy.key[0], num_bytes)
             self._shelf.finish(copy)

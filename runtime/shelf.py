@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from runtime.comebacks import Comebacks
 from runtime.copies import MEMORY, Copy, CopyKey, Key, Place
 from runtime.counters import TierCounts
 from runtime.policy.eviction import Eviction
@@ -40,6 +41,8 @@ class Shelf:
         Tiers that cached copies are made in, fastest first; none without a cache.
     computed_in
         Tiers that experts are computed from, fastest first. Copies elsewhere are only where these are loaded from.
+    is_cost_aware
+        Whether what it takes to have a copy back counts when one has to go.
     experts
         Of a layer.
     notify, give_back
@@ -73,6 +76,7 @@ class Shelf:
         cached_in: tuple[Tier, ...],
         computed_in: tuple[Tier, ...] = MEMORY,
         eviction: Eviction | None,
+        is_cost_aware: bool = False,
         experts: int,
         counts: TierCounts,
         notify: Callable[[], None],
@@ -92,7 +96,8 @@ class Shelf:
         self.lacking: set[CopyKey] = set()
         self.guests: dict[Key, list[Source]] = {}
         self.rent = Rent()
-        self.victims = Victims(eviction, experts, self.rent)
+        self.comebacks = Comebacks(self.sources, self.copies, computed_in)
+        self.victims = Victims(eviction, experts, self.rent, self.comebacks if is_cost_aware else None)
         self.absent: dict[int, set[CopyKey]] = defaultdict(set)
         self.evictable = self.victims.copies
         self.guesses: dict[int, list[Copy]] = defaultdict(list)

@@ -120,6 +120,7 @@ class Residency:
             cached_in=() if caching is None else computed_in,
             computed_in=computed_in,
             eviction=eviction,
+            is_cost_aware=caching is not None and caching.eviction == "cost-aware",
             experts=caching.experts if caching else 0,
             counts=self.counts,
             notify=self._changed.notify_all,

@@ -1,12 +1,15 @@
 """Which copies make room first: other nodes' experts before this node's, then what the eviction policy says.
 
-Decides an order among the copies that may be evicted; who may be, and when, is `shelf`'s. Pure, without a lock.
+Decides an order among the copies that may be evicted; who may be, and when, is `shelf`'s. Where it costs more to have
+one copy back than another, and the policy is to know of that, guests stand in line with all others. Pure, without a
+lock.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.comebacks import Comebacks
 from runtime.copies import Copy
 from runtime.policy.eviction import Eviction
 from runtime.policy.menu import Rent
@@ -24,6 +27,8 @@ class Victims:
         Of a layer.
     rent
         Knows how often guests are used.
+    comebacks
+        Knows what giving a copy up costs; None: all cost the same, and guests go first.
 
     Attributes
     ----------
@@ -31,11 +36,12 @@ class Victims:
         In the order in which they came to be evictable.
     """
 
-    def __init__(self, eviction: Eviction | None, experts: int, rent: Rent) -> None:
+    def __init__(self, eviction: Eviction | None, experts: int, rent: Rent, comebacks: Comebacks | None = None) -> None:
         self.copies: dict[Copy, None] = {}
         self._eviction = eviction
         self._experts = experts
         self._rent = rent
+        self._comebacks = comebacks
 
     def worst(self, layer: int, count: int, tiers: Sequence[Tier]) -> list[Copy]:
         """Return copies of some tiers to give up while `layer` runs, the least valuable first. Does not modify."""
@@ -44,7 +50,7 @@ class Victims:
         copies = [copy for copy in self.copies if copy.tier in tiers]
         if not copies:
             return []
-        if guests := [copy for copy in copies if copy.is_guest]:
+        if self._comebacks is None and (guests := [copy for copy in copies if copy.is_guest]):
             guests.sort(key=lambda copy: self._rent.uses(copy.key))
             copies = [copy for copy in copies if not copy.is_guest]
             if count <= len(guests) or not copies:
@@ -62,4 +68,6 @@ class Victims:
             return copies[:count]
         keys = np.array([copy.key[0] * self._experts + copy.key[1] for copy in copies])
         worth = self._eviction.worth(keys, layer)
+        if self._comebacks is not None:
+            worth = worth * np.array([self._comebacks.seconds(copy) for copy in copies])
         return [copies[index] for index in np.argsort(worth, kind="stable")[:count].tolist()]
