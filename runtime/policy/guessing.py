@@ -142,13 +142,15 @@ class Coactivation:
                 far[layer] += hot[:, layer - 2].T @ hot[:, layer]
             again[layer] += hot[follows, layer].T @ hot[follows + 1, layer]
         most = chosen.shape[2] / (1 - _DECAY)  # what a row adds up to when as much fades as comes
-        for table in self.tables:
+        for table in (near, far, again):
             np.multiply(table, most / np.maximum(table.sum(axis=-1, keepdims=True), most), out=table)
+        most = experts / (1 - _DECAY)
+        np.multiply(used, most / np.maximum(used.sum(axis=-1, keepdims=True), most), out=used)
 
     def observe(self, layer: int, experts: Ints) -> None:
         """Count what followed what."""
         tokens, (near, far, again, used) = len(experts), self.tables
-        used[layer] *= _DECAY**tokens
+        used[layer] *= _DECAY ** (experts.size / used.shape[1])  # as fast as the rows: odds are of what both have seen
         np.add.at(used[layer], experts, 1.0)
         for table, given in ((near, layer - 1), (far, layer - 2), (again, layer)):
             before = self._last.of(given, tokens)
