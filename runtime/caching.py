@@ -19,6 +19,9 @@ class Caching:
         Load what the next layer will probably ask for, where the link has time.
     workers
         Threads that load beside the one that computes.
+    in_place
+        Let the processor compute an expert in host memory where that is quicker than to bring it to its device: it
+        rounds otherwise than the device does.
     """
 
     layers: int
@@ -26,6 +29,7 @@ class Caching:
     eviction: str = "rates"
     prefetch: bool = True
     workers: int = 2
+    in_place: bool = True
 
     def policy(self) -> Deferred:
         """Return the eviction policy, which knows nothing yet."""

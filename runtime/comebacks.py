@@ -53,12 +53,23 @@ class Comebacks:
         """Return where a copy comes from, or would if it were given up."""
         if copy.is_guest:
             return Origin("call")
-        if copy.tier in self._computed_in and "host" not in self._computed_in:
-            host = self._copies.get((copy.key, "host"))
-            if host is not None and host.is_ready:
-                return Origin("host")
-        source = next(iter(self._sources.get(copy.key, ())), None)
+        return self._load_origin(copy.key, may_be_host=copy.tier in self._computed_in)
+
+    def _load_origin(self, key: CopyKey, *, may_be_host: bool = True) -> Origin:
+        if may_be_host and self.in_host(key) is not None:
+            return Origin("host")
+        source = next(iter(self._sources.get(key, ())), None)
         return _origin_of(source) if source is not None else Origin("peer")
+
+    def in_host(self, key: CopyKey) -> Copy | None:
+        """Return the copy in host memory that an expert is only loaded from; None where there is none."""
+        host = self._copies.get((key, "host")) if "host" not in self._computed_in else None
+        return host if host is not None and host.is_ready else None
+
+    def load_seconds(self, key: CopyKey) -> tuple[From, float]:
+        """Return where an expert that is in no slot is loaded from, and how long that takes."""
+        origin = self._load_origin(key)
+        return origin.where, self._times.seconds(origin)
 
     def seconds(self, copy: Copy) -> float:
         """Return what having a copy back takes."""

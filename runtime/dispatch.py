@@ -4,6 +4,7 @@ Decides what is computed where (from the step's `Routing`) and in which order re
 eager experts would compute them → calls through the port → local rows meanwhile → sum. Must not know sockets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from time import perf_counter
@@ -213,7 +214,8 @@ class Dispatcher:
         holder = holders[rows.expert]
         if hidden.shape[0] > _FEW_TOKENS or not self.menu.is_open(layer, rows.expert.tolist()):
             return self._run_sorted(layer, hidden, rows, holder)
-        with self.menu.settled(layer, rows.expert.tolist(), holder.tolist()) as settled:
+        low = self.substitution.may_be_low(self._is_known_low(layer)) if self.substitution is not None else {}
+        with self.menu.settled(layer, rows.expert.tolist(), holder.tolist(), low) as settled:
             return self._run_sorted(layer, hidden, rows, np.array(settled, dtype=np.int32))
 
     def _run_sorted(self, layer: int, hidden: torch.Tensor, rows: Rows, holder: NDArray[np.int32]) -> torch.Tensor:
@@ -325,9 +327,12 @@ class Dispatcher:
         given = self.substitution
         if given is None or given.precision is None:
             return None
-        return given.take_low(
-            layer, rows.expert, lambda expert: given.precision in self.residency.low_precisions((layer, expert))
-        )
+        return given.take_low(layer, rows.expert, self._is_known_low(layer))
+
+    def _is_known_low(self, layer: int) -> Callable[[int], bool]:
+        """Return what says whether an expert of a layer may be had in the precision of the substitution."""
+        precision = self.substitution.precision if self.substitution is not None else None
+        return lambda expert: precision in self.residency.low_precisions((layer, expert))
 
     def _note_local(self, layer: int, began: float, num_rows: int) -> None:
         now = perf_counter()

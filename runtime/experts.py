@@ -138,7 +138,8 @@ def compute_rows(
             token = torch.from_numpy(rows.token).to(hidden.device)
             gathered = hidden[token]
         experts = rows.expert[bounds[:-1]].tolist()
-        lending = residency.lend(layer, experts, low, rows=len(rows.expert), ahead=ahead)
+        sizes = () if combine == "ordered" else np.diff(bounds).tolist()
+        lending = residency.lend(layer, experts, low, rows=len(rows.expert), ahead=ahead, sizes=sizes)
         answers = torch.cat(_answers(residency.layout.form, lending, gathered, bounds, tier_rows))
         if combine == "ordered":
             return (answers * rows.weight.unsqueeze(1)).to(hidden.dtype)
@@ -155,16 +156,23 @@ def _answers(
     bounds: list[int],
     tier_rows: TierRows | None,
 ) -> list[torch.Tensor]:
-    """Return what each expert makes of its rows, [n, D] each, in the rows' order, however the experts come."""
+    """Return what each expert makes of its rows, [n, D] each, in the rows' order, however the experts come.
+
+    Weights that lie elsewhere than the rows are in host memory: rows come to them, and the processor computes.
+    """
     math = expert_math(form)
     answers: list[Any] = [None] * (len(bounds) - 1)
+    places = {gathered.device: gathered}
     with closing(lending):
         for index, lent in lending:
             start, end = bounds[index], bounds[index + 1]
-            answers[index] = math(lent.weights, gathered[start:end])
+            there = lent.weights.down.device
+            if there not in places:
+                places[there] = gathered.to(there)
+            answers[index] = math(lent.weights, places[there][start:end])
             if tier_rows is not None:
                 tier_rows[lent.tier] = tier_rows.get(lent.tier, 0) + end - start
-    return answers
+    return [each.to(gathered.device) for each in answers]
 
 
 def group_bounds(expert: NDArray[np.integer[Any]]) -> list[int]:

@@ -111,11 +111,15 @@ class Substitution:
         is_known
             Whether a record of an expert in this precision is.
         """
-        low = [expert for expert in self._low if is_known(expert)]
-        if not low or self.precision is None:
+        if low := self.may_be_low(is_known):
+            self.low_rows[layer] = self.low_rows.get(layer, 0) + int(np.isin(experts, list(low)).sum())
+        return low
+
+    def may_be_low(self, is_known: Callable[[int], bool]) -> dict[int, LowPrecision]:
+        """Return which experts of the layer that `apply` was asked for last will do in low precision."""
+        if self.precision is None:
             return {}
-        self.low_rows[layer] = self.low_rows.get(layer, 0) + int(np.isin(experts, low).sum())
-        return dict.fromkeys(low, self.precision)
+        return dict.fromkeys(filter(is_known, self._low), self.precision)
 
     def count(self, counts: Counts) -> None:
         """Add the sums to a step's counts, which are modified."""

@@ -17,6 +17,7 @@ from runtime.policy.streaming import MANY_ROWS, Pace
 from runtime.promotion import Promoter
 from runtime.shelf import Shelf
 from runtime.streaming import Ahead, Desk, Stream
+from runtime.ways import LocalWays
 from schemas.precision import LowPrecision
 
 Low = Mapping[int, LowPrecision]
@@ -36,6 +37,8 @@ class Lender:
         Load what a layer will probably ask for.
     workers
         Threads that load beside the one that computes.
+    ways
+        Says what is computed in host memory.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Lender:
         counts: TierCounts | None,
         is_ahead: bool,
         workers: int,
+        ways: LocalWays,
     ) -> None:
         self._shelf = shelf
         self._loader = loader
@@ -54,11 +58,18 @@ class Lender:
         self._counts = counts
         self._is_ahead = is_ahead
         self._promoter = Promoter(loader.load, workers)
-        self._desk = Desk(shelf, loader, changed, self._promoter, counts, Pace())
+        self._desk = Desk(shelf, loader, changed, self._promoter, counts, Pace(), ways)
         self._lent_at = 0.0
 
     def lend(
-        self, layer: int, experts: Sequence[int], low: Low | None = None, *, rows: int = 0, ahead: Ahead | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        low: Low | None = None,
+        *,
+        rows: int = 0,
+        ahead: Ahead | None = None,
+        sizes: Sequence[int] = (),
     ) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights) as `Residency.lend` says. May modify the cache."""
         is_followed = (
@@ -66,9 +77,8 @@ class Lender:
         )
         copies = None if is_followed else self.take(layer, experts)
         if copies is None:
-            stream = Stream(
-                self._desk, layer, self._keys(layer, experts, low or {}), rows, ahead if is_followed else None
-            )
+            keys = self._keys(layer, experts, low or {})
+            stream = Stream(self._desk, layer, keys, rows, ahead if is_followed else None, sizes)
             try:
                 yield from stream.lend()
             finally:

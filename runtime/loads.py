@@ -51,9 +51,7 @@ class Loader:
     packed
         How the slots hold records, where not as weights.
     copies
-        Brings records to the slots of a CUDA device.
-    copies
-        As given.
+        Brings records to the slots of a device that is apart.
     """
 
     def __init__(

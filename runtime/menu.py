@@ -1,14 +1,16 @@
 """The menu for experts that are not at hand, on this machine as it is now: which ways there are, and what each takes.
 
 Decides nothing: `policy.menu` chooses among the ways; `policy.routing` and `policy.quality` have said before what may
-be given up (a substitute, nobody, a copy in low precision), which takes no time that could be waited for, or less.
+be given up: a substitute or nobody (skipping, as AdapMoE and HOBBIT do), which nothing is waited for, or bits.
 Times are moving averages of what loads and calls took lately. Must not know sockets.
 
 ===========  ==================================================================  ==========================
 way          where                                                               takes
 ===========  ==================================================================  ==========================
-here         in memory of this node, by plan, cache or as a guest                nothing
-load         from this node's disk or store into a slot                          a load, one after the other
+here         in a slot of this node, by plan, cache or as a guest                nothing
+load         from this node's host memory, disk or store into a slot             a load, one after the other
+load low     the same in fewer bits, where the quality budget allows it          a shorter one
+in place     in host memory beside a CUDA device, by the processor (`ways`)      by how many tokens it gets
 call         at a node that holds it                                             a call, shared by all for it
 bring        from a peer or the store into a slot, in the background             no step waits for it (`guests`)
 ===========  ==================================================================  ==========================
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.lending import Low
 from runtime.policy.menu import Rates, Way, choose
 from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
@@ -55,13 +58,20 @@ class Menu:
         return np.asarray(ready & here)
 
     @contextmanager
-    def settled(self, layer: int, experts: Sequence[int], planned: Sequence[int]) -> Iterator[list[int]]:
+    def settled(
+        self, layer: int, experts: Sequence[int], planned: Sequence[int], low: Low | None = None
+    ) -> Iterator[list[int]]:
         """Say who computes each expert, where this node could as well as another; like `planned`.
 
         What is in memory here is computed here, and guests stay meanwhile; what would have to be loaded goes the way
         that is done first.
+
+        Parameters
+        ----------
+        low
+            Experts that will do in a low precision.
         """
-        settled = self._choose(layer, experts, planned)
+        settled = self._choose(layer, experts, planned, low or {})
         triples = list(zip(experts, planned, settled, strict=True))
         guests = sorted({e for e, was, now in triples if was > LOCAL == now and (layer, e) in self.residency.guests})
         copies = self.residency.take(layer, guests) if guests else []
@@ -73,7 +83,7 @@ class Menu:
             if copies:
                 self.residency.release(copies)
 
-    def _choose(self, layer: int, experts: Sequence[int], planned: Sequence[int]) -> list[int]:
+    def _choose(self, layer: int, experts: Sequence[int], planned: Sequence[int], low: Low) -> list[int]:
         chosen, undecided = list(planned), []
         ways: list[list[Way]] = []
         is_caching, guests = self.residency.is_caching, self.residency.guests
@@ -82,14 +92,21 @@ class Menu:
             if tier is None or not (is_caching or (layer, expert) in guests):
                 continue
             other = holder if holder > LOCAL else self._other(layer, expert)
-            if tier != "disk":
+            here = self._here(layer, expert, low)
+            if not here:
                 chosen[place] = LOCAL
             elif other > LOCAL:
                 undecided.append((place, other))
-                ways.append([Way("disk", self.residency.slack.load_s), self._call(other)])
-        for (place, other), way in zip(undecided, choose(ways), strict=True):
-            chosen[place] = other if way else LOCAL
+                ways.append([*here, self._call(other)])
+        for (place, other), each, way in zip(undecided, ways, choose(ways), strict=True):
+            chosen[place] = other if way == len(each) - 1 else LOCAL
         return chosen
+
+    def _here(self, layer: int, expert: int, low: Low) -> list[Way]:
+        """Return the ways of computing an expert here; none of them where nothing has to be done first."""
+        ways, precision = self.residency.ways, low.get(expert)
+        exact = ways.of((layer, expert), 1)
+        return ways.of((layer, expert, precision), 1) if exact and precision is not None else exact
 
     def _other(self, layer: int, expert: int) -> int:
         """Return another node that has what is held here, or nobody."""

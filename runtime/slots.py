@@ -34,6 +34,7 @@ from runtime.reads import CACHED, Reads
 from runtime.records import Source
 from runtime.shelf import Shelf
 from runtime.streaming import Ahead
+from runtime.ways import LocalWays
 from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -82,6 +83,8 @@ class Residency:
         In force now, see `set_budget`.
     counts
         What was found where, and loaded, by layer; only with a cache.
+    ways
+        What computing an expert takes that is in no slot.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Residency:
         slots = {tier: min(self.budgets[tier] // sizes[tier], most) for tier in MEMORY}
         self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
         is_apart = self.device.type == "cuda" if is_apart is None else is_apart
-        computed_in: tuple[Tier, ...] = ("device",) if is_apart and slots["device"] else MEMORY
+        computed_in: tuple[Tier, ...] = ("device",) if is_apart else MEMORY
         eviction = caching.policy() if caching is not None else None
         self._shelf = Shelf(
             sizes,
@@ -128,6 +131,7 @@ class Residency:
         )
         self._learner = Learner(eviction, self._shelf, self._changed) if eviction is not None else None
         counts = self.counts if caching else None
+        self.ways = LocalWays(self._shelf, may_compute=is_apart and (caching is None or caching.in_place))
         copies = device_copies(self.device, layout, self.packed) if is_apart and slots["device"] else None
         self._loader = Loader(
             layout,
@@ -146,6 +150,7 @@ class Residency:
             counts=counts,
             is_ahead=caching is not None and caching.prefetch,
             workers=caching.workers if caching else 0,
+            ways=self.ways,
         )
         self._placer = Placer(
             layout, self._shelf, self._pools, self._changed, packed=self.packed, record_dir=record_dir, reads=reads
@@ -259,7 +264,14 @@ class Residency:
         return self._lender.borrow(layer, experts)
 
     def lend(
-        self, layer: int, experts: Sequence[int], low: Low | None = None, *, rows: int = 0, ahead: Ahead | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        low: Low | None = None,
+        *,
+        rows: int = 0,
+        ahead: Ahead | None = None,
+        sizes: Sequence[int] = (),
     ) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights), those at hand first, others as they come. May modify the cache.
 
@@ -274,6 +286,9 @@ class Residency:
             That these experts compute.
         ahead
             What runs next: of many rows, its loads are begun when those of this layer are on their way.
+        sizes
+            Rows of each expert. Where that is told, and the device is apart from host memory, weights may be lent that
+            lie there, to be computed by the processor, if that is done sooner than loading them (`ways`).
 
         Raises
         ------
@@ -282,7 +297,7 @@ class Residency:
         ExpertLost
             The record of one is damaged wherever it lies.
         """
-        return self._lender.lend(layer, experts, low, rows=rows, ahead=ahead)
+        return self._lender.lend(layer, experts, low, rows=rows, ahead=ahead, sizes=sizes)
 
     def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
         """Begin to use experts of one layer that are all at hand; None, with nothing done, if one is not. Modifies.

@@ -19,6 +19,7 @@ from runtime.loads import Borrowed, Loader
 from runtime.policy.streaming import Pace
 from runtime.promotion import Promoter
 from runtime.shelf import Shelf
+from runtime.ways import LocalWays
 
 
 class Ahead(NamedTuple):
@@ -37,6 +38,8 @@ class Desk(NamedTuple):
         Takes what was found where; None without a cache.
     pace
         What computing takes.
+    ways
+        Says what is computed in host memory meanwhile.
     """
 
     shelf: Shelf
@@ -45,6 +48,7 @@ class Desk(NamedTuple):
     promoter: Promoter
     counts: TierCounts | None
     pace: Pace
+    ways: LocalWays
 
     def give_back(self, copies: Iterable[Copy]) -> None:
         """End the use of copies. Modifies."""
@@ -87,6 +91,8 @@ class Stream:
         That their users compute; 0 if that is not known.
     ahead
         What is loaded when all of these are on their way.
+    sizes
+        Rows of each of them, where some may be lent from host memory, to be computed by the processor.
     waited_s
         For loads, so far.
     """
@@ -96,11 +102,13 @@ class Stream:
     keys: Sequence[CopyKey]
     rows: int = 0
     ahead: Ahead | None = None
+    sizes: Sequence[int] = ()
     waited_s: float = 0.0
     _used_s: float = 0.0
     _at_hand: list[tuple[int, Copy]] = field(default_factory=list)
     _coming: list[tuple[int, Copy]] = field(default_factory=list)
     _absent: list[int] = field(default_factory=list)
+    _in_place: list[tuple[int, Copy]] = field(default_factory=list)
     _held: set[Copy] = field(default_factory=set)
     _wanted: list[Key] | None = None
 
@@ -108,7 +116,7 @@ class Stream:
         """Yield (position, weights) until all were lent; close it."""
         try:
             self._sort()
-            while self._at_hand or self._coming or self._absent:
+            while self._at_hand or self._in_place or self._coming or self._absent:
                 self._begin()
                 lent = self._next()
                 if lent is None:
@@ -116,8 +124,10 @@ class Stream:
                 position, borrowed, copy = lent
                 asked = perf_counter()
                 yield position, borrowed
-                self._used_s += perf_counter() - asked
+                took = perf_counter() - asked
+                self._used_s += took
                 if copy is not None:
+                    self._note_in_place(copy, position, took)
                     self._held.discard(copy)
                     self.desk.give_back((copy,))
             self._begin()
@@ -141,14 +151,37 @@ class Stream:
                     self._absent.append(position)
                 else:
                     raise ExpertUnavailable(key[0], key[1], "this node")
+            if self.sizes and self._absent:
+                self._take_in_place()
             if self.desk.counts is not None:
-                shelf.count_found(self.layer, [copy for _, copy in self._at_hand])
+                shelf.count_found(self.layer, [copy for _, copy in (*self._at_hand, *self._in_place)])
+
+    def _take_in_place(self) -> None:
+        """Begin to use what the processor computes in host memory instead of its being loaded; the lock is held."""
+        shelf, ways = self.desk.shelf, self.desk.ways
+        absent = {each: self.keys[each] for each in self._absent if not shelf.is_coming(self.keys[each])}
+        for position in ways.in_place(absent, self.sizes):
+            if (copy := ways.in_host(self.keys[position])) is not None:
+                shelf.use(copy)
+                self._held.add(copy)
+                self._absent.remove(position)
+                self._in_place.append((position, copy))
+
+    def _note_in_place(self, copy: Copy, position: int, seconds: float) -> None:
+        """Note what the processor took for an expert, if it was that which computed it."""
+        if copy.tier not in self.desk.shelf.computed_in:
+            with self.desk.changed:
+                self.desk.ways.observe((copy.key[0], copy.key[1]), self.sizes[position], seconds)
 
     @property
     def _is_handed_over(self) -> bool:
         """Whether other threads make the loads."""
         slack = self.desk.shelf.slack
-        return slack.is_slow or self.desk.pace.hides(slack.load_s, rows=self.rows, experts=len(self.keys))
+        return (
+            bool(self._in_place)
+            or slack.is_slow
+            or self.desk.pace.hides(slack.load_s, rows=self.rows, experts=len(self.keys))
+        )
 
     def _begin(self) -> None:
         """Begin to load what there are slots for, as many at once as there are threads for and one more."""
@@ -189,15 +222,19 @@ class Stream:
         if self._wanted is None:
             is_any = bool(shelf.absent[ahead.layer]) and shelf.slack.is_trusted
             self._wanted = [(ahead.layer, expert) for expert in ahead.guess()] if is_any else []
-        with self.desk.changed:
-            jobs = self.desk.guessed(ahead.layer, self._wanted, len(self._wanted))
-        self.desk.promoter.add(jobs, wake=True)
+        if self._wanted:
+            with self.desk.changed:
+                jobs = self.desk.guessed(ahead.layer, self._wanted, len(self._wanted))
+            self.desk.promoter.add(jobs, wake=True)
 
     def _next(self) -> tuple[int, Borrowed, Copy | None] | None:
         """Return what is lent next, and its copy where it has one; None where slots must be asked for again."""
         loader, asked = self.desk.loader, perf_counter()
         if self._at_hand:
             position, copy = self._at_hand.pop(0)
+            return position, loader.borrowed(copy), copy
+        if self._in_place:  # others load meanwhile
+            position, copy = self._in_place.pop(0)
             return position, loader.borrowed(copy), copy
         if self._absent and not self._coming and not self.desk.shelf.can_cache:
             position = self._absent.pop(0)

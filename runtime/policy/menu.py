@@ -6,11 +6,13 @@ the exact result are not here: whether they may be taken is `routing`'s and `qua
 what the ways are, beyond what they take. `Rates` are measured while a node runs.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 _FADE: Final = 0.9
+_PASSED: Final = 0.995
 _MEMORY: Final = 4096  # uses that are remembered before all count half
 _UNKNOWN_S: Final = 0.1
 
@@ -111,6 +113,57 @@ class Rent:
         self._paid.pop(key, None)
         self._penalty[key] = 2 * self._penalty.get(key, 1.0)
         self.bring_s = self.bring_s or _UNKNOWN_S
+
+
+class SizedRates:
+    """Seconds that computing an expert took lately, by how many tokens it computed: powers of two are told apart.
+
+    What was never tried is guessed: fewer tokens take no longer than more of them do, the next larger size as long as
+    the largest that was tried (else nobody would ever find out), and what is larger still in proportion. What is passed
+    over again and again is thought to take a little less each time, so that it is tried anew once in a while. A first try
+    is slow (threads begin, pages are touched), and counts only until there is a second. A lost update between threads
+    does no harm.
+
+    >>> rates = SizedRates()
+    >>> rates.seconds(1) is None
+    True
+    >>> rates.observe(4, 0.002)
+    >>> [rates.seconds(tokens) for tokens in (1, 7, 8, 16, 32)]
+    [0.002, 0.002, 0.002, 0.004, 0.008]
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[int, float] = {}
+        self._tries: Counter[int] = Counter()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was tried more than once."""
+        return any(tries > 1 for tries in self._tries.values())
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Note how long so many tokens took. Modifies."""
+        size = tokens.bit_length()
+        known = self._rates.get(size, seconds)
+        faded = _FADE * known + (1 - _FADE) * seconds
+        self._rates[size] = faded if self._tries[size] > 1 else min(known, seconds)
+        self._tries[size] += 1
+
+    def pass_over(self, tokens: int) -> None:
+        """Note that something else was done for want of time. Modifies."""
+        size = tokens.bit_length()
+        if size in self._rates:
+            self._rates[size] *= _PASSED
+
+    def seconds(self, tokens: int) -> float | None:
+        """Return how long so many tokens take; None where none were tried yet."""
+        size = tokens.bit_length()
+        if size in self._rates or not self._rates:
+            return self._rates.get(size)
+        smaller = max((each for each in self._rates if each < size), default=None)
+        if smaller is None:
+            return self._rates[min(self._rates)]
+        return float(self._rates[smaller] * 2 ** (size - smaller - 1))
 
 
 class Rates:
