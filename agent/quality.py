@@ -160,7 +160,7 @@ def importance_of(calibration: Calibration, budget: float, precision: LowPrecisi
         warmup=calibration.warmup,
         sample_every=SAMPLE_EVERY,
     )
-    policy: Routing = policy_of(setting.shares, is_whole=is_whole)
+    policy: Routing = policy_of(setting.shares, is_whole=is_whole, prices=calibration.prices)
     if cost is not None:
         policy = LowMissing(policy)
     return Importance(policy, Controller(allowance), is_whole=is_whole, precision=precision if cost else None)

@@ -1,8 +1,9 @@
 """Measuring what substitution costs: negative log-likelihood of text against what may be given up in each layer.
 
-Decides how much text is enough and which shares a budget buys. Flow: texts → pieces → exact run → each layer alone,
-which says how much more one layer costs than another → all layers together at a few scales → for each budget the
-largest scale whose cost stays within it (`runtime.forcing` runs the text).
+Decides how much text is enough and which shares a budget buys. Flow: texts → pieces → exact run → how much more one
+expert costs than another: from gradients (`runtime.pricing`), or, where a layer replaces all or none, from each layer
+alone → all layers together at a few scales → for each budget the largest scale whose cost stays within it
+(`runtime.forcing` runs the text).
 
 The KL divergence from exact to substituted predictions has little noise and the rise of NLL much, so that the first
 says how layers compare and how cost grows with scale, the second how much of it is a loss on real text.
@@ -23,6 +24,7 @@ from runtime.errors import InvalidInput
 from runtime.forcing import WARMUP, Bench, Run
 from runtime.policy.eviction import Floats
 from runtime.policy.routing import Exact, MassBudget
+from runtime.pricing import expert_prices
 from schemas.calibration import Calibration, Setting, Situation
 
 BUDGETS: Final = (0.0025, 0.005, 0.01, 0.02)
@@ -35,6 +37,8 @@ _FEWEST: Final = 8  # pieces
 _TRIES, _NEAR = 4, 0.9  # runs for a budget, and how much of it is enough
 
 Progress = Callable[[int, int], None]
+Prices = tuple[tuple[float, ...], ...]
+"""What replacing each expert costs beside the others, [L, E]; empty where all cost alike."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def calibrate(
     layers, experts = bench.supply.layers, bench.supply.experts
     count, window = bench.pieces.shape[0], bench.pieces.shape[1] - 1
     require_pieces(bench.pieces)
-    done, total = 0, 1 + layers + len(_SCALES) + len(budgets)
+    done, total = 0, 1 + (layers if situation.is_whole else 1) + len(_SCALES) + len(budgets)
 
     def report() -> None:
         nonlocal done
@@ -111,8 +115,9 @@ def calibrate(
 
     bench.on_run = report  # a budget that was not met at once takes another run
     exact = bench.run(Exact(), keep=True)
-    shape = _shape_of_layers(bench, situation)
-    curve = _Curve(bench, exact, shape, situation)
+    prices = () if situation.is_whole else _prices(bench, report)
+    shape = np.ones(layers) if prices else _shape_of_layers(bench, situation)
+    curve = _Curve(bench, exact, shape, situation, prices)
     for scale in _SCALES:
         curve.measure(scale * _PROBE / 2)
     settings = [_setting(bench, exact, curve, budget) for budget in sorted(budgets)]
@@ -125,13 +130,21 @@ def calibrate(
         pieces=count,
         warmup=0 if bench.supply.masks is not None else WARMUP,
         situation=situation,
+        prices=prices,
         settings=tuple(settings),
     )
 
 
-def policy_of(shares: Sequence[float], *, is_whole: bool) -> MassBudget:
-    """Return the policy that calibrated shares are for."""
-    return MassBudget(tuple(shares), whole=is_whole, weighted=True)
+def policy_of(shares: Sequence[float], *, is_whole: bool, prices: Prices = ()) -> MassBudget:
+    """Return the policy that calibrated shares, and prices of experts, are for."""
+    return MassBudget(tuple(shares), whole=is_whole, weighted=True, prices=prices)
+
+
+def _prices(bench: Bench, report: Callable[[], None]) -> Prices:
+    """Return what replacing each expert costs beside the others."""
+    found = expert_prices(bench.model, bench.pieces, layers=bench.supply.layers, experts=bench.supply.experts)
+    report()
+    return tuple(tuple(layer) for layer in found.tolist())
 
 
 def _shape_of_layers(bench: Bench, situation: Situation) -> Floats:
@@ -161,8 +174,10 @@ class _Point(NamedTuple):
 class _Curve:
     """Cost against scale: divergence grows with a power of it, and NLL in proportion to divergence, then faster."""
 
-    def __init__(self, bench: Bench, exact: Run, shape: Floats, situation: Situation) -> None:
+    def __init__(self, bench: Bench, exact: Run, shape: Floats, situation: Situation, prices: Prices) -> None:
         self._bench, self._exact, self._shape, self._situation = bench, exact, shape, situation
+        self._prices = prices
+        self.price_of_layers: Floats = np.array(prices).mean(1) if prices else 1 / shape
         self._runs: list[tuple[float, Run]] = []
 
     def shares(self, scale: float) -> tuple[float, ...]:
@@ -171,7 +186,8 @@ class _Curve:
 
     def measure(self, scale: float) -> Run:
         """Run the text at a scale. Modifies."""
-        run = self._bench.run(policy_of(self.shares(scale), is_whole=self._situation.is_whole))
+        policy = policy_of(self.shares(scale), is_whole=self._situation.is_whole, prices=self._prices)
+        run = self._bench.run(policy)
         self._runs.append((scale, run))
         return run
 
@@ -222,13 +238,13 @@ def _setting(bench: Bench, exact: Run, curve: _Curve, budget: float) -> Setting:
         else:
             way = (allowed - best.rise.mean) / (dear.rise.mean - best.rise.mean)
             scale = best.scale + (dear.scale - best.scale) * min(max(0.9 * way, 0.1), 0.9)
-    return _told(budget, curve.shares(best.scale), best, exact)
+    return _told(budget, curve.shares(best.scale), best, exact, curve.price_of_layers)
 
 
-def _told(budget: float, shares: tuple[float, ...], point: _Point, exact: Run) -> Setting:
-    """Return the setting: what is lost has its price by layer, in inverse proportion to the shares."""
+def _told(budget: float, shares: tuple[float, ...], point: _Point, exact: Run, price: Floats) -> Setting:
+    """Return the setting: what is lost has its price by layer, `price` beside the others."""
     allowed, run, rise = math.log1p(budget), point.run, point.rise
-    price = 1 / np.array(shares) if point.scale > 0 else np.ones(len(shares))
+    price = price.copy()
     spent = price * run.lost
     price *= max(rise.mean, allowed / 2) / max(float(spent.sum()), 1e-6)
     parts = spent / spent.sum() * allowed if spent.sum() > 0 else np.full(len(shares), allowed / len(shares))

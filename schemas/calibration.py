@@ -102,6 +102,9 @@ class Calibration(FrozenModel):
 
     Attributes
     ----------
+    prices
+        What replacing each expert costs beside the others, by layer and expert (`runtime.pricing`), mean 1: the unit of
+        every setting's shares. Empty where all cost alike.
     settings
         By budget.
     precisions
@@ -117,6 +120,7 @@ class Calibration(FrozenModel):
     pieces: Positive
     warmup: Annotated[int, Field(ge=0)]
     situation: Situation
+    prices: tuple[tuple[Number, ...], ...] = ()
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
     precisions: tuple[PrecisionCost, ...] = ()
 
@@ -149,6 +153,11 @@ def calibration_faults(calibration: Calibration) -> Iterator[Fault]:
                 yield Fault(
                     f"settings[{number}].{name}", f"has {count} numbers, the model has {calibration.layers} layers"
                 )
+    if calibration.prices and len(calibration.prices) != calibration.layers:
+        yield Fault("prices", f"has {len(calibration.prices)} layers, the model has {calibration.layers}")
+    for layer, prices in enumerate(calibration.prices):
+        if len(prices) != calibration.experts:
+            yield Fault(f"prices[{layer}]", f"has {len(prices)} numbers, the model has {calibration.experts} experts")
     for number, cost in enumerate(calibration.precisions):
         if len(cost.nll_per_row) != calibration.layers:
             yield Fault(

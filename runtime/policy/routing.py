@@ -107,12 +107,14 @@ class MassBudget:
     Where a wait is shared, as it is for a layer that calls other nodes, replacing some of the missing experts buys
     nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes"). With `weighted`, what is lost counts
     by the share of mass of the expert that is replaced: a close call between two heavy experts changes more of a
-    layer's output than one between two light ones.
+    layer's output than one between two light ones. `prices`, by layer and expert, say how much more it matters that
+    one expert is replaced than another (`runtime.pricing`); without them, all matter alike.
     """
 
     shares: tuple[float, ...]
     whole: bool = False
     weighted: bool = False
+    prices: tuple[tuple[float, ...], ...] = ()
 
     def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
         """Replace what the budget allows."""
@@ -121,9 +123,12 @@ class MassBudget:
         spare = [c for c in range(top_k, len(here)) if here[c]]
         total = max(sum(score[:top_k]), 1e-12)
         budget = self.shares[layer % len(self.shares)]
+        prices = self.prices[layer] if self.prices else None
         stand_in: dict[int, int] = {}
         for candidate in missing:
             cost = self._cost(score[candidate] / total, score[spare[0]] / total) if spare else math.inf
+            if prices is not None and spare:
+                cost *= prices[ids[candidate]]
             if cost > budget:
                 if self.whole:
                     stand_in.clear()

@@ -128,3 +128,22 @@ def test_all_that_is_missing_is_left_out_or_nothing_is():
     assert chosen(LeaveOut((10.0,)), 7) == [5, 3, 0], "somebody must compute something"
     assert chosen(LeaveOut((0.0,)), 5) == [5, 3, 0]
     assert LeaveOut((10.0,)).choose(0, IDS, SCORES, holding(5, 0), K).lost == pytest.approx(share[1])
+
+
+@given(st.floats(0, 0.5), st.floats(0.1, 10), st.integers(0, 1000))
+def test_prices_scale_what_a_replacement_costs(share, price, seed):
+    rng = np.random.default_rng(seed)
+    scores = np.sort(rng.random(8))[::-1]
+    ids, here = rng.permutation(8), rng.random(8) < 0.5
+    alike = MassBudget((share,), weighted=True, prices=((price,) * 8,)).choose(0, ids, scores, here, 4)
+    plain = MassBudget((share / price,), weighted=True).choose(0, ids, scores, here, 4)
+    assert alike.experts.tolist() == plain.experts.tolist()
+    nothing = MassBudget((0.0,), weighted=True, prices=((price,) * 8,)).choose(0, ids, scores, here, 4)
+    assert nothing.lost == 0
+
+
+def test_an_expert_that_matters_more_is_loaded():
+    prices = [[1.0] * 8]
+    assert chosen(MassBudget((0.05,), prices=tuple(map(tuple, prices))), 7) == [5, 3, 7]
+    prices[0][0] = 2.0
+    assert chosen(MassBudget((0.05,), prices=tuple(map(tuple, prices))), 7) == [5, 3, 0]

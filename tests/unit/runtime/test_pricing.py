@@ -1,0 +1,52 @@
+"""Prices of experts: from gradients, exactly what moving a weight does to the loss."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.forcing import cut_pieces
+from runtime.loading import load_tokenizer, load_whole
+from runtime.pricing import expert_prices
+from runtime.routers import routers_of
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_whole(DEMO, dtype="float32")
+
+
+def test_prices_are_relative_and_leave_the_model_as_it_was(model):
+    ids = load_tokenizer(DEMO)((ROOT / "LICENSE").read_text(), verbose=False)["input_ids"]
+    pieces = cut_pieces([ids], window=64, max_tokens=512)
+    before = model(input_ids=pieces[:1, :-1], use_cache=False).logits
+    prices = expert_prices(model, pieces, layers=4, experts=16)
+    assert prices.shape == (4, 16)
+    assert prices.mean() == pytest.approx(1)
+    assert (prices > 0).all()
+    assert prices.max() > 1.2 * prices.min()
+    assert torch.equal(model(input_ids=pieces[:1, :-1], use_cache=False).logits, before)
+    assert not any(each.requires_grad for each in model.parameters())
+
+
+def test_an_expert_that_puts_out_more_is_dearer(model):
+    experts = next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
+    ids = torch.arange(1, 66)[None]
+    before = expert_prices(model, ids, layers=4, experts=16)
+    used = []
+    hook = routers_of(model)[0].register_forward_hook(lambda _, __, output: used.append(output[2]))
+    model(input_ids=ids[:, :-1], use_cache=False)
+    hook.remove()
+    expert = int(torch.bincount(used[0].ravel(), minlength=16).argmax())
+    kept = experts.down_proj.data[expert].clone()
+    try:
+        experts.down_proj.data[expert] *= 1.5
+        after = expert_prices(model, ids, layers=4, experts=16)
+    finally:
+        experts.down_proj.data[expert] = kept
+    others = np.arange(16) != expert
+    assert after[0, expert] / after[0, others].mean() > 1.2 * before[0, expert] / before[0, others].mean()
