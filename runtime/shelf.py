@@ -402,3 +402,4 @@ class Shelf:
             copy.is_guess = False
             self.counts.prefetch_hits[copy.key[0]] += 1
             self.slack.observe_guesses(1, 1)
+            self.settle(copy)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from runtime.copies import Copy, CopyKey, Key
 from runtime.counters import TierCounts
 from runtime.errors import ExpertUnavailable
+from runtime.launches import Launches
 from runtime.loads import Borrowed, Loader
-from runtime.policy.streaming import Pace
+from runtime.policy.streaming import TRUSTED, Pace
 from runtime.promotion import Promoter
 from runtime.shelf import Shelf
 from runtime.ways import LocalWays
@@ -40,6 +41,8 @@ class Desk(NamedTuple):
         What computing takes.
     ways
         Says what is computed in host memory meanwhile.
+    launches
+        Begins loads from there without waiting for them; None where no device is apart.
     """
 
     shelf: Shelf
@@ -49,6 +52,7 @@ class Desk(NamedTuple):
     counts: TierCounts | None
     pace: Pace
     ways: LocalWays
+    launches: Launches | None = None
 
     def give_back(self, copies: Iterable[Copy]) -> None:
         """End the use of copies. Modifies."""
@@ -133,8 +137,9 @@ class Stream:
             self._begin()
             self.desk.pace.observe(self.rows, self._used_s)
         finally:
-            for _, copy in self._coming:
-                self.desk.promoter.run(copy)  # given up half-way: others may wait for it
+            for _, copy in self._coming:  # given up half-way: others may wait for it
+                if not self._publish(copy):
+                    self.desk.promoter.run(copy)
             self.desk.give_back(self._held)
 
     def _sort(self) -> None:
@@ -184,11 +189,13 @@ class Stream:
         )
 
     def _begin(self) -> None:
-        """Begin to load what there are slots for, as many at once as there are threads for and one more."""
+        """Begin to load what there are slots for, as many at once as there are threads for and two more.
+
+        Not more: what this layer has used by then makes room for the others, rather than what the next layer will use.
+        """
         if self._absent:
-            under_way = sum(not copy.is_ready for _, copy in self._coming)
-            if under_way <= self.desk.promoter.workers:
-                self._begin_absent(self.desk.promoter.workers + 2 - under_way)
+            if len(self._coming) <= self.desk.promoter.workers:
+                self._begin_absent(self.desk.promoter.workers + 2 - len(self._coming))
         elif self.ahead is not None and self._wanted != [] and self._is_handed_over:
             is_last = not self._at_hand and not self._coming
             if is_last or self.desk.promoter.waiting < self.desk.promoter.workers:
@@ -202,6 +209,9 @@ class Stream:
                 jobs.append(shelf.occupy(self.keys[left[0]], *room))
                 self._await_known(left.pop(0))
         self._absent = left
+        if (launches := self.desk.launches) is not None:
+            launches.settle()
+            jobs = [copy for copy in jobs if not launches.begin(copy)]
         self.desk.promoter.add(jobs, wake=self._is_handed_over)
 
     def _await_known(self, position: int) -> bool:
@@ -216,11 +226,15 @@ class Stream:
         self._coming.append((position, copy))
         return True
 
+    def _publish(self, copy: Copy) -> bool:
+        """Let a copy be used that the device is filling; False where somebody else fills it."""
+        return self.desk.launches is not None and self.desk.launches.publish(copy)
+
     def _begin_ahead(self, ahead: Ahead) -> None:
         """Begin to load for the next layer, into slots that nobody is using."""
         shelf = self.desk.shelf
         if self._wanted is None:
-            is_any = bool(shelf.absent[ahead.layer]) and shelf.slack.is_trusted
+            is_any = bool(shelf.absent[ahead.layer]) and shelf.slack.true_share >= TRUSTED
             self._wanted = [(ahead.layer, expert) for expert in ahead.guess()] if is_any else []
         if self._wanted:
             with self.desk.changed:
@@ -253,6 +267,9 @@ class Stream:
         """Return one that is ready, loading it here if nobody does; None if there is none and a slot may be free."""
         changed = self.desk.changed
         while True:
+            for _, copy in self._coming:
+                if self._publish(copy):
+                    break
             with changed:
                 for index, (position, copy) in enumerate(self._coming):
                     if copy.error is not None:

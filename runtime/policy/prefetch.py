@@ -64,7 +64,12 @@ class Slack:
     @property
     def is_trusted(self) -> bool:
         """Whether guesses come true, as far as is known."""
-        return self.guesses < _FEW or self.came_true >= _TRUSTED * self.guesses
+        return self.true_share >= _TRUSTED
+
+    @property
+    def true_share(self) -> float:
+        """Share of guesses that came true, as far as is known."""
+        return self.came_true / self.guesses if self.guesses >= _FEW else _EXPECTED
 
     @property
     def pays(self) -> bool:
@@ -76,7 +81,7 @@ class Slack:
         >>> Slack(load_s=1.7e-4, idle_s=6e-5).pays, Slack(load_s=7e-3, idle_s=2e-4).pays
         (True, False)
         """
-        share = self.came_true / self.guesses if self.guesses >= _FEW else _EXPECTED
+        share = self.true_share
         return share * min(self.load_s, self.idle_s) > (1 - share) * self.load_s
 
     @property

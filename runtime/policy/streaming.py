@@ -12,6 +12,8 @@ _FADE: Final = 0.8
 _WAKE_S: Final = 2e-4  # what handing a load over costs, on a machine whose cores are busy
 MANY_ROWS: Final = 64
 """Fewer rows in a layer (one row is one token at one expert) are no prompt: little to hide a load behind."""
+TRUSTED: Final = 0.7
+"""Share of guesses that must come true for a prompt, whose layers leave the link no time to load what nobody wants."""
 
 
 @dataclass

@@ -254,6 +254,19 @@ def test_nothing_makes_room_for_what_is_on_its_way(store):
     assert (held.counts.prefetch_hits[1], held.counts.evictions) == (2, 0)
 
 
+def test_a_guess_that_came_true_makes_room_again(store):
+    """Even if it was at hand before its layer began, and all of that layer was."""
+    held = cached(store("qwen3_moe"), slots=2)
+    held.slack = EagerSlack()
+    held.prefetch(1, lambda: [0, 1])
+    with held._changed:
+        assert held._changed.wait_for(lambda: all((1, expert) in held._shelf.ready for expert in (0, 1)), 10)
+    take(held, 1, [0, 1])
+    assert held.counts.prefetch_hits[1] == 2
+    assert len(held._shelf.evictable) == 2
+    assert len(take(held, 2, range(4))) == 4
+
+
 def test_several_threads_share_few_slots(store):
     """Each gets the right weights though three slots are fought over, and nobody waits for ever."""
     opened = store("qwen3_moe")
