@@ -4,11 +4,14 @@ Decides nothing. Must not know who keeps which copy.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from runtime.timeline import Recorder
 from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.topology import Tier
+
+if TYPE_CHECKING:
+    from runtime.cuda.copies import Launch
 
 Key = tuple[int, int]
 CopyKey = tuple[int, int] | tuple[int, int, LowPrecision]
@@ -43,6 +46,8 @@ class Copy:
         Why it could not be filled.
     recorder
         Takes the span of its load, for whoever began it.
+    launch
+        Of a load that the device makes, until whoever uses the copy comes behind it.
     """
 
     key: CopyKey
@@ -57,3 +62,4 @@ class Copy:
     found: Tier = "disk"
     error: Exception | None = None
     recorder: Recorder | None = None
+    launch: "Launch | None" = None

@@ -23,6 +23,7 @@ from runtime.caching import Caching
 from runtime.copies import MEMORY, Copy, Key, copy_keys
 from runtime.counters import TierCounts
 from runtime.guests import Guests
+from runtime.launches import Launches
 from runtime.learning import Learner
 from runtime.lending import Lender, Low
 from runtime.loads import Borrowed, Loader, device_copies
@@ -151,6 +152,7 @@ class Residency:
             is_ahead=caching is not None and caching.prefetch,
             workers=caching.workers if caching else 0,
             ways=self.ways,
+            launches=Launches(self._shelf, self._changed, self._pools, copies, counts) if copies is not None else None,
         )
         self._placer = Placer(
             layout, self._shelf, self._pools, self._changed, packed=self.packed, record_dir=record_dir, reads=reads

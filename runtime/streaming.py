@@ -131,7 +131,7 @@ class Stream:
                 took = perf_counter() - asked
                 self._used_s += took
                 if copy is not None:
-                    self._note_in_place(copy, position, took)
+                    self._note_use(copy, position, took)
                     self._held.discard(copy)
                     self.desk.give_back((copy,))
             self._begin()
@@ -172,11 +172,13 @@ class Stream:
                 self._absent.remove(position)
                 self._in_place.append((position, copy))
 
-    def _note_in_place(self, copy: Copy, position: int, seconds: float) -> None:
-        """Note what the processor took for an expert, if it was that which computed it."""
-        if copy.tier not in self.desk.shelf.computed_in:
-            with self.desk.changed:
-                self.desk.ways.observe((copy.key[0], copy.key[1]), self.sizes[position], seconds)
+    def _note_use(self, copy: Copy, position: int, seconds: float) -> None:
+        """Note what the processor took for an expert: to compute it in host memory, or to have it computed."""
+        if copy.tier in self.desk.shelf.computed_in:
+            self.desk.ways.observe_launch(seconds)
+            return
+        with self.desk.changed:
+            self.desk.ways.observe((copy.key[0], copy.key[1]), self.sizes[position], seconds)
 
     @property
     def _is_handed_over(self) -> bool:

@@ -7,10 +7,13 @@ what is asked for over and over comes to the device. Must not know the maths, no
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from runtime.copies import Copy, CopyKey, Key
 from runtime.policy.menu import Rent, SizedRates, Way, choose
 from runtime.shelf import Shelf
+
+_FADE: Final = 0.9
 
 
 class LocalWays:
@@ -25,10 +28,13 @@ class LocalWays:
     ----------
     processor
         What an expert took in host memory.
+    launch_s
+        What the processor takes to have an expert computed by the device: it can do nothing else meanwhile.
     """
 
     def __init__(self, shelf: Shelf, *, may_compute: bool) -> None:
         self.processor = SizedRates()
+        self.launch_s = 0.0
         self._shelf = shelf
         self._may_compute = may_compute
         self._rent = Rent()
@@ -67,7 +73,7 @@ class LocalWays:
         absent
             What is in no slot, by position.
         tokens
-            Of the expert at each position.
+            Of the expert at each position, those that are in a slot too.
         """
         if not self._may_compute or not absent:
             return []
@@ -75,11 +81,17 @@ class LocalWays:
         if not self.processor.is_known and self._shelf.can_cache:
             return [each for each in by_size if self.in_host(absent[each]) is not None][-1:]  # one will do to find out
         ways = [self.of(absent[position], tokens[position]) for position in by_size]
-        chosen = [position for position, way in zip(by_size, choose(ways), strict=True) if way]
+        busy = {"processor": self.launch_s * len(tokens)}
+        chosen = [position for position, way in zip(by_size, choose(ways, busy), strict=True) if way]
         if len(ways[-1]) > 1 and by_size[-1] not in chosen:
             self.processor.pass_over(tokens[by_size[-1]])
         self._due.difference_update(absent.values())
         return chosen
+
+    def observe_launch(self, seconds: float) -> None:
+        """Note what the processor took to have an expert computed by the device. Modifies."""
+        if self._may_compute:
+            self.launch_s = _FADE * self.launch_s + (1 - _FADE) * seconds if self.launch_s else seconds
 
     def observe(self, key: Key, tokens: int, seconds: float) -> None:
         """Note what an expert took in host memory. Modifies."""

@@ -8,7 +8,8 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Generic, TypeVar
+from time import perf_counter
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -59,6 +60,22 @@ class Fences(Generic[Event]):
             self._wait(event)
 
 
+class Launch(NamedTuple):
+    """A copy that was begun.
+
+    Attributes
+    ----------
+    follow
+        Lets what is launched from now on wait for it, on the device.
+    is_over, seconds
+        Whether it is made, and what it took then.
+    """
+
+    follow: Callable[[], None]
+    is_over: Callable[[], bool]
+    seconds: Callable[[], float]
+
+
 class DeviceCopies:
     """The copy stream of a device, with some pinned memory to stage what comes from elsewhere. Thread-safe."""
 
@@ -81,6 +98,20 @@ class DeviceCopies:
         self.fences.claim(slot)
         size = target.stride
         self.send(target.address + slot * size, source.address + source_slot * size, size)
+
+    def launch(self, target: SlotPool, slot: int, source: SlotPool, source_slot: int) -> Launch:
+        """Begin to copy a whole slot of pinned memory, as `enqueue` does, so that others can come behind it."""
+        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with self._changed:  # events and copy of one launch lie next to each other
+            self.fences.claim(slot)
+            begun.record(self.stream)
+            self.enqueue(target, slot, source, source_slot)
+            ended.record(self.stream)
+
+        def follow() -> None:
+            torch.cuda.current_stream(self._device).wait_event(ended)
+
+        return Launch(follow, ended.query, lambda: 1e-3 * begun.elapsed_time(ended))
 
     def send(self, target: int, source: int, num_bytes: int) -> None:
         """Begin to copy bytes between addresses: torch's own way takes four times as long to begin.
@@ -129,6 +160,13 @@ class PlainCopies(DeviceCopies):
     def enqueue(self, target: SlotPool, slot: int, source: SlotPool, source_slot: int) -> None:
         """Copy a whole slot."""
         target.whole(slot).copy_(source.whole(source_slot))
+
+    def launch(self, target: SlotPool, slot: int, source: SlotPool, source_slot: int) -> Launch:
+        """Copy a whole slot."""
+        began = perf_counter()
+        self.enqueue(target, slot, source, source_slot)
+        seconds = perf_counter() - began
+        return Launch(lambda: None, lambda: True, lambda: seconds)
 
     def bring(self, target: SlotPool, slot: int, source: torch.Tensor) -> None:
         """Copy a whole slot."""

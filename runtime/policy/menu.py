@@ -7,8 +7,9 @@ what the ways are, beyond what they take. `Rates` are measured while a node runs
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 _FADE: Final = 0.9
@@ -36,10 +37,15 @@ class Way:
     is_shared: bool = False
 
 
-def choose(missing: Sequence[Sequence[Way]]) -> list[int]:
+def choose(missing: Sequence[Sequence[Way]], busy: Mapping[str, float] = MappingProxyType({})) -> list[int]:
     """Return which of its ways each missing expert takes.
 
     The expert with the fewest ways chooses first, since it cannot give way; then each takes the way that is done first.
+
+    Parameters
+    ----------
+    busy
+        Seconds that links are busy with something else before.
 
     >>> disk, call = Way("disk", 0.2), Way("n1", 0.5, is_shared=True)
     >>> choose([[disk, call], [disk, call], [disk, call]])
@@ -47,7 +53,7 @@ def choose(missing: Sequence[Sequence[Way]]) -> list[int]:
     >>> choose([[disk, call], [call]])
     [0, 0]
     """
-    busy_s: dict[str, float] = {}
+    busy_s: dict[str, float] = dict(busy)
     chosen = [0] * len(missing)
     for index in sorted(range(len(missing)), key=lambda each: len(missing[each])):
         ways = missing[index]
@@ -120,9 +126,9 @@ class SizedRates:
 
     What was never tried is guessed: fewer tokens take no longer than more of them do, the next larger size as long as
     the largest that was tried (else nobody would ever find out), and what is larger still in proportion. What is passed
-    over again and again is thought to take a little less each time, so that it is tried anew once in a while. A first try
-    is slow (threads begin, pages are touched), and counts only until there is a second. A lost update between threads
-    does no harm.
+    over again and again is thought to take a little less each time, so that it is tried anew once in a while. A first
+    try is slow (threads begin, pages are touched), and counts only until there is a second. A lost update between
+    threads does no harm.
 
     >>> rates = SizedRates()
     >>> rates.seconds(1) is None

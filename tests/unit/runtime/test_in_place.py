@@ -71,6 +71,13 @@ def test_few_tokens_are_computed_in_place_and_many_make_a_load_worth_while(store
     assert held.tier_of((0, 2)) == held.tier_of((0, 3)) == "device"
 
 
+def test_a_processor_that_is_busy_launching_computes_nothing_beside(store):
+    held = known(apart(store("qwen3_moe"), slots=8), load_s=1e-3, one_s=9e-4, many_s=1e-2)
+    held.ways.observe_launch(1e-3)
+    compute(held, [0, 1, 2, 3])
+    assert sum(held.counts.loads) == 4
+
+
 def test_link_and_processor_share_what_a_layer_lacks(store):
     held = known(apart(store("qwen3_moe"), slots=8), load_s=1e-3, one_s=9e-4, many_s=1e-2)
     compute(held, [0, 1, 2, 3])
