@@ -1,7 +1,8 @@
 """What int8 and int4 cost and save: ``python -m tests.bench.precision MODEL --text FILE …``.
 
 Perplexity of text with every expert rounded, and decoding (sampled, with one seed) from a store on disk within a budget that the experts
-exceed: their records as the checkpoint has them, and in each precision, unpacked when they are loaded or held packed.
+exceed: their records as the checkpoint has them, in each precision, unpacked when they are loaded or held packed, and
+as the checkpoint has them but for what is missing when it is asked for (`low_precision` of an agent).
 Arms take turns, so that load on the machine falls on all of them, and the quickest round of each counts; the page cache
 of the store is dropped all the while.
 """
@@ -22,15 +23,17 @@ import numpy as np
 import torch
 
 from agent.calibrating import _pieces
-from runtime.alone import open_alone
+from runtime.alone import open_alone, packed_source
 from runtime.degrading import precision_costs
 from runtime.engine import Sampling, Segment, generate
 from runtime.forcing import Bench, Supply
+from runtime.importance import Importance
 from runtime.loading import load_tokenizer, load_whole
 from runtime.models import open_model
-from runtime.policy.routing import Exact
+from runtime.policy.quality import Allowance, Controller
+from runtime.policy.routing import Exact, LowMissing
 from runtime.store import prepare_store
-from schemas.precision import LOW_PRECISIONS
+from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.units import format_bytes
 from tests.bench.runtime import _cold
 
@@ -44,6 +47,7 @@ class Arm:
     name: str
     options: dict[str, Any]
     seconds: list[float]
+    low: LowPrecision | None = None
     loads: int = 0
     load_bytes: int = 0
     tokens: Sequence[int] = ()
@@ -101,11 +105,13 @@ def print_decoding(store: Path, *, share: float, tokens: int, rounds: int, is_co
         for is_packed in (False, True):
             options = {"precision": precision, "is_packed": is_packed}
             arms.append(Arm(f"{precision}{', held packed' if is_packed else ''}", options, []))
+    arms += [Arm(f"missing in {precision}", {}, [], precision) for precision in LOW_PRECISIONS]
     decode(arms, store, beside + room, tokens=tokens, rounds=rounds, is_cold=is_cold)
     base, count = next(arm for arm in arms if arm.name == "checkpoint"), tokens * rounds
     same: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for arm in arms:
-        same[str(arm.options.get("precision"))].add(tuple(arm.tokens))
+        if arm.low is None:
+            same[str(arm.options.get("precision"))].add(tuple(arm.tokens))
         took = min(arm.seconds)
         click.echo(
             f"{arm.name:22s}{tokens / took:10.1f}{min(base.seconds) / took:8.2f}x{arm.loads / count:13.2f}"
@@ -117,6 +123,16 @@ def print_decoding(store: Path, *, share: float, tokens: int, rounds: int, is_co
     assert all(len(each) == 1 for each in same.values()), "tokens depend on how experts are held"
 
 
+def let_missing_come(segment: Segment, store: Path, precision: LowPrecision) -> None:
+    """Let experts that are missing come in a low precision, whatever that costs in quality."""
+    model = open_model(store)
+    for key in model.store.by_key:
+        segment.residency.place_packed(key, precision, packed_source(model, key, precision))
+    free = (0.0,) * model.spec.layers
+    account = Controller(Allowance(1.0, (1.0,) * model.spec.layers, free, nll_per_low_row=free))
+    segment.importance = Importance(LowMissing(Exact()), account, is_whole=False, precision=precision)
+
+
 def decode(arms: list[Arm], store: Path, budget: int, *, tokens: int, rounds: int, is_cold: bool) -> None:
     """Decode with each arm in turn, after a round that is not counted; modifies."""
     prompt = load_tokenizer(store)(PROMPT)["input_ids"]
@@ -124,6 +140,8 @@ def decode(arms: list[Arm], store: Path, budget: int, *, tokens: int, rounds: in
         for arm in arms:
             if arm.segment is None:
                 arm.segment = open_alone(store, max_tokens=512, **{"budget": budget, **arm.options})
+                if arm.low is not None:
+                    let_missing_come(arm.segment, store, arm.low)
             counts = arm.segment.residency.counts
             answer = generate(
                 arm.segment,
