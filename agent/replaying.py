@@ -267,6 +267,8 @@ def _sized(recording: "Recording", expert_bytes: str | None) -> "Recording":
         size = float(parse_bytes(expert_bytes))
     except ValueError as error:
         raise click.UsageError(f"--expert-bytes: {error}") from error
+    if not size:
+        raise click.UsageError("--expert-bytes: an expert of 0 bytes needs no cache; write its size, as in 9 MiB")
     return dataclasses.replace(recording, expert_bytes=np.full(recording.layers, size))
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from runtime.errors import InvalidInput
 from runtime.policy.eviction import Floats, Ints
 from runtime.predictors import Lesson
-from runtime.route_csv import read_route_table, route_shape
+from runtime.route_csv import COLUMNS, read_route_table, route_shape
 from schemas.activation import read_trace_header
 
 
@@ -182,8 +182,7 @@ def _from_csv(path: Path) -> Recording:
     """Rows are taken as they lie, which is how the layers ran: prefill layer by layer, decode token by token."""
     header, table = read_route_table(path)
     model, layers, experts, top_k = route_shape(path, header)
-    if table.min() < 0 or table[:, 3].max() >= layers or table[:, 5].max() >= experts:
-        raise InvalidInput(f"{path}: a row leaves {layers} layers × {experts} experts, top-{top_k}")
+    _check_rows(path, table, layers, experts)
     slots = f"rows do not list {top_k} experts, slot by slot, for every token and layer"
     if len(table) % top_k:
         raise InvalidInput(f"{path}: {slots}: {len(table)} rows are no multiple of {top_k}; is it cut short?")
@@ -203,6 +202,20 @@ def _from_csv(path: Path) -> Recording:
         starts[turn].add(layer_idx)
         batches.append(Batch(layer_idx, ids[picked], scores[picked], decode > 0, is_start))
     return Recording(path.name, layers, experts, top_k, tuple(batches), _layer_bytes(path, layers), model)
+
+
+def _check_rows(path: Path, table: Floats, layers: int, experts: int) -> None:
+    """Refuse rows that name no layer or expert, naming the first."""
+    whole = table[:, :6]
+    is_wrong = ~np.isfinite(table).all(axis=1) | (whole < 0).any(axis=1) | (whole % 1 != 0).any(axis=1)
+    is_wrong |= (table[:, 3] >= layers) | (table[:, 5] >= experts) | (table[:, 6] < 0)
+    if is_wrong.any():
+        number = int(np.flatnonzero(is_wrong)[0])
+        told = ", ".join(f"{name} {value:g}" for name, value in zip(COLUMNS, table[number], strict=True))
+        raise InvalidInput(
+            f"{path}: row {number + 1}, counted without the header, says {told}; there are {layers} layers × {experts} "
+            "experts, counted from 0, and weights are not negative"
+        )
 
 
 def _layer_bytes(path: Path, layers: int) -> Floats | None:

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidInput
+from schemas.activation import MOST_EXPERTS
 
+_MOST_LAYERS: Final = 4096
 COLUMNS: Final = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
 
 
@@ -46,4 +48,9 @@ def route_shape(path: Path, header: Mapping[str, str]) -> tuple[str, int, int, i
         layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
     except (KeyError, ValueError) as error:
         raise InvalidInput(f"{path}: its header comments must give n_layer, n_expert and n_expert_used") from error
+    if not (1 <= layers <= _MOST_LAYERS and 1 <= top_k <= experts <= MOST_EXPERTS):
+        raise InvalidInput(
+            f"{path}: its header comments say n_layer={layers} n_expert={experts} n_expert_used={top_k}; there must be "
+            f"1 … {_MOST_LAYERS} layers and 1 ≤ n_expert_used ≤ n_expert ≤ {MOST_EXPERTS}"
+        )
     return Path(header.get("model", path.name)).stem, layers, experts, top_k

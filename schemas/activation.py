@@ -16,6 +16,7 @@ from schemas.files import Fault, InvalidFile
 from schemas.topology import NodeId
 
 TRACE_FORMAT: Final = "expertmesh-trace-1"
+MOST_EXPERTS: Final = 32767  # ids are int16
 
 
 class TraceHeader(FrozenModel):
@@ -32,7 +33,7 @@ class TraceHeader(FrozenModel):
     workload: str
     created: str
     layers: Annotated[int, Field(ge=1)]
-    experts: Annotated[int, Field(ge=1)]
+    experts: Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
     top_k: Annotated[int, Field(ge=1)]
     tokens: Annotated[int, Field(ge=0)]
     candidates: Annotated[int, Field(ge=1)]
