@@ -66,7 +66,13 @@ class Computing:
             device=device,
             reads=reads_of(settings.reads),
             max_slots=spec.layers * spec.experts,
-            caching=Caching(spec.layers, spec.experts, eviction=settings.eviction, prefetch=settings.prefetch),
+            caching=Caching(
+                spec.layers,
+                spec.experts,
+                eviction=settings.eviction,
+                prefetch=settings.prefetch,
+                in_place=settings.in_place,
+            ),
             precision=None if settings.precision == "checkpoint" else settings.precision,
         )
 

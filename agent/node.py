@@ -11,10 +11,9 @@ import logging
 import queue
 import sys
 import threading
-import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,23 +23,24 @@ import torch
 import zmq
 
 from agent import machine as m
+from agent.activation import Activation
 from agent.allowance import Allowance
 from agent.budget import MemoryBudget, wanted_parts, wanted_replicas
 from agent.clients import ClientServer
 from agent.computing import Computing, release_device_memory
 from agent.control import ControlLine
-from agent.errors import CoordinatorAbsent, JournalUnwritable, Refused, ThreadLost
+from agent.errors import JournalUnwritable, ThreadLost
 from agent.generation import Generator
-from agent.holdings import Holdings
+from agent.holdings import Holdings, open_store
 from agent.journal import Journal
 from agent.layers import Layers
 from agent.peers import Patience, PeerCaller
 from agent.plane import SessionPlane
 from agent.preparing import Preparation
 from agent.quality import QualityBudget
+from agent.registration import Registration
 from agent.reporting import Identity, Reporter
 from agent.ring import Way
-from agent.routes import EpochRoutes, at_hand, epoch_routes
 from agent.serving import ExpertServer, Fence, Work
 from agent.sessions import Sender
 from agent.settings import Settings
@@ -49,25 +49,18 @@ from agent.transport import Context, bind, make_socket
 from runtime.ahead import learnt_from
 from runtime.counters import Counters
 from runtime.engine import Segment
-from runtime.errors import InvalidStore, RuntimeFault
-from runtime.importance import Importance
+from runtime.errors import RuntimeFault
 from runtime.loading import Trunk
 from runtime.models import open_model
-from runtime.routing import EpochBoard, Routing
 from runtime.slots import Record
-from runtime.store import Store
 from schemas import messages as msg
 from schemas.address import Address
 from schemas.model import ModelSpec
-from schemas.paths import layers_run
 from schemas.wire import Limits
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S: Final = 0.5
-FIRST_CONTACT_S: Final = 10.0
 SWITCH_INTERVAL_S: Final = 0.0005  # how long a computing thread may keep another from answering
-HELLO_S: Final = 1.0
 CLOSE_S: Final = 1.0  # what a preparation may take to notice that it is stopped
 _POLL_MS: Final = 50
 _MOST_WORKERS: Final = 12  # so many steps may wait for experts elsewhere, or for the piece of the prompt before them
@@ -92,7 +85,7 @@ class Node:
         settings = self._settings
         self._model = open_model(Path(settings.model), settings.dtype)
         self._spec: ModelSpec = self._model.spec
-        store = _open_store(settings, self._spec) or self._model.store
+        store = open_store(settings, self._spec) or self._model.store
         data = Path(settings.data)
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
         self._computing = Computing(settings, self._model)
@@ -108,31 +101,27 @@ class Node:
         self._ahead = learnt_from(Path(settings.predictor), self._spec) if settings.predictor is not None else None
         self._quality = QualityBudget(settings, self._spec)
         self._quality.require()
-        nothing = Routing.build(0, layers=self._spec.layers, experts=self._spec.experts, local=())
-        self._board = EpochBoard(nothing)
-        self._routes = EpochRoutes(nothing, {}, frozenset())
+        self._activation = Activation(settings, self._spec, holdings=self._holdings, quality=self._quality)
         self._incarnation = uuid.uuid4().hex
         self._work = Work()
-        self._peers: Mapping[str, msg.Endpoints] = {}
-        self._peers_revision = 0
         self._outcomes: queue.SimpleQueue[tuple[Preparation, m.Obtained | m.NotObtained]] = queue.SimpleQueue()
-        self._generation = ""
-        self._is_lonely = self._machine.state.active is None  # a node that serves waits for ever
-        self._said_hello_at = self._beat_at = -HELLO_S
-        self._last_standing: msg.Standing | None = None
-        self._last_refusal = ""
         endpoints = self._bind(opened)
-        self._line = opened.enter_context(closing(ControlLine(self._context, settings.coordinator, settings.node)))
-        identity = Identity(settings, self._incarnation, self._spec, endpoints)
-        self._reporter = Reporter(
-            identity,
+        line = opened.enter_context(closing(ControlLine(self._context, settings.coordinator, settings.node)))
+        reporter = Reporter(
+            Identity(settings, self._incarnation, self._spec, endpoints),
             computing=self._computing,
             holdings=self._holdings,
             counters=self._counters,
             work=self._work,
-            board=self._board,
+            board=self._activation.board,
             traffic=self._plane.traffic,
             quality=self._quality,
+        )
+        self._registration = Registration(
+            line,
+            reporter,
+            coordinator=settings.coordinator,
+            serves=lambda: self._machine.state.active is not None,
         )
 
     def _bind(self, opened: ExitStack) -> msg.Endpoints:
@@ -159,7 +148,7 @@ class Node:
             me=Sender(settings.node, self._incarnation),
             limits=self._limits,
             layers=spec.num_decoder_layers,
-            endpoints=lambda: self._peers,
+            endpoints=lambda: self._registration.peers,
             make_caller=self._make_caller,
             is_device_fault=self._note_fault,
             stopped=lambda: self._is_silent,
@@ -206,8 +195,8 @@ class Node:
     def _make_caller(self) -> PeerCaller:
         return PeerCaller(
             self._context,
-            endpoints=lambda: self._peers,
-            routes=lambda: self._routes,
+            endpoints=lambda: self._registration.peers,
+            routes=lambda: self._activation.routes,
             residency=lambda: self._computing.residency,
             limits=self._limits,
             patience=Patience(answer_s=self._settings.call_timeout_s, absence_s=self._settings.absence_timeout_s),
@@ -231,7 +220,7 @@ class Node:
         return Segment(
             trunk,
             self._computing.residency,
-            self._board,
+            self._activation.board,
             counters=self._counters,
             kv_budget=0,
             ahead=self._ahead,
@@ -247,21 +236,15 @@ class Node:
         for thread in (*self._workers, *self._threads):
             thread.start()
         self._handle(m.Started())
-        began = time.monotonic()
         while not self._stopped():
-            for message in self._line.receive(_POLL_MS):
-                self._take(message)
+            for event in self._registration.events(_POLL_MS):
+                self._handle(event)
             self._take_outcomes()
             self._take_faults()
             self._release()
             self._speak()
             self._require_threads()
-            if self._is_lonely and time.monotonic() - began > FIRST_CONTACT_S:
-                raise CoordinatorAbsent(
-                    f"no coordinator answers at {self._settings.coordinator}; start it with planner serve TOPOLOGY, "
-                    "or correct coordinator in the config"
-                )
-        self._line.send(self._reporter.goodbye())
+        self._registration.say_goodbye()
 
     def _require_threads(self) -> None:
         """End where a thread has ended by itself: half an agent would look alive and answer nothing."""
@@ -288,54 +271,6 @@ class Node:
             if thread.ident is not None:
                 thread.join()
 
-    def _take(self, message: msg.Message) -> None:
-        match message:
-            case msg.Welcome(cluster=cluster, generation=generation):
-                log.info("welcome in cluster %s", cluster)
-                self._generation, self._peers_revision = generation, 0
-                self._is_lonely = False
-                self._last_refusal = ""
-            case msg.Unknown():
-                self._generation = ""
-                self._said_hello_at = -HELLO_S
-            case msg.Refusal():
-                self._refused(message)
-            case _ if self._generation:
-                self._take_order(message)
-            case _:  # before a welcome: meant for another agent of this name, or too old
-                log.debug("%s is not taken", message.type)
-
-    def _take_order(self, message: msg.Message) -> None:
-        match message:
-            case msg.Peers(peers=peers, revision=revision):
-                self._peers = {peer.node: peer.endpoints for peer in peers}
-                self._peers_revision = revision
-            case msg.Prepare(assignment=assignment):
-                self._handle(m.PrepareReceived(assignment))
-            case msg.Commit(epoch=epoch, plan=plan):
-                self._handle(m.CommitReceived(epoch, plan))
-            case msg.Retire(epoch=epoch):
-                self._handle(m.RetireReceived(epoch))
-            case msg.Abort(epoch=epoch, plan=plan):
-                self._handle(m.AbortReceived(epoch, plan))
-            case msg.CatalogueRequest():
-                if catalogue := self._reporter.catalogue():
-                    self._line.send(catalogue)
-            case msg.CountsRequest():
-                self._line.send(self._reporter.counts())
-            case _:
-                log.warning("the coordinator sent a %s, which an agent does not take", message.type)
-
-    def _refused(self, refusal: msg.Refusal) -> None:
-        """End where the coordinator will not have this node; one that serves tokens goes on and says so once."""
-        if refusal.incarnation not in {"", self._incarnation}:
-            return  # another agent claims this place
-        if refusal.taken or self._machine.state.active is None:
-            raise Refused(f"the coordinator refused {self._settings.node}: {refusal.message}", refusal.code)
-        if refusal.message != self._last_refusal:
-            self._last_refusal = refusal.message
-            log.error("the coordinator refused this node, which goes on with what it has: %s", refusal.message)
-
     def _take_outcomes(self) -> None:
         """Hand on how preparations ended, but for those that were stopped before anyone looked."""
         while not self._outcomes.empty():
@@ -361,7 +296,7 @@ class Node:
             self._holdings.residency = self._allowance.residency = self._computing.residency
             self._machine.budget = replace(self._machine.budget, memory=self._computing.memory)
             self._allowance.limit(self._computing.memory.device)
-            self._generation = ""  # it introduces itself anew, with the memory that it has
+            self._registration.renew()  # with the memory that it has
             self._handle(m.WeightsLost())
             del error  # with all that lies on the device
             release_device_memory()
@@ -405,85 +340,43 @@ class Node:
             case m.StopObtaining():
                 self._stop_preparation()
             case m.Activate(assignment):
-                self._activate(assignment)
+                self._set_fence()
+                self._activation.activate(assignment, self._layers, self._machine.budget)
             case m.Keep(assignments):
                 self._set_fence()  # first: a call that is let in must find its expert
                 self._holdings.keep(wanted_replicas(assignments), wanted_parts(assignments))
                 if (active := self._machine.state.active) is not None:
-                    self._invite(active)  # what was dropped just now may come back as a guest
+                    self._activation.invite(active)  # what was dropped just now may come back as a guest
                 self._release()
                 self._allowance.fit(assignments)
             case _:
                 assert_never(instruction)
 
     def _endpoints_of(self, node: str) -> msg.Endpoints | None:
-        return self._peers.get(node)
+        return self._registration.peers.get(node)
 
     def _stop_preparation(self) -> None:
         if self._preparation is not None:
             self._preparation.stop()
 
-    def _activate(self, assignment: msg.Assignment) -> None:
-        log.info("epoch %d is active", assignment.epoch)
-        self._set_fence()
-        shape = {"layers": self._spec.layers, "experts": self._spec.experts}
-        self._routes = epoch_routes(assignment, self._settings.node, **shape)
-        self._board.install(self._routes.routing)
-        self._invite(assignment)
-        self._layers.spend(self._spending(assignment))
-        self._layers.activate(assignment)
-
-    def _invite(self, active: msg.Assignment) -> None:
-        """Let what others compute for this node be cached here, where the config allows it."""
-        if self._settings.peer_cache:
-            me, named = self._settings.node, [hop for hop in active.routing if hop.sha256]
-            others = [hop.model_copy(update={"holders": tuple(h for h in hop.holders if h != me)}) for hop in named]
-            self._holdings.invite(hop for hop in others if hop.holders)
-
-    def _spending(self, assignment: msg.Assignment) -> Importance | None:
-        """Return what decode steps may give up under an assignment."""
-        runs = layers_run(self._settings.node, self._machine.budget.paths(assignment))
-        layers = [layer for layer, decoder in enumerate(self._spec.moe_layer_indices) if decoder in runs]
-        here = at_hand(assignment, self._routes.routing, layers)
-        return self._quality.activate(assignment.quality_budget, here).importance
-
     def _release(self) -> None:
         self._layers.release(self._machine.assignments, self._machine.state.active)
 
     def _way(self) -> Way:
-        """Return the path of tokens that enter here."""
-        if self._layers.way.epoch == 0 and self._machine.state.active is not None:
-            return Way(
-                0, None, f"{self._settings.node} was restarted and is fetching its experts; try again in a moment"
-            )
-        return self._layers.way
+        return self._activation.way(self._layers, has_epoch=self._machine.state.active is not None)
 
     def _set_fence(self) -> None:
         machine = self._machine
         self._work.fence = Fence(machine.state.retired, machine.served_epochs, machine.active_epoch)
 
     def _speak(self) -> None:
-        """Say hello or send a heartbeat: regularly, and at once when something has changed."""
-        now = time.monotonic()
-        standing = self._machine.standing(self._board.oldest_running())
-        if not self._generation:
-            if now - self._said_hello_at >= HELLO_S:
-                self._said_hello_at = now
-                self._line.send(self._reporter.hello(self._machine.state.cluster, standing))
-            return
-        if standing == self._last_standing and now - self._beat_at < HEARTBEAT_S:
-            return
-        self._last_standing, self._beat_at = standing, now
         pending, preparation = self._machine.state.pending, self._preparation
         is_pending = pending is not None and preparation is not None and preparation.order.epoch == pending.epoch
-        self._line.send(
-            self._reporter.heartbeat(
-                standing,
-                now,
-                used=self._used(),
-                preparation=preparation if is_pending else None,
-                peers=self._peers_revision,
-            )
+        self._registration.speak(
+            self._machine.standing(self._activation.board.oldest_running()),
+            cluster=self._machine.state.cluster,
+            used=self._used,
+            preparation=preparation if is_pending else None,
         )
 
     def _used(self) -> msg.TierBytes:
@@ -492,17 +385,3 @@ class Node:
         used["disk"] += self._holdings.backing_bytes
         used[self._machine.budget.trunk_tier] += self._layers.used_bytes(self._machine.assignments)
         return msg.TierBytes(**used)
-
-
-def _open_store(settings: Settings, spec: ModelSpec) -> Store | None:
-    """Open the store of the config, checked to be of the same model and dtype."""
-    if settings.store is None:
-        return None
-    store = Store.open(Path(settings.store))
-    theirs = store.manifest.model
-    if theirs.model_copy(update={"id": spec.id}) != spec:
-        raise InvalidStore(
-            f"{settings.store}: holds experts of {theirs.id} as {store.manifest.dtype}, the config says {spec.id} as "
-            f"{settings.dtype}; make it again with agent prepare --dtype {settings.dtype}"
-        )
-    return store

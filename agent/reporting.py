@@ -51,7 +51,8 @@ class Reporter:
         quality: QualityBudget,
     ) -> None:
         self._identity = identity
-        self._node = identity.settings.node
+        self.node = identity.settings.node
+        self.incarnation = identity.incarnation
         self._computing = computing
         self._holdings = holdings
         self._counters = counters
@@ -65,8 +66,8 @@ class Reporter:
         """Return the introduction; `cluster` is the one that the journal belongs to."""
         identity = self._identity
         return msg.Hello(
-            node=self._node,
-            incarnation=identity.incarnation,
+            node=self.node,
+            incarnation=self.incarnation,
             cluster=cluster,
             model=identity.model,
             dtype=identity.settings.dtype,
@@ -78,7 +79,7 @@ class Reporter:
 
     def goodbye(self) -> msg.Goodbye:
         """Return the last message."""
-        return msg.Goodbye(node=self._node, incarnation=self._identity.incarnation)
+        return msg.Goodbye(node=self.node, incarnation=self.incarnation)
 
     def heartbeat(
         self, standing: msg.Standing, now: float, *, used: msg.TierBytes, preparation: Preparation | None, peers: int
@@ -88,8 +89,8 @@ class Reporter:
         held = {tier: len(keys) for tier, keys in self._holdings.residency.held().items()}
         begun, ended = self._work.begun, self._work.ended
         return msg.Heartbeat(
-            node=self._node,
-            incarnation=self._identity.incarnation,
+            node=self.node,
+            incarnation=self.incarnation,
             progress=counts.steps + ended,
             in_flight=max(0, begun - ended) + self._board.running_before(sys.maxsize),
             standing=standing,
@@ -134,17 +135,15 @@ class Reporter:
             msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in manifest.records
         )
         trunk = tuple(TrunkPart(part=p.part, layer=p.layer, sha256=p.sha256, bytes=p.bytes) for p in manifest.trunk)
-        return msg.Catalogue(
-            node=self._node, model=manifest.model, layout=manifest.layout, records=records, trunk=trunk
-        )
+        return msg.Catalogue(node=self.node, model=manifest.model, layout=manifest.layout, records=records, trunk=trunk)
 
     def counts(self) -> msg.Counts:
         """Return the routing counted since the start."""
         counts = self._counters.snapshot()
         routed = tuple(tuple(int(count) for count in layer) for layer in counts.routed)
         return msg.Counts(
-            counts=NodeCounts(node=self._node, tokens=counts.tokens, counts=routed),
-            layers=_layers(self._node, counts, self._holdings.residency.counts),
+            counts=NodeCounts(node=self.node, tokens=counts.tokens, counts=routed),
+            layers=_layers(self.node, counts, self._holdings.residency.counts),
         )
 
 

@@ -20,10 +20,10 @@ from agent.fronts import Fronts, News
 from agent.offer import Offer, Traffic
 from agent.serving import DEVICE_FAILED
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
-from agent.steps import ids_of, name_of, require_fit
+from agent.steps import compute, ids_of, name_of, require_fit
 from agent.tracing import PutTrace, Traces
 from agent.waiting import Port
-from runtime.engine import Keep, Sampling, Segment, prefill_chunks, sample
+from runtime.engine import Sampling, Segment, prefill_chunks, sample
 from runtime.errors import ContextFull, ExpertUnavailable, KvBudgetExceeded, RuntimeFault, UnknownSession
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
@@ -273,7 +273,7 @@ class Segments:
         failed: Exception | None = None
         try:
             with self._traces.recorded(entry.session for entry in entries):
-                output = _compute(segment, batch, port)
+                output = compute(segment, batch, port)
         except (RequestCancelled, UnknownSession):
             output = None  # closed meanwhile
         except (RuntimeFault, RuntimeError, ValueError, IndexError, MemoryError) as error:
@@ -385,16 +385,3 @@ class Segments:
             text = f"cannot be reached from {self._me.node}"
             if ingress != node:
                 self.say(ingress, self.fault(session, "lost", text).model_copy(update={"node": node}))
-
-
-def _compute(segment: Segment, batch: Batch, port: Port) -> torch.Tensor:
-    """Run a batch: [B, D] or [B, V] for one token of each of B sessions, [T, D] or [1, V] for T tokens of one."""
-    entries, steps, device = batch.entries, batch.steps, segment.trunk.device
-    if len(entries) > 1:
-        inputs = torch.cat([step.payload for step in steps]).to(device)
-        return segment.step_batch([entry.name for entry in entries], inputs, caller=port).cpu()
-    entry, step = entries[0], steps[0]
-    is_sampled = step.position + step.count >= entry.opened.prompt_tokens
-    keep: Keep = "last" if is_sampled else "none"
-    inputs, combine = step.payload.to(device), entry.opened.combine
-    return segment.step(entry.name, inputs, caller=port, combine=combine, keep=keep, rest=port.rest).cpu()

@@ -72,6 +72,9 @@ class Settings(FrozenModel):
     reads
         How records come from this node's disk: through the page cache, which takes what memory is free besides, or past
         it.
+    in_place
+        Let the processor compute experts that lie in `memory.host` beside a CUDA device, where that is done sooner than
+        bringing them there. It rounds otherwise than the device; answers that combine in order never do it.
     precision
         In which this node holds and executes every expert, whoever asks for it: in int8 or int4 more of them fit into
         the same memory, and text changes as `agent calibrate` tells. What the plan places here is counted as before;
@@ -104,6 +107,7 @@ class Settings(FrozenModel):
     predictor: str | None = None
     reads: ReadWay = "cached"
     peer_cache: bool = True
+    in_place: bool = True
     precision: Precision = "checkpoint"
     low_precision: LowPrecision | None = None
     quality: OwnQuality = OwnQuality()

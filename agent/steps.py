@@ -1,4 +1,4 @@
-"""Steps of sessions as frames and as tensors, and who a connection's identity says it is.
+"""Steps of sessions as frames and as tensors, how they run, and who a connection's identity says it is.
 
 Decides what a tensor from another node must be before a model sees it: frames were checked by `schemas.sessions`, here
 dtype and token ids are held against the trunk. Must not know sockets or sessions.
@@ -10,7 +10,9 @@ from typing import Final
 
 import torch
 
-from agent.sessions import Objection, Sender
+from agent.sessions import Batch, Objection, Sender
+from agent.waiting import Port
+from runtime.engine import Keep, Segment
 from runtime.loading import Trunk, torch_dtype
 from schemas.sessions import STEP_HEADER_BYTES, StepHeader, pack_step
 
@@ -72,3 +74,16 @@ def require_fit(header: StepHeader, payload: torch.Tensor, trunk: Trunk) -> None
 def name_of_trunk(trunk: Trunk) -> str:
     """Return the name of the dtype that a trunk computes in."""
     return _NAMES[trunk.dtype]
+
+
+def compute(segment: Segment, batch: Batch, port: Port) -> torch.Tensor:
+    """Run a batch: [B, D] or [B, V] for one token of each of B sessions, [T, D] or [1, V] for T tokens of one."""
+    entries, steps, device = batch.entries, batch.steps, segment.trunk.device
+    if len(entries) > 1:
+        inputs = torch.cat([step.payload for step in steps]).to(device)
+        return segment.step_batch([entry.name for entry in entries], inputs, caller=port).cpu()
+    entry, step = entries[0], steps[0]
+    is_sampled = step.position + step.count >= entry.opened.prompt_tokens
+    keep: Keep = "last" if is_sampled else "none"
+    inputs, combine = step.payload.to(device), entry.opened.combine
+    return segment.step(entry.name, inputs, caller=port, combine=combine, keep=keep, rest=port.rest).cpu()
