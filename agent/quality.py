@@ -160,7 +160,9 @@ def importance_of(calibration: Calibration, budget: float, precision: LowPrecisi
         warmup=calibration.warmup,
         sample_every=SAMPLE_EVERY,
     )
-    policy: Routing = policy_of(setting.shares, is_whole=is_whole, prices=calibration.prices)
+    policy: Routing = policy_of(
+        setting.shares, is_whole=is_whole, prices=calibration.prices, stand_in=calibration.stand_in
+    )
     if cost is not None:
         policy = LowMissing(policy)
     return Importance(policy, Controller(allowance), is_whole=is_whole, precision=precision if cost else None)

@@ -25,7 +25,8 @@ def expert_prices(model: Any, pieces: torch.Tensor, *, layers: int, experts: int
     An expert of weight w puts w O into its layer's output, and the loss changes by ``g . O`` for each unit of w. Taking
     it away, or another whose output is all but orthogonal in its place, therefore changes predictions by about
     ``w^2 (g . O)^2 / 2`` nats of divergence (the Fisher information in that direction): so the price is the mean of
-    ``(g . O)^2`` over the tokens that use the expert. Seldom used ones are taken to be like their layer.
+    ``(g . O)^2`` over the tokens that use the expert, other than as their first, which is hardly ever replaced. Seldom
+    used ones are taken to be like their layer.
 
     Parameters
     ----------
@@ -41,8 +42,10 @@ def expert_prices(model: Any, pieces: torch.Tensor, *, layers: int, experts: int
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
             loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
             for layer, slope in enumerate(torch.autograd.grad(loss, tap.weights)):
-                index = tap.index[layer].numpy().ravel()
-                np.add.at(square[layer], index, slope.double().numpy().ravel() ** 2)
+                weights = tap.weights[layer].detach()
+                light = weights < weights.max(dim=-1, keepdim=True).values
+                index = tap.index[layer][light].numpy()
+                np.add.at(square[layer], index, slope[light].double().numpy() ** 2)
                 np.add.at(uses[layer], index, 1.0)
     finally:
         for hook in hooks:

@@ -105,6 +105,8 @@ class Calibration(FrozenModel):
     prices
         What replacing each expert costs beside the others, by layer and expert (`runtime.pricing`), mean 1: the unit of
         every setting's shares. Empty where all cost alike.
+    stand_in
+        Part of its score that an expert is weighted by where it stands in for another.
     settings
         By budget.
     precisions
@@ -121,6 +123,7 @@ class Calibration(FrozenModel):
     warmup: Annotated[int, Field(ge=0)]
     situation: Situation
     prices: tuple[tuple[Number, ...], ...] = ()
+    stand_in: Number = 1.0
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
     precisions: tuple[PrecisionCost, ...] = ()
 

@@ -25,7 +25,8 @@ class Choice:
     Attributes
     ----------
     experts, scores
-        The experts to run and their own router scores, best first: int64 and float64 ``[K']``, K' <= K.
+        The experts to run, best first, and what they are weighted by: their router scores, or part of them where a
+        policy says so; int64 and float64 ``[K']``, K' <= K.
     low
         Whether a low-precision copy will do, bool ``[K']``.
     lost
@@ -108,13 +109,16 @@ class MassBudget:
     nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes"). With `weighted`, what is lost counts
     by the share of mass of the expert that is replaced: a close call between two heavy experts changes more of a
     layer's output than one between two light ones. `prices`, by layer and expert, say how much more it matters that
-    one expert is replaced than another (`runtime.pricing`); without them, all matter alike.
+    one expert is replaced than another (`runtime.pricing`); without them, all matter alike. A stand-in is weighted by
+    `stand_in` of its score: its output is all but orthogonal to what is missing, so that less of it changes a layer's
+    output less; and none at all makes predictions too sure of themselves (see `LeaveOut`).
     """
 
     shares: tuple[float, ...]
     whole: bool = False
     weighted: bool = False
     prices: tuple[tuple[float, ...], ...] = ()
+    stand_in: float = 1.0
 
     def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
         """Replace what the budget allows."""
@@ -136,8 +140,11 @@ class MassBudget:
                 continue
             budget -= cost
             stand_in[candidate] = spare.pop(0)
-        picked = sorted(stand_in.get(candidate, candidate) for candidate in range(top_k))
-        return _kept(ids, scores, np.array(picked), top_k)
+        picked = np.array(sorted(stand_in.get(candidate, candidate) for candidate in range(top_k)))
+        choice = _kept(ids, scores, picked, top_k)
+        if self.stand_in == 1.0 or not stand_in:
+            return choice
+        return replace(choice, scores=np.where(picked < top_k, choice.scores, self.stand_in * choice.scores))
 
     def _cost(self, missing: float, spare: float) -> float:
         """Return what it costs to replace one expert by another, from their shares of the top-K mass."""

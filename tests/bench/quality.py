@@ -14,12 +14,12 @@ from pathlib import Path
 import click
 import torch
 
-from runtime.calibrate import Prices, Rise, calibrate, policy_of
+from runtime.calibrate import Rise, calibrate, policy_of
 from runtime.forcing import Bench, Supply, cut_pieces
 from runtime.loading import load_tokenizer, load_whole
 from runtime.policy.routing import Exact
 from runtime.recorder import read_texts
-from schemas.calibration import Setting, Situation
+from schemas.calibration import Calibration, Setting, Situation
 from schemas.checkpoint import read_checkpoint
 from schemas.units import parse_share
 
@@ -36,9 +36,9 @@ def pieces(tokenizer, texts: Path, domains: list[str], split: str, tokens: int) 
     return torch.cat(cut)
 
 
-def judge(bench: Bench, setting: Setting, prices: Prices, name: str) -> None:
+def judge(bench: Bench, found: Calibration, setting: Setting, name: str) -> None:
     exact = bench.run(Exact(), is_lru=True, keep=True)
-    run = bench.run(policy_of(setting.shares, is_whole=False, prices=prices))
+    run = bench.run(policy_of(setting.shares, is_whole=False, prices=found.prices, stand_in=found.stand_in))
     rise, loads, base = Rise.between(exact, run), run.waits.sum(), exact.waits.sum()
     low, high = (math.expm1(rise.mean + sign * 1.96 * rise.error) for sign in (-1, 1))
     print(
@@ -78,10 +78,10 @@ def main(model, texts, capacities, budgets, mixed, single, tokens, output):
                 flush=True,
             )
             text = pieces(tokenizer, texts, domains, "eval", 2 * tokens)
-            judge(Bench(loaded, text, supply, spec.top_k), setting, found.prices, mixed)
+            judge(Bench(loaded, text, supply, spec.top_k), found, setting, mixed)
             for domain in single.split(",") if single else ():
                 text = pieces(tokenizer, texts, [domain], "eval", tokens // 2)
-                judge(Bench(loaded, text, supply, spec.top_k), setting, found.prices, domain)
+                judge(Bench(loaded, text, supply, spec.top_k), found, setting, domain)
 
 
 if __name__ == "__main__":

@@ -35,18 +35,18 @@ def test_prices_are_relative_and_leave_the_model_as_it_was(model):
 
 def test_an_expert_that_puts_out_more_is_dearer(model):
     experts = next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
-    ids = torch.arange(1, 66)[None]
+    ids = torch.arange(1, 258)[None]
     before = expert_prices(model, ids, layers=4, experts=16)
     used = []
     hook = routers_of(model)[0].register_forward_hook(lambda _, __, output: used.append(output[2]))
     model(input_ids=ids[:, :-1], use_cache=False)
     hook.remove()
-    expert = int(torch.bincount(used[0].ravel(), minlength=16).argmax())
+    expert = int(torch.bincount(used[0][:, -1], minlength=16).argmax())
     kept = experts.down_proj.data[expert].clone()
     try:
-        experts.down_proj.data[expert] *= 1.5
+        experts.down_proj.data[expert] *= 3
         after = expert_prices(model, ids, layers=4, experts=16)
     finally:
         experts.down_proj.data[expert] = kept
     others = np.arange(16) != expert
-    assert after[0, expert] / after[0, others].mean() > 1.2 * before[0, expert] / before[0, others].mean()
+    assert after[0, expert] / after[0, others].mean() > 1.5 * before[0, expert] / before[0, others].mean()

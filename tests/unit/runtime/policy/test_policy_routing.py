@@ -147,3 +147,12 @@ def test_an_expert_that_matters_more_is_loaded():
     assert chosen(MassBudget((0.05,), prices=tuple(map(tuple, prices))), 7) == [5, 3, 7]
     prices[0][0] = 2.0
     assert chosen(MassBudget((0.05,), prices=tuple(map(tuple, prices))), 7) == [5, 3, 0]
+
+
+def test_a_stand_in_may_weigh_less_than_its_score():
+    choice = MassBudget((0.05,), stand_in=0.5).choose(0, IDS, SCORES, holding(7), K)
+    assert choice.experts.tolist() == [5, 3, 7]
+    assert choice.scores == pytest.approx([0.30, 0.20, 0.15 / 2])
+    assert choice.lost == pytest.approx(0.03 / 0.68)
+    nothing = MassBudget((0.0,), stand_in=0.5).choose(0, IDS, SCORES, holding(7), K)
+    assert nothing.scores.tolist() == SCORES[:K].tolist()
