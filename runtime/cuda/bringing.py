@@ -97,7 +97,7 @@ class Bringer:
 
     def prepare(self, number: int, count: int) -> None:
         """Make up the order in which copies go when room is needed next, for so many. Modifies."""
-        if self.rooms.prepared < 2 * count:
+        if self.rooms.prepared < 4 * count:
             with self.inside.changed:
                 self.rooms.prepare(number, 8 * count)
 

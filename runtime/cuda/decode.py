@@ -230,7 +230,7 @@ class CapturedDecode:
         source, target = host.lanes()[0], pool.lanes()[0]
         experts, device = self.parts.router.experts, self.parts.trunk.device
         supply = make_supply(device, source, target, pool.stride, layers=layers, experts=experts)
-        self._spares[rows] = Spares(supply.spares.numpy())
+        self._spares[rows] = Spares(supply.own_spares.numpy()[:-1])
         return supply
 
     def _note_waits(self, runner: Runner, dispatcher: Dispatcher) -> None:

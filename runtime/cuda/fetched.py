@@ -12,8 +12,6 @@ from functools import partial
 from time import perf_counter
 from typing import Final
 
-import numpy as np
-
 from runtime.copies import Copy
 from runtime.cuda.bringing import Bringer
 from runtime.cuda.buffers import Chosen
@@ -25,7 +23,6 @@ from runtime.dispatch import Dispatcher
 from runtime.errors import ExpertUnavailable
 
 _SHARE: Final = 24  # one of so many slots is spare
-_LEISURE_S: Final = 1e-4
 
 
 def spare_slots(slots: int, most: int) -> int:
@@ -88,7 +85,8 @@ class DeviceStep:
         self._hosted = hosted
         self._runner = runner
         supply = supply_of(runner.buffers)
-        self._told_hosted, self._limit = supply.hosted.numpy(), supply.limit.numpy()
+        self._own_hosted, self._own_spares = supply.own_hosted.numpy(), supply.own_spares.numpy()
+        self._offered = -1, -1
         self._gates = runner.buffers.mail.weights.numpy()
         self._spares = spares
         self._dispatcher = dispatcher
@@ -109,7 +107,7 @@ class DeviceStep:
         with self._bringer.inside.changed:
             self._spares.append(self._bringer.rooms.take(self._first + self._layers - 1, self._level))
         self._tell_hosted()
-        self._set_limit()
+        self._offer()
 
     def serve(self, index: int) -> None:
         """Follow what the device does in a layer that has chosen, and help where it needs that."""
@@ -136,8 +134,7 @@ class DeviceStep:
         self.close()
         while self._counting:
             self._counting.popleft()()
-        until = perf_counter() + _LEISURE_S
-        while self._pending and (perf_counter() < until or len(self._pending) > 6 * self._layers):
+        while len(self._pending) > 4 * self._layers:  # else there is time for it in the next step
             self._pending.popleft()()
 
     def close(self) -> None:
@@ -186,6 +183,7 @@ class DeviceStep:
         self._runner.tell(self._table.take())
         self._runner.flush()  # before spares come, behind which it looks other experts up
         self._spares.append(slots)
+        self._offer()
 
     def _bring_to_host(self, number: int, experts: Sequence[int]) -> None:
         """Read what the device waits for into host memory, where others make room. Modifies."""
@@ -220,7 +218,8 @@ class DeviceStep:
 
     def _tell_hosted(self) -> None:
         if self._hosted.is_new:
-            self._told_hosted[:] = self._hosted.take()
+            self._own_hosted[:] = self._hosted.take()
+            self._runner.tell_hosted()
 
     def _replenish(self, layer: _Layer) -> None:
         """Let there be spares again, where few are left: of layers that this step has passed. Modifies."""
@@ -230,12 +229,15 @@ class DeviceStep:
             with self._bringer.inside.changed:
                 rooms.replenish(number, short, set(layer.chosen.experts.ravel().tolist()))
                 self._spares.append(rooms.take_free(short))
-        self._set_limit()
+        self._offer()
 
-    def _set_limit(self) -> None:
-        """Let guesses take spares, but for those that the next layer may lack."""
-        reserved = min(self._most, self._level // 3)
-        self._limit[0] = self._spares.end - reserved if self._looks_ahead else 0
+    def _offer(self) -> None:
+        """Let the device have what spares are new, guesses but for those that the next layer may lack."""
+        limit = self._spares.end - min(self._most, self._level // 3) if self._looks_ahead else 0
+        if (limit, self._spares.end) != self._offered:
+            self._offered = limit, self._spares.end
+            self._own_spares[-1] = limit
+            self._runner.offer()
 
     def _settle(self) -> None:
         """Note what came of the layer before, which is over. Modifies."""

@@ -339,7 +339,9 @@ def _route(
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
     """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
     mail, supply = buffers.mail, buffers.supply
-    routed, limit, limits = (buffers.fence,) * 3 if supply is None else (supply.routed, supply.limit, supply.limits)
+    routed, limit, limits = (
+        (buffers.fence,) * 3 if supply is None else (supply.routed, supply.spares[-1:], supply.limits)
+    )
     _route[(logits.shape[0], logits.shape[1] // shape.experts)](
         logits, buffers.table[layer], buffers.slots[layer], buffers.first[layer], buffers.weights[layer],
         buffers.stamp, mail.ids[layer], mail.guesses[layer], mail.weights[layer], mail.scores[layer], buffers.fence,

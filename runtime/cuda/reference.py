@@ -103,7 +103,7 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
             buffers.guessed[layer] = likely
     if (supply := buffers.supply) is not None:
         supply.routed[0] = int(buffers.stamp) * len(buffers.slots) + layer + 1
-        supply.limits[layer] = supply.limit[0]
+        supply.limits[layer] = supply.spares[-1]
 
 
 def wait(buffers: Buffers, layer: int) -> None:
@@ -175,7 +175,7 @@ def _supply(buffers: Buffers) -> Supply:
 
 
 def _spare(supply: Supply, number: int) -> int:
-    entry = int(supply.spares[number % len(supply.spares)])
+    entry = int(supply.spares[number % supply.ring])
     if entry >> 32 != number + 1:
         raise DeviceLost(f"there is no spare slot number {number}")
     return entry & 0xFFFFFFFF

@@ -100,6 +100,14 @@ class Runner(Protocol):
         """Let the device have the slot table behind what was launched on the copy stream before. Modifies."""
         ...
 
+    def offer(self) -> None:
+        """Let the device have `Supply.own_spares`, the limit last. Modifies."""
+        ...
+
+    def tell_hosted(self) -> None:
+        """Let the device have `Supply.own_hosted`. Modifies."""
+        ...
+
     def flush(self) -> None:
         """Wait until the device has what it was told."""
         ...
@@ -150,6 +158,8 @@ class Graphs:
         buffers.control.copy_(self._control[turn], non_blocking=True)
         if news is not None:
             buffers.news.copy_(self._news[self._message(news)], non_blocking=True)
+        if service == "device":  # behind what it was told between steps
+            torch.cuda.current_stream().wait_stream(self._copies.stream)
         graph, output = self._graphs[service]
         graph.replay()
         answer = Answer(*(None if each is None else each.clone() for each in output))  # type: ignore[arg-type]
@@ -235,6 +245,18 @@ class Graphs:
         """Return how much of each guess has come."""
         return shares_of(self._await(self._ended[layer], layer, stamp).experts)
 
+    def offer(self) -> None:
+        """Let the device have spares."""
+        supply = supply_of(self.buffers)
+        theirs, own, size = supply.spares.data_ptr(), supply.own_spares.data_ptr(), 8 * supply.ring
+        self._copies.send(theirs, own, size)
+        self._copies.send(theirs + size, own + size, 8)
+
+    def tell_hosted(self) -> None:
+        """Let the device know what is in host memory."""
+        supply = supply_of(self.buffers)
+        self._copies.send(supply.hosted.data_ptr(), supply.own_hosted.data_ptr(), supply.hosted.nbytes)
+
     def flush(self) -> None:
         """Wait until the device has what it was told."""
         self._copies.stream.synchronize()
@@ -296,6 +318,16 @@ class Eager:
     def ended(self, layer: int, stamp: int) -> list[float]:
         """Return how much of each guess has come."""
         return shares_of(self._read(supply_of(self.buffers).ended[layer], layer, stamp).experts)
+
+    def offer(self) -> None:
+        """Let the device have spares."""
+        supply = supply_of(self.buffers)
+        supply.spares.copy_(supply.own_spares)
+
+    def tell_hosted(self) -> None:
+        """Let the device know what is in host memory."""
+        supply = supply_of(self.buffers)
+        supply.hosted.copy_(supply.own_hosted)
 
     def flush(self) -> None:
         """Wait until the device has what it was told: it has."""

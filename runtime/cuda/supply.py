@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 GUESSES: Final = 2
 """Experts of the next layer that are begun ahead at most: a layer's time is not enough for more."""
-PARTS: Final = 16
-"""Programs that share the copy of a record: enough for the link, few enough to stop soon."""
-CHUNK: Final = 1024
+PARTS: Final = 4
+"""Programs that share the copy of a record: enough for the link, few of a device's multiprocessors."""
+CHUNK: Final = 16384
 """Words of 8 bytes that a program copies at once."""
 WHOLE: Final = 1024
 """How much of a guess has come is told in so many parts of it."""
@@ -35,10 +35,13 @@ class Supply:
 
     Attributes
     ----------
-    spares, limit
-        [R] int64 and [1] int64, the host's, pinned: see `Spares`; guesses take spares before the limit only.
+    spares
+        [R + 1] int64: see `Spares`; and a limit, guesses take the spares before it only.
     hosted
-        [L, E] int32, the host's, pinned: the slot of host memory that each expert's record lies in, -1 where in none.
+        [L, E] int32: the slot of host memory that each expert's record lies in, -1 where in none.
+    own_spares, own_hosted
+        The host's, pinned, copied to those when they change: a device's threads would read each word there in turn, some
+        4 us for each 32 of them.
     taken
         [2 L] int64: spares taken when each layer's lack is served, and when its guesses are.
     limits
@@ -56,8 +59,9 @@ class Supply:
     """
 
     spares: torch.Tensor
-    limit: torch.Tensor
     hosted: torch.Tensor
+    own_spares: torch.Tensor
+    own_hosted: torch.Tensor
     taken: torch.Tensor
     limits: torch.Tensor
     routed: torch.Tensor
@@ -70,6 +74,11 @@ class Supply:
     told: torch.Tensor
     ended: torch.Tensor
     side: Any = None  # the stream on which experts are brought, beside the kernels of the step
+
+    @property
+    def ring(self) -> int:
+        """Places for spares."""
+        return len(self.spares) - 1
 
     @property
     def chunks(self) -> int:
@@ -98,10 +107,12 @@ def make_supply(
         return torch.full(shape, fill, dtype=dtype, device=device)
 
     words = target.view(torch.int64)
+    ring = _ring(words.numel() * 8 // stride)
     return Supply(
-        spares=own(_ring(words.numel() * 8 // stride), dtype=torch.int64),
-        limit=own(1, dtype=torch.int64),
-        hosted=own(layers, experts, dtype=torch.int32, fill=-1),
+        spares=theirs(ring + 1, dtype=torch.int64),
+        hosted=theirs(layers, experts, dtype=torch.int32, fill=-1),
+        own_spares=own(ring + 1, dtype=torch.int64),
+        own_hosted=own(layers, experts, dtype=torch.int32, fill=-1),
         taken=theirs(2 * layers, dtype=torch.int64),
         limits=theirs(layers, dtype=torch.int64),
         routed=theirs(1, dtype=torch.int64),
@@ -113,7 +124,7 @@ def make_supply(
         words=stride // 8,
         told=own(layers, GUESSES, dtype=torch.int64),
         ended=own(layers, GUESSES, dtype=torch.int64),
-        side=torch.cuda.Stream(device) if is_cuda else None,
+        side=torch.cuda.Stream(device, priority=-1) if is_cuda else None,
     )
 
 

@@ -277,6 +277,7 @@ def under_load(segment: Segment, device: str, forced: Forced, resident_ms: float
     link_ms = 1e3 * num_bytes / link
     mean = statistics.mean(took)
     waited_ms = 1e3 * (sum(counts.waited_s) - waited) / tokens
+    loads = sum(counts.loads) - loads
     ahead = sum(counts.prefetched) - begun_before, sum(counts.prefetch_hits) - true_before
     numbers = range(len(forced.experts) - _PROFILED, len(forced.experts))
     assert segment.captured is not None
@@ -285,8 +286,8 @@ def under_load(segment: Segment, device: str, forced: Forced, resident_ms: float
         "split": split_of(step, numbers, ms=mean, waited_ms=waited_ms),
         "services": dict(segment.captured.services),
         "median_ms": statistics.median(took),
-        "loads_per_token": (sum(counts.loads) - loads) / tokens,
-        "hit_rate": 1 - (sum(counts.loads) - loads) / routed,
+        "loads_per_token": loads / tokens,
+        "hit_rate": 1 - loads / routed,
         "bytes_per_token": num_bytes,
         "link_bytes_per_s": link,
         "link_ms": link_ms,

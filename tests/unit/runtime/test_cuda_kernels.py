@@ -182,8 +182,9 @@ def supplied(*, spare: list[int]) -> tuple[Buffers, Spares]:
     buffers.guessed[0] = torch.tensor([[3, 8], [9, 4]])
     supply.hosted[0, :6] = torch.arange(6)
     supply.hosted[1, 6:] = torch.arange(6)
-    spares = Spares(supply.spares.numpy())
+    spares = Spares(supply.own_spares.numpy()[:-1])
     spares.append(spare)
+    supply.spares.copy_(supply.own_spares)
     supply.limits[0] = spares.end
     return buffers, spares
 
