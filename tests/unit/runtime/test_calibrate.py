@@ -110,6 +110,9 @@ def test_calibration_finds_more_room_in_larger_budgets(bench):
     assert found.setting(0.4) == small
     assert found.setting(0.2) is None
     assert found.warmup == WARMUP
+    assert np.shape(found.prices) == (4, 16)
+    assert np.mean(found.prices) == pytest.approx(1)
+    assert found.stand_in < 1
     assert seen[0][0] == 1
 
 
@@ -136,6 +139,12 @@ def test_the_command_writes_what_agents_read(tmp_path):
     output.write_text(found.model_copy(update={"layers": 5}).model_dump_json())
     with pytest.raises(InvalidFile, match=r"settings\[0\].shares: has 4 numbers, the model has 5 layers"):
         load_calibration(output)
+    output.write_text(found.model_copy(update={"prices": (*found.prices[:3], (1.0,))}).model_dump_json())
+    with pytest.raises(InvalidFile, match=r"prices\[3\]: has 1 numbers, the model has 16 experts"):
+        load_calibration(output)
+    older = found.model_dump(mode="json", exclude={"prices", "stand_in"})
+    output.write_text(json.dumps(older))
+    assert (load_calibration(output).prices, load_calibration(output).stand_in) == ((), 1.0)
 
 
 def test_the_command_takes_what_a_plan_places(tmp_path):
@@ -154,6 +163,7 @@ def test_the_command_takes_what_a_plan_places(tmp_path):
     assert found.situation == Situation(node="a", plan=plan.digest, placement=("5555",) * 4, is_whole=True)
     assert found.warmup == 0
     assert found.settings[0].waits_share < 0.9
+    assert (found.prices, found.stand_in) == ((), 1.0)  # all or none: nothing changes
     elsewhere = CliRunner().invoke(command, [*base, "--node", "c"])
     assert "no layer runs at node 'c', and no tokens enter there; name one of a" in str(elsewhere.exception)
 
