@@ -18,7 +18,7 @@ from runtime.ahead import Foresight
 from runtime.counters import Counts
 from runtime.errors import CallFailed, ExpertUnavailable
 from runtime.experts import Combine, ExpertCall, Rows, compute_rows, execute_call
-from runtime.few import FEW_ROWS, Picked, compute_few, compute_token, pick, shares, token_call
+from runtime.few import FEW_ROWS, Picked, compute_few, compute_taken, compute_token, pick, shares, token_call
 from runtime.importance import NOBODY, Substitution
 from runtime.lending import Low
 from runtime.menu import Menu
@@ -185,6 +185,11 @@ class Dispatcher:
         """Compute experts of one token here, [1, D] float32; None, with nothing done, if one is not at hand."""
         began = perf_counter()
         answer = compute_token(self.residency, picked, hidden, self.counts.tier_rows)
+        if answer is None and self.substitution is not None and (low := self.substitution.any_low) is not None:
+            copies = self.residency.take(picked.layer, picked.experts, low)
+            if copies is not None:
+                self.substitution.note_low(picked.layer, sum(len(copy.key) == 3 for copy in copies))
+                answer = compute_taken(self.residency, picked, copies, hidden, self.counts.tier_rows)
         if answer is not None:
             self._note_local(picked.layer, began, len(picked.experts))
         return answer
@@ -325,7 +330,7 @@ class Dispatcher:
     def _low(self, layer: int, rows: Rows) -> Low | None:
         """Return which of the experts computed here may be had in low precision."""
         given = self.substitution
-        if given is None or given.precision is None:
+        if given is None or given.precision is None or not given.is_low or not self.residency.slack.prefers_low():
             return None
         return given.take_low(layer, rows.expert, self._is_known_low(layer))
 

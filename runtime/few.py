@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.copies import Copy
 from runtime.experts import ExpertCall, Rows, TierRows, activation_of, execute_call, expert_math, group_bounds
 from runtime.pool import ExpertWeights
 from runtime.slots import Residency
@@ -60,10 +61,19 @@ def compute_token(
     tier_rows
         Adds the rows computed from each tier, where given.
     """
+    copies = residency.take(picked.layer, picked.experts)
+    return None if copies is None else compute_taken(residency, picked, copies, hidden, tier_rows)
+
+
+def compute_taken(
+    residency: Residency,
+    picked: Picked,
+    copies: Sequence[Copy],
+    hidden: torch.Tensor,
+    tier_rows: TierRows | None = None,
+) -> torch.Tensor:
+    """Do what `compute_token` does with copies that `Residency.take` gave, whose use it ends."""
     layer, experts, values = picked
-    copies = residency.take(layer, experts)
-    if copies is None:
-        return None
     try:
         if tier_rows is not None:
             for copy in copies:

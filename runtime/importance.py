@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from runtime.counters import Counts
 from runtime.policy.eviction import Bools
 from runtime.policy.quality import Controller
-from runtime.policy.routing import Choice, Routing
+from runtime.policy.routing import Choice, LowMissing, Routing
 from runtime.policy.step import choose_each, choose_whole, low_experts
 from runtime.routers import RouterRule, rank_experts, router_rule, routers_of
 from runtime.skeleton import RoutedExperts
@@ -99,6 +99,21 @@ class Substitution:
                 index[token], weights[token] = self._row(choice, mass, index[token], weights[token])
         return index, weights
 
+    @property
+    def is_low(self) -> bool:
+        """Whether an expert of the layer that `apply` was asked for last will do in low precision."""
+        return bool(self._low)
+
+    @property
+    def any_low(self) -> LowPrecision | None:
+        """The precision that will do for whatever is not at hand in a better one, so that nobody need be asked."""
+        rule = self.policy
+        return self.precision if isinstance(rule, LowMissing) and rule.share >= 1 else None
+
+    def note_low(self, layer: int, rows: int) -> None:
+        """Note rows computed in low precision. Modifies."""
+        self.low_rows[layer] = self.low_rows.get(layer, 0) + rows
+
     def take_low(
         self, layer: int, experts: NDArray[np.integer[Any]], is_known: Callable[[int], bool]
     ) -> dict[int, LowPrecision]:
@@ -112,7 +127,7 @@ class Substitution:
             Whether a record of an expert in this precision is.
         """
         if low := self.may_be_low(is_known):
-            self.low_rows[layer] = self.low_rows.get(layer, 0) + int(np.isin(experts, list(low)).sum())
+            self.note_low(layer, int(np.isin(experts, list(low)).sum()))
         return low
 
     def may_be_low(self, is_known: Callable[[int], bool]) -> dict[int, LowPrecision]:

@@ -116,12 +116,14 @@ class Lender:
             raise ExpertUnavailable(key[0], key[1], "this node")
         return copy
 
-    def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
+    def take(self, layer: int, experts: Sequence[int], low: LowPrecision | None = None) -> list[Copy] | None:
         """Begin to use experts that are all at hand, until `end`; None, with nothing done, if one is not. Modifies."""
         ready, copies = self._shelf.ready, []
         with self._changed:
             for expert in experts:
                 copy = ready.get((layer, expert))
+                if copy is None and low is not None:
+                    copy = ready.get((layer, expert, low))
                 if copy is None:
                     return None
                 copies.append(copy)

@@ -301,13 +301,18 @@ class Residency:
         """
         return self._lender.lend(layer, experts, low, rows=rows, ahead=ahead, sizes=sizes)
 
-    def take(self, layer: int, experts: Sequence[int]) -> list[Copy] | None:
+    def take(self, layer: int, experts: Sequence[int], low: LowPrecision | None = None) -> list[Copy] | None:
         """Begin to use experts of one layer that are all at hand; None, with nothing done, if one is not. Modifies.
 
         What `lend` does in the ordinary case, for those who need it most often: `weights` of the copies are valid until
         `end` is called.
+
+        Parameters
+        ----------
+        low
+            A copy in this precision will do where none better is at hand.
         """
-        return self._lender.take(layer, experts)
+        return self._lender.take(layer, experts, low)
 
     def weights(self, copy: Copy) -> ExpertWeights:
         """Return the weights of a copy that `take` gave."""

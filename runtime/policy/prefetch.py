@@ -11,6 +11,8 @@ _FADE: Final = 0.95
 _HANDOVER_S: Final = 2e-3  # quicker loads are best made by who needs them: threads that share two cores cost more
 _TRUSTED: Final = 0.5  # share of guesses that must come true
 _FEW: Final = 32
+_SAVES: Final = 0.8  # what a load in low precision may take of another: the choice costs something too
+_RETRY: Final = 256  # layers
 _EXPECTED: Final = 0.85  # of the guesses come true (RUNTIME.md: 81 to 89 %)
 
 
@@ -34,13 +36,27 @@ class Slack:
     guesses: int = 0
     came_true: int = 0
     _is_new: bool = field(default=True, repr=False)
+    _low_loads: int = field(default=0, repr=False)
+    _low_asked: int = field(default=0, repr=False)
 
     def observe_load(self, seconds: float, *, is_low: bool = False) -> None:
         """Note how long a load took, of a low-precision copy perhaps. Modifies."""
         if is_low:
-            self.low_load_s = _faded(self.low_load_s, seconds)
+            self._low_loads += 1
+            weight = max(1 - _FADE, 1 / self._low_loads)  # the first few are slower than those to come
+            self.low_load_s += weight * (seconds - self.low_load_s)
         else:
             self.load_s = _faded(self.load_s, seconds)
+
+    def prefers_low(self) -> bool:
+        """Whether a missing expert that will do in low precision is loaded so: where that is done sooner. Modifies.
+
+        Unpacking costs what a quick disk would take for the rest of the bytes. Every so often it is tried all the same,
+        since times change.
+        """
+        self._low_asked += 1
+        is_known = self._low_loads >= _FEW and self.load_s > 0
+        return not is_known or self.low_load_s < _SAVES * self.load_s or self._low_asked % _RETRY == 0
 
     def observe_layer(self, seconds: float, waited_s: float) -> None:
         """Note the time since the layer before, and how much of it was waited for loads. Modifies."""

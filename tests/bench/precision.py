@@ -12,7 +12,8 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -32,6 +33,7 @@ from runtime.loading import load_tokenizer, load_whole
 from runtime.models import open_model
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, LowMissing
+from runtime.records import RecordFile
 from runtime.store import prepare_store
 from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.units import format_bytes
@@ -62,8 +64,16 @@ class Arm:
 @click.option("--tokens", default=24, show_default=True, help="Decoded in each of the rounds.")
 @click.option("--rounds", default=10, show_default=True)
 @click.option("--warm", is_flag=True, help="Let the page cache be.")
+@click.option("--disk", type=float, help="Let reads take as long as from a disk of so many MiB/s.")
 def main(
-    model: Path, texts: tuple[Path, ...], text_tokens: int, share: float, tokens: int, rounds: int, warm: bool
+    model: Path,
+    texts: tuple[Path, ...],
+    text_tokens: int,
+    share: float,
+    tokens: int,
+    rounds: int,
+    warm: bool,
+    disk: float | None,
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
@@ -71,10 +81,29 @@ def main(
     click.echo(f"{machine}; {model.name}, float32")
     if texts:
         print_perplexity(model, texts, text_tokens)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, slower_disk(disk):
         store = Path(directory) / "store"
         prepare_store(model, store, dtype="float32", precisions=LOW_PRECISIONS)
         print_decoding(store, share=share, tokens=tokens, rounds=rounds, is_cold=not warm)
+
+
+@contextmanager
+def slower_disk(rate: float | None) -> Iterator[None]:
+    """Let every record take as long to read as from a disk of `rate` MiB/s, where that is longer."""
+    read_into = RecordFile.read_into
+
+    def slowly(self: RecordFile, parts: Sequence[memoryview], *, check: bool) -> None:
+        due = time.perf_counter() + sum(map(len, parts)) / (rate * 2**20)
+        read_into(self, parts, check=check)
+        time.sleep(max(0.0, due - time.perf_counter()))
+
+    if rate is not None:
+        click.echo(f"reads take as long as from a disk of {rate:g} MiB/s")
+        RecordFile.read_into = slowly
+    try:
+        yield
+    finally:
+        RecordFile.read_into = read_into
 
 
 def print_perplexity(model: Path, texts: tuple[Path, ...], tokens: int) -> None:

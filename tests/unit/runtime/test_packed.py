@@ -2,6 +2,7 @@
 
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from runtime.alone import Times, open_alone, packing_pays
 from runtime.engine import Segment
 from runtime.errors import ExpertLost, ExpertUnavailable
+from runtime.experts import Rows, compute_rows
+from runtime.few import Picked, compute_taken
 from runtime.importance import Importance
 from runtime.packed import Repacked, Unpacked
 from runtime.policy.eviction import EVICTIONS
+from runtime.policy.prefetch import Slack
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, LowMissing, PrecisionByRank
 from runtime.precision import empty_parts, unpack_parts
@@ -195,6 +199,13 @@ def test_a_low_copy_will_do_where_it_is_allowed_and_no_better_one_is_here(packed
         lent([2], 2)
 
 
+class LowSlack(Slack):
+    """A disk so slow that low precision is always loaded sooner."""
+
+    def prefers_low(self):
+        return True
+
+
 def low_cache(store):
     """Slots of weights, for exact records and for those in int4."""
     spec, layout = store.manifest.model, store.manifest.layout
@@ -202,6 +213,7 @@ def low_cache(store):
     for record in store.manifest.records:
         held.place(record.key, source_of(store, record.key))
         held.place_packed(record.key, "int4", low_source(store, record.key, "int4"))
+    held.slack = LowSlack()
     return held
 
 
@@ -234,10 +246,27 @@ def test_missing_experts_come_in_low_precision_as_the_budget_allows(checkpoint, 
         if budget and precision:
             assert 0 < counts.low_rows < counts.rows
             assert not torch.equal(got, want)
-            assert sum(loaded) % opened.manifest.layout.bytes
+            assert any(each % opened.manifest.layout.bytes for each in loaded)
         else:
             assert counts.low_rows == 0
             assert torch.equal(got, want)
+
+
+def test_low_copies_at_hand_are_used_as_they_would_be_lent(packed_store):
+    """In as few operations as exact ones, and counted as such."""
+    held = low_cache(packed_store("qwen3_moe"))
+    picked = Picked(0, [1, 2, 5], np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    hidden = torch.randn(1, held.layout.parts[0].shape[1], generator=torch.Generator().manual_seed(3))
+    rows = Rows(np.zeros(3, dtype=np.int64), np.array(picked.experts), torch.from_numpy(picked.weights))
+    low = {1: "int4", 5: "int4"}
+    answers = [compute_rows(held, 0, rows, hidden, combine="partial", low=low) for _ in range(2)]  # loaded, at hand
+    assert held.take(0, picked.experts) is None
+    copies = held.take(0, picked.experts, "int4")
+    assert [len(copy.key) for copy in copies] == [3, 2, 3]
+    with torch.inference_mode():
+        answers.append(compute_taken(held, picked, copies, hidden))
+    assert all(torch.equal(each, answers[0]) for each in answers)
+    assert not any(copy.users for copy in held._shelf.copies.values())
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1e-2), st.floats(0, 1e-2))

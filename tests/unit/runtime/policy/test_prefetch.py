@@ -27,3 +27,15 @@ def test_guesses_that_do_not_come_true_end_it_and_are_forgotten():
     found.observe_guesses(5000, 4500)
     assert found.room == 3
     assert found.guesses < 4096
+
+
+def test_low_precision_is_preferred_where_it_is_loaded_sooner():
+    slack = Slack()
+    assert slack.prefers_low()  # nothing is known yet
+    for low_s, prefers in ((1e-3, False), (2e-4, True)):
+        for _ in range(200):
+            slack.observe_load(5e-4)
+            slack.observe_load(low_s, is_low=True)
+        asked = [slack.prefers_low() for _ in range(512)]
+        assert asked.count(prefers) >= 510
+        assert True in asked  # times change
