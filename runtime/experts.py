@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from runtime.cuda.grouped import grouped_answers
 from runtime.errors import InvalidInput, RuntimeFault
 from runtime.lending import Low
 from runtime.loads import Borrowed
@@ -139,8 +140,14 @@ def compute_rows(
             gathered = hidden[token]
         experts = rows.expert[bounds[:-1]].tolist()
         sizes = () if combine == "ordered" else np.diff(bounds).tolist()
-        lending = residency.lend(layer, experts, low, rows=len(rows.expert), ahead=ahead, sizes=sizes)
-        answers = torch.cat(_answers(residency.layout.form, lending, gathered, bounds, tier_rows))
+        answers = None
+        if gathered.is_cuda and token is not None and not low:
+            answers = grouped_answers(residency, layer, experts, bounds, gathered)
+        if answers is None:
+            lending = residency.lend(layer, experts, low, rows=len(rows.expert), ahead=ahead, sizes=sizes)
+            answers = torch.cat(_answers(residency.layout.form, lending, gathered, bounds, tier_rows))
+        elif tier_rows is not None:
+            tier_rows["device"] = tier_rows.get("device", 0) + len(rows.expert)
         if combine == "ordered":
             return (answers * rows.weight.unsqueeze(1)).to(hidden.dtype)
         if token is None:

@@ -173,8 +173,9 @@ class CapturedDecode:
         caching, rows = self.residency.caching, len(words.seen)
         spares = self._spares[rows]
         step = DeviceStep(
-            self._bringer, self.table, self.hosted, runner, spares, dispatcher, tally, stamp=words.stamp,
-            first_layer=self.first_layer, looks_ahead=caching is not None and caching.prefetch, pending=self._pending,
+            self._bringer, self.table, self.hosted, runner, spares, dispatcher=dispatcher, tally=tally,
+            stamp=words.stamp, first_layer=self.first_layer, looks_ahead=caching is not None and caching.prefetch,
+            pending=self._pending,
         )  # fmt: skip
         try:
             step.begin()

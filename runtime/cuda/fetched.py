@@ -21,6 +21,7 @@ from runtime.cuda.table import HostTable, SlotTable, lacking
 from runtime.cuda.tally import Tally
 from runtime.dispatch import Dispatcher
 from runtime.errors import ExpertUnavailable
+from schemas.topology import Tier
 
 _SHARE: Final = 24  # one of so many slots is spare
 
@@ -72,9 +73,9 @@ class DeviceStep:
         hosted: HostTable,
         runner: Runner,
         spares: Spares,
+        *,
         dispatcher: Dispatcher,
         tally: Tally,
-        *,
         stamp: int,
         first_layer: int,
         looks_ahead: bool,
@@ -244,7 +245,7 @@ class DeviceStep:
         layer = self._open
         if layer is None:
             return
-        late = dict.fromkeys(lacking(layer.chosen), "host")
+        late: dict[int, Tier] = dict.fromkeys(lacking(layer.chosen), "host")
         self._counting.append(partial(self._tally.count, layer.index, layer.chosen.experts, late))
         if layer.brought or layer.guesses or layer.index == self._layers - 1:
             shares = self._runner.ended(layer.index, self._stamp)

@@ -40,8 +40,8 @@ class Supply:
     hosted
         [L, E] int32: the slot of host memory that each expert's record lies in, -1 where in none.
     own_spares, own_hosted
-        The host's, pinned, copied to those when they change: a device's threads would read each word there in turn, some
-        4 us for each 32 of them.
+        The host's, pinned, copied to those when they change: a device's threads would read each word there in turn,
+        some 4 us for each 32 of them.
     taken
         [2 L] int64: spares taken when each layer's lack is served, and when its guesses are.
     limits

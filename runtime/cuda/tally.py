@@ -52,7 +52,10 @@ class Tally:
             cache.layers[index].written(1)
         flat: list[int] = experts[experts >= 0].tolist()
         self._count_found(number, flat, brought)
-        counts.count_layer(number, sorted_rows(experts), tokens=len(experts), remote_rows=0, remote_tokens=0)
+        if len(experts) == 1:
+            counts.count_token(number, flat, remote_rows=0)
+        else:
+            counts.count_layer(number, sorted_rows(experts), tokens=len(experts), remote_rows=0, remote_tokens=0)
         counts.local_calls += 1
         return flat
 
