@@ -67,7 +67,8 @@ def asked_of_the_peer(opened, eviction):
     for _ in range(200):
         chosen = torch.from_numpy(draw.choice(EXPERTS, 2, replace=False))[None]
         dispatcher = Dispatcher(held, routing, NoCaller(), Counters(LAYERS, EXPERTS).fresh())
-        answers.append(dispatcher.run(0, hidden, chosen, torch.tensor([[0.25, 0.75]])))
+        with torch.inference_mode():
+            answers.append(dispatcher.run(0, hidden, chosen, torch.tensor([[0.25, 0.75]])))
     return len(asked), torch.cat(answers)
 
 
