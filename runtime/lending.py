@@ -163,7 +163,7 @@ class Lender:
         """Count what was found and waited for; whoever asks holds the lock. Layers of a prompt are no measure."""
         if self._counts is None:
             return
-        self._shelf.count_found(layer, copies)
+        self._desk.count_found(layer, copies)
         self._shelf.forget_guesses(layer)
         self._counts.waited_s[layer] += waited_s
         now = perf_counter()

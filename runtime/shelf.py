@@ -387,15 +387,6 @@ class Shelf:
                 if not copy.is_dropped:
                     self.settle(copy)
 
-    def count_found(self, layer: int, copies: Iterable[Copy]) -> None:
-        """Count copies that were at hand."""
-        for copy in copies:
-            self.counts.found[copy.tier][layer] += 1
-            if copy.is_guest:
-                self.counts.guest_hits[layer] += 1
-                self.rent.use(copy.key)
-            self.redeem(copy)
-
     def redeem(self, copy: Copy) -> None:
         """Count a guess that came true."""
         if copy.is_guess:

@@ -20,14 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.caching import Caching
-from runtime.copies import MEMORY, Copy, Key, copy_keys
-from runtime.counters import TierCounts
-from runtime.guests import Guests
-from runtime.launches import Launches
-from runtime.learning import Learner
-from runtime.lending import Lender, Low
-from runtime.loads import Borrowed, Loader, device_copies
-from runtime.placing import Placer, Record
+from runtime.copies import Copy, Key, copy_keys
+from runtime.furnishing import furnish
+from runtime.lending import Low
+from runtime.loads import Borrowed, Loader
+from runtime.placing import Record
 from runtime.policy.prefetch import Slack
 from runtime.pool import ExpertWeights, SlotPool, record_of
 from runtime.precision import packed_layout
@@ -35,7 +32,6 @@ from runtime.reads import CACHED, Reads
 from runtime.records import Source
 from runtime.shelf import Shelf
 from runtime.streaming import Ahead
-from runtime.ways import LocalWays
 from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -106,58 +102,22 @@ class Residency:
         self.device = torch.device(device)
         self.reads = reads
         self.caching = caching
-        self.counts = TierCounts(caching.layers if caching else 0)
         self.budgets: dict[Tier, int] = {tier: budgets.get(tier, 0) for tier in TIERS}
-        self._changed = threading.Condition(threading.Lock())
-        in_memory = layout.bytes if self.packed is None else self.packed.bytes
-        sizes: dict[Tier, int] = {"device": in_memory, "host": in_memory, "disk": layout.bytes}
-        most = sys.maxsize if max_slots is None else max_slots
-        slots = {tier: min(self.budgets[tier] // sizes[tier], most) for tier in MEMORY}
-        self._pools = {tier: SlotPool(layout, n, tier, self.device, packed=self.packed) for tier, n in slots.items()}
-        is_apart = self.device.type == "cuda" if is_apart is None else is_apart
-        computed_in: tuple[Tier, ...] = ("device",) if is_apart else MEMORY
-        eviction = caching.policy() if caching is not None else None
-        self._shelf = Shelf(
-            sizes,
-            self.budgets,
-            slots,
-            cached_in=() if caching is None else computed_in,
-            computed_in=computed_in,
-            eviction=eviction,
-            is_cost_aware=caching is not None and caching.eviction == "cost-aware",
-            experts=caching.experts if caching else 0,
-            counts=self.counts,
-            notify=self._changed.notify_all,
-            give_back=lambda tier, slot: self._pools[tier].give_back(slot),
-        )
-        self._learner = Learner(eviction, self._shelf, self._changed) if eviction is not None else None
-        counts = self.counts if caching else None
-        self.ways = LocalWays(self._shelf, may_compute=is_apart and (caching is None or caching.in_place))
-        copies = device_copies(self.device, layout, self.packed) if is_apart and slots["device"] else None
-        self._loader = Loader(
+        parts = furnish(
             layout,
-            self._shelf,
-            self._pools,
-            self._changed,
-            counts=counts,
+            self.budgets,
             device=self.device,
             packed=self.packed,
-            copies=copies,
+            most=sys.maxsize if max_slots is None else max_slots,
+            caching=caching,
+            is_apart=self.device.type == "cuda" if is_apart is None else is_apart,
+            record_dir=record_dir,
+            reads=reads,
         )
-        self._lender = Lender(
-            self._shelf,
-            self._loader,
-            self._changed,
-            counts=counts,
-            is_ahead=caching is not None and caching.prefetch,
-            workers=caching.workers if caching else 0,
-            ways=self.ways,
-            launches=Launches(self._shelf, self._changed, self._pools, copies, counts) if copies is not None else None,
-        )
-        self._placer = Placer(
-            layout, self._shelf, self._pools, self._changed, packed=self.packed, record_dir=record_dir, reads=reads
-        )
-        self._guests = Guests(self._shelf, self._loader, self._changed)
+        self.counts, self.ways = parts.counts, parts.ways
+        self._changed, self._pools, self._shelf = parts.changed, parts.pools, parts.shelf
+        self._loader, self._lender, self._placer = parts.loader, parts.lender, parts.placer
+        self._learner, self._guests = parts.learner, parts.guests
 
     @property
     def inside(self) -> "Inside":

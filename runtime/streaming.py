@@ -61,6 +61,17 @@ class Desk(NamedTuple):
         with self.changed:
             self.shelf.end_use(copies)
 
+    def count_found(self, layer: int, copies: Iterable[Copy]) -> None:
+        """Count copies that were at hand. Modifies; the lock is held."""
+        if self.counts is None:
+            return
+        for copy in copies:
+            self.counts.found[copy.tier][layer] += 1
+            if copy.is_guest:
+                self.counts.guest_hits[layer] += 1
+                self.shelf.rent.use(copy.key)
+            self.shelf.redeem(copy)
+
     def guessed(self, layer: int, wanted: Sequence[Key], most: int) -> list[Copy]:
         """Make copies of up to `most` guesses for a layer that runs next, to be filled. Modifies; the lock is held.
 
@@ -158,8 +169,7 @@ class Stream:
                     raise ExpertUnavailable(key[0], key[1], "this node")
             if self.sizes and self._absent:
                 self._take_in_place()
-            if self.desk.counts is not None:
-                shelf.count_found(self.layer, [copy for _, copy in (*self._at_hand, *self._in_place)])
+            self.desk.count_found(self.layer, [copy for _, copy in (*self._at_hand, *self._in_place)])
 
     def _take_in_place(self) -> None:
         """Begin to use what the processor computes in host memory instead of its being loaded; the lock is held."""
