@@ -81,7 +81,7 @@ def _fetch(
             short = tl.sum(((needs & ((entry >> 32) != order + 1)) | (fresh & (lies < 0))).to(tl.int32), axis=0)
             tries += 1
         if short > 0:  # the host has given the step up, or died: nothing is computed with what is missing
-            took = tl.full([1], -1, tl.int64)
+            took += tl.where(seen < wanted, -1, 0)
         else:
             slot = tl.where(needs, (entry & 0xFFFFFFFF).to(tl.int32), slot)
             taken += tl.sum(needs.to(tl.int64), axis=0)

@@ -107,11 +107,12 @@ def test_a_layer_that_lacks_experts_may_get_others(checkpoint: Any) -> None:
     assert loads[1] < loads[0]
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
 def test_an_expert_that_is_lost_ends_the_step_and_nothing_else(
-    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch, is_apart: bool
 ) -> None:
     path = checkpoint("qwen3_moe")
-    segment = opened(path, slots=7)
+    segment = apart(path, slots=7, host=4) if is_apart else opened(path, slots=7)
     want = list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset()))
     read = CheckpointExpert.read_into
 
