@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.forcing import Bench, Supply, cut_pieces
+from runtime.loading import load_tokenizer, load_whole
 from runtime.store import Store
+from tests.demo import DEMO, TEXT
 from tests.families import make_checkpoint, make_store
 
 
@@ -46,3 +49,11 @@ def packed_store(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.Tem
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def bench() -> Bench:
+    """Return the demo model with some text to force through it; whoever changes weights puts them back."""
+    ids = load_tokenizer(DEMO)(TEXT.read_text(), verbose=False)["input_ids"]
+    pieces = cut_pieces([ids], window=64, max_tokens=1024)
+    return Bench(load_whole(DEMO, dtype="float32"), pieces, Supply(4, 16, 6), 2)

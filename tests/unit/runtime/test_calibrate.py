@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from agent.calibrating import calibrate as command
 from runtime.calibrate import calibrate, policy_of, require_text
 from runtime.errors import InvalidInput
 from runtime.forcing import WARMUP, Bench, Cached, Supply, cut_pieces
-from runtime.loading import load_tokenizer, load_whole
 from runtime.policy.cache import Cache
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.routing import Exact, LeaveOut
@@ -23,18 +21,8 @@ from schemas.calibration import Situation, load_calibration
 from schemas.checkpoint import read_checkpoint
 from schemas.files import InvalidFile
 from schemas.plan import write_plan
+from tests.demo import DEMO, TEXT
 from tests.small_plans import path, plan_through, replicas, route
-
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
-TEXT = ROOT / "LICENSE"  # some text that does not change
-
-
-@pytest.fixture(scope="module")
-def bench():
-    ids = load_tokenizer(DEMO)(TEXT.read_text(), verbose=False)["input_ids"]
-    pieces = cut_pieces([ids], window=64, max_tokens=1024)
-    return Bench(load_whole(DEMO, dtype="float32"), pieces, Supply(4, 16, 6), 2)
 
 
 def test_pieces_share_a_token_with_their_neighbours():

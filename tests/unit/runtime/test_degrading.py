@@ -1,7 +1,5 @@
 """What low precision costs: weights are rounded as records are, put back, and their cost is written down."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -9,22 +7,12 @@ from click.testing import CliRunner
 from agent.calibrating import calibrate as command
 from runtime.degrading import degraded, fused_experts, precision_costs
 from runtime.errors import InvalidInput
-from runtime.forcing import Bench, Supply, cut_pieces
-from runtime.loading import load_tokenizer, load_whole
+from runtime.forcing import Bench
+from runtime.loading import load_whole
 from runtime.precision import empty_parts, unpack_parts
 from schemas.calibration import load_calibration
 from schemas.files import InvalidFile
-
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
-TEXT = ROOT / "LICENSE"  # some text that does not change
-
-
-@pytest.fixture(scope="module")
-def bench():
-    ids = load_tokenizer(DEMO)(TEXT.read_text(), verbose=False)["input_ids"]
-    pieces = cut_pieces([ids], window=64, max_tokens=1024)
-    return Bench(load_whole(DEMO, dtype="float32"), pieces, Supply(4, 16, 6), 2)
+from tests.demo import DEMO, TEXT
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
