@@ -33,9 +33,9 @@ _PROBE: Final = 0.02  # share given to one layer alone, to see what it costs
 _PROBE_PIECES: Final = 16
 _SCALES: Final = (0.5, 1.0, 2.0)  # around the first guess
 STAND_IN: Final = 0.65
-"""Part of its score that a stand-in is weighted by: at as many loads, perplexity of tinymoe-base's calibration text rises
-by .69 % instead of .80 % (8 of 32 experts; 222k tokens, the difference known to .02 points) and predictions diverge by a
-seventh less, there and on new text, whose perplexity is the same within chance."""
+"""Part of its score that a stand-in is weighted by: at as many loads, perplexity of tinymoe-base's calibration text
+rises by .69 % instead of .80 % (8 of 32 experts; 222k tokens, the difference known to .02 points) and predictions
+diverge by a seventh less, there and on new text, whose perplexity is the same within chance."""
 _CONFIDENT: Final = 1.96  # standard errors on either side: 95 %
 _FEWEST: Final = 8  # pieces
 _TRIES, _NEAR = 4, 0.9  # runs for a budget, and how much of it is enough
