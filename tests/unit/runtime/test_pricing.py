@@ -10,6 +10,8 @@ from runtime.forcing import cut_pieces
 from runtime.loading import load_tokenizer, load_whole
 from runtime.pricing import expert_prices
 from runtime.routers import routers_of
+from schemas.checkpoint import read_checkpoint
+from tests.families import FAMILIES, reference
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "examples" / "models" / "tinymoe-demo"
@@ -50,3 +52,13 @@ def test_an_expert_that_puts_out_more_is_dearer(model):
         experts.down_proj.data[expert] = kept
     others = np.arange(16) != expert
     assert after[0, expert] / after[0, others].mean() > 1.5 * before[0, expert] / before[0, others].mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_prices(checkpoint, family):
+    model = reference(checkpoint(family))
+    routers, pieces = routers_of(model), torch.arange(2 * 33).view(2, 33)
+    experts = read_checkpoint(checkpoint(family)).model_spec.experts
+    prices = expert_prices(model, pieces, layers=len(routers), experts=experts)
+    assert np.isfinite(prices).all()
+    assert prices.std() > 0
