@@ -2,8 +2,8 @@
 
 The same prompt runs through segments that differ only in where their experts are: each in a slot of its own (twice, to
 show what a ratio of equals looks like here), in a cache that has room for all, and in one with room for a share, whose
-misses are read from the page cache, or with ``--cold`` from the disk. They take turns in one process, in another order
-each time, so that ratios hold whatever else the machine does. Without MODEL, one with random weights is made.
+misses are read from the page cache, or from the disk (``reads: direct``). They take turns in one process, in another
+order each time, so that ratios hold whatever else the machine does. Without MODEL, one with random weights is made.
 """
 
 import os
@@ -20,10 +20,10 @@ import torch
 from runtime.alone import open_alone
 from runtime.engine import Segment, prefill_chunks
 from runtime.loading import load_trunk
+from runtime.reads import ReadWay
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Residency
 from runtime.store import Store, prepare_store
-from tests.bench.runtime import _cold
 
 PROMPT = 512
 FIRST = "no cache, all experts in slots"
@@ -53,12 +53,14 @@ def without_cache(store: Store, path: Path) -> Segment:
     return Segment(load_trunk(path, dtype="float32"), residency, board)
 
 
-def with_cache(path: Path, store: Store, share: float) -> Segment:
+def with_cache(path: Path, store: Store, share: float, reads: ReadWay = "cached") -> Segment:
     """Experts in a cache with room for a share of them."""
     spec = store.manifest.model
     trunk = spec.range_bytes(range(spec.num_decoder_layers))
     kv = spec.kv_bytes_per_token_layer * spec.num_decoder_layers * (PROMPT + 1)
-    return open_alone(path, budget=trunk + kv + round(share * spec.total_expert_bytes), max_tokens=PROMPT + 1)
+    return open_alone(
+        path, budget=trunk + kv + round(share * spec.total_expert_bytes), max_tokens=PROMPT + 1, reads=reads
+    )
 
 
 def prefill_s(segment: Segment, ids: torch.Tensor) -> tuple[float, float, torch.Tensor]:
@@ -71,7 +73,7 @@ def prefill_s(segment: Segment, ids: torch.Tensor) -> tuple[float, float, torch.
     return time.perf_counter() - began, time.process_time() - computed, logits
 
 
-def report(path: Path, *, share: float, rounds: int, is_cold: bool) -> None:
+def report(path: Path, *, share: float, rounds: int) -> None:
     """Measure one model and print its table."""
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory) / "store"
@@ -84,6 +86,7 @@ def report(path: Path, *, share: float, rounds: int, is_cold: bool) -> None:
             "the same again": without_cache(store, where),
             "cache, room for all": with_cache(where, store, 1.0),
             f"cache, room for {share:.0%}": with_cache(where, store, share),
+            f"cache, room for {share:.0%}, from the disk": with_cache(where, store, share, "direct"),
         }
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         loads: dict[str, int] = {}
@@ -92,8 +95,7 @@ def report(path: Path, *, share: float, rounds: int, is_cold: bool) -> None:
             for name in random.sample(list(arms), len(arms)):
                 counts = arms[name].residency.counts
                 had = sum(counts.loads)
-                with _cold(where, is_cold):
-                    *seconds, logits = prefill_s(arms[name], ids)
+                *seconds, logits = prefill_s(arms[name], ids)
                 loads[name] = sum(counts.loads) - had
                 wanted = logits if wanted is None else wanted
                 assert torch.equal(logits, wanted), name
@@ -120,8 +122,7 @@ def print_table(name: str, taken: dict[str, list[tuple[float, float]]], loads: d
 @click.argument("models", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--share", default=0.25, show_default=True, help="Of the experts that fit into the small cache.")
 @click.option("--rounds", default=15, show_default=True)
-@click.option("--cold", is_flag=True, help="Drop the page cache of the store all the while.")
-def main(models: tuple[Path, ...], share: float, rounds: int, cold: bool) -> None:
+def main(models: tuple[Path, ...], share: float, rounds: int) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     click.echo(
@@ -129,7 +130,7 @@ def main(models: tuple[Path, ...], share: float, rounds: int, cold: bool) -> Non
     )
     with tempfile.TemporaryDirectory() as directory:
         for model in models or (make_larger(Path(directory) / "larger"),):
-            report(model, share=share, rounds=rounds, is_cold=cold)
+            report(model, share=share, rounds=rounds)
 
 
 if __name__ == "__main__":
