@@ -15,24 +15,14 @@ from runtime.cuda.buffers import STAMP, Buffers
 from runtime.cuda.supply import CHUNK, GUESSES, PARTS, WHOLE, Supply
 from runtime.errors import RuntimeFault
 
-# A program has a multiprocessor of its own: so many threads with so many words each take all registers there. What ran
-# beside it would have to wait for its own memory behind what comes from the host, 20 times as long.
-_WARPS: Final = 32
 _SPIN_LIMIT: Final = 1 << 24  # some 30 s: a host that died must not hold the device for ever
 
 
 @triton.jit
 def _copy_chunk(source, target, chunk, part, WORDS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    first = (chunk * PARTS + part) * CHUNK
-    a = first + tl.arange(0, CHUNK // 2)
-    b = first + CHUNK // 2 + tl.arange(0, CHUNK // 4)
-    c = first + CHUNK // 4 * 3 + tl.arange(0, CHUNK // 4)
-    words_a = tl.load(source + a, mask=a < WORDS, other=0, cache_modifier=".cg")
-    words_b = tl.load(source + b, mask=b < WORDS, other=0, cache_modifier=".cg")
-    words_c = tl.load(source + c, mask=c < WORDS, other=0, cache_modifier=".cg")
-    tl.store(target + a, words_a, mask=a < WORDS)
-    tl.store(target + b, words_b, mask=b < WORDS)
-    tl.store(target + c, words_c, mask=c < WORDS)
+    at = (chunk * PARTS + part) * CHUNK + tl.arange(0, CHUNK)
+    inside = at < WORDS
+    tl.store(target + at, tl.load(source + at, mask=inside, other=0, cache_modifier=".cg"), mask=inside)
 
 
 @triton.jit
@@ -208,7 +198,7 @@ def _launch_fetch(buffers: Buffers, supply: Supply, layer: int) -> None:
         buffers.mail.waited_ns, layer, len(buffers.slots), _SPIN_LIMIT,
         COUNT=count, BLOCK=triton.next_power_of_2(count), RING=supply.ring, WORDS=supply.words,
         CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, WHOLE=WHOLE, STAMP=STAMP,
-        IS_TIMED=buffers.table.is_cuda, num_warps=_WARPS,
+        IS_TIMED=buffers.table.is_cuda, num_warps=4,
     )  # fmt: skip
 
 
@@ -221,5 +211,5 @@ def _launch_ahead(buffers: Buffers, supply: Supply, layer: int) -> None:
         supply.ahead_slots[after], supply.progress[after], supply.source, supply.target, supply.routed,
         buffers.stamp, supply.told[layer], layer, len(buffers.slots),
         ROWS=rows, TOP=top, BLOCK=triton.next_power_of_2(rows * top), RING=supply.ring, WORDS=supply.words,
-        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, STAMP=STAMP, num_warps=_WARPS,
+        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, STAMP=STAMP, num_warps=4,
     )  # fmt: skip

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 GUESSES: Final = 2
 """Experts of the next layer that are begun ahead at most: a layer's time is not enough for more."""
-PARTS: Final = 4
-"""Programs that share the copy of a record: enough for the link, few of a device's multiprocessors."""
-CHUNK: Final = 16384
+PARTS: Final = 16
+"""Programs that share the copy of a record: enough for the link, few beside those that compute."""
+CHUNK: Final = 1024
 """Words of 8 bytes that a program copies at once."""
 WHOLE: Final = 1024
 """How much of a guess has come is told in so many parts of it."""

@@ -237,6 +237,7 @@ def capped(shape: Shape, device: str, trace: Path, *, with_accelerate: bool) -> 
             segment = open_shape(path, device, forced=forced, share=1.0)
             fill_slots(segment)
             found["resident_ms"] = statistics.mean(timed(of_segment(segment, device), len(forced.experts)))
+            _print_head(found["resident_ms"])
             del segment
         for name, options in {
             "rates, looking ahead": {},
@@ -247,11 +248,12 @@ def capped(shape: Shape, device: str, trace: Path, *, with_accelerate: bool) -> 
                 segment = open_shape(path, device, forced=forced, share=0.25, **options)  # type: ignore[arg-type]
                 spoil_guesses(segment, forced, WRONG_GUESSES)
                 found[name] = under_load(segment, device, forced, found["resident_ms"])
+                _print_arm(name, found[name])
                 del segment
     if with_accelerate:
         with cleared():
             found["accelerate_ms"] = accelerated(shape, device, forced)
-    _print_capped(found)
+    _print_accelerate(found)
     return found
 
 
@@ -345,6 +347,7 @@ def large(shape: Shape, device: str, trace: Path) -> dict[str, Any]:
             segment = open_shape(path, device, forced=forced, share=1.0)
             fill_slots(segment)
             found["resident_ms"] = statistics.median(timed(of_segment(segment, device), 60))
+            _print_head(found["resident_ms"])
             del segment
         for share in (0.25, 0.5):
             arms: dict[str, dict[str, Any]] = {
@@ -356,9 +359,9 @@ def large(shape: Shape, device: str, trace: Path) -> dict[str, Any]:
                 with cleared():
                     segment = open_shape(path, device, forced=forced, share=share, **options)
                     spoil_guesses(segment, forced, WRONG_GUESSES)
-                    found[f"{share:.0%} {name}"] = under_load(segment, device, forced, found["resident_ms"])
+                    arm = found[f"{share:.0%} {name}"] = under_load(segment, device, forced, found["resident_ms"])
+                    _print_arm(f"{share:.0%} {name}", arm)
                     del segment
-    _print_capped(found)
     return found
 
 
@@ -401,31 +404,37 @@ def _print_ms(found: dict[str, float], against: str, of_what: str = "a token") -
         click.echo(f"  {name:36s}{value:9.3f} ms {of_what}{found[against] / value:9.2f} ×")
 
 
-def _print_capped(found: dict[str, Any]) -> None:
-    click.echo(f"  all experts resident: {found['resident_ms']:.3f} ms a token; below: ms a token, and columns of it")
-    heads = (
-        "ms",
-        "trunk",
-        "experts",
-        "waits",
-        "host",
-        "loads",
-        "hits",
-        "MB",
-        "link",
-        "GB/s",
-        "floor",
-        "× floor",
-        "ahead",
-    )
-    click.echo(f"  {'':26s}" + "".join(f"{head:>9s}" for head in heads) + "  came true, replaced, by")
-    for name, arm in found.items():
-        if isinstance(arm, dict):
-            figures = [arm["ms"], *arm["split"].values(), arm["loads_per_token"], 100 * arm["hit_rate"]]
-            figures += [arm["bytes_per_token"] / 1e6, arm["link_ms"], arm["link_bytes_per_s"] / 1e9, arm["floor_ms"]]
-            figures += [arm["against_floor"], arm["prefetched_per_token"]]
-            rest = f"{arm['prefetch_hits_per_token']:.1f}, {arm['replaced_share']:.1%}, {arm['services']}"
-            click.echo(f"  {name:26s}" + "".join(f"{figure:9.2f}" for figure in figures) + "  " + rest)
+_COLUMNS = (
+    "ms",
+    "trunk",
+    "experts",
+    "waits",
+    "host",
+    "loads",
+    "hits %",
+    "MB",
+    "link",
+    "GB/s",
+    "floor",
+    "× floor",
+    "ahead",
+)
+
+
+def _print_head(resident_ms: float) -> None:
+    click.echo(f"  all experts resident: {resident_ms:.3f} ms a token; below: ms a token, and columns of it")
+    click.echo(f"  {'':26s}" + "".join(f"{head:>9s}" for head in _COLUMNS) + "  came true, replaced, by")
+
+
+def _print_arm(name: str, arm: dict[str, Any]) -> None:
+    figures = [arm["ms"], *arm["split"].values(), arm["loads_per_token"], 100 * arm["hit_rate"]]
+    figures += [arm["bytes_per_token"] / 1e6, arm["link_ms"], arm["link_bytes_per_s"] / 1e9, arm["floor_ms"]]
+    figures += [arm["against_floor"], arm["prefetched_per_token"]]
+    rest = f"{arm['prefetch_hits_per_token']:.1f}, {arm['replaced_share']:.1%}, {arm['services']}"
+    click.echo(f"  {name:26s}" + "".join(f"{figure:9.2f}" for figure in figures) + "  " + rest)
+
+
+def _print_accelerate(found: dict[str, Any]) -> None:
     if "accelerate_ms" in found:
         ratio = found["accelerate_ms"] / found["rates, looking ahead"]["ms"]
         click.echo(f"  accelerate, offload to host memory: {found['accelerate_ms']:.0f} ms, {ratio:.0f} × ours")
