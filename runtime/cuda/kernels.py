@@ -1,7 +1,7 @@
 """The operations of a decode step as Triton kernels: one launch each, weights read where they lie in their slots.
 
 Decides nothing that `reference` does not say in plain torch: the same arithmetic, rounded at the same places, summed in
-another order. Here are those of a dense layer; `expert_kernels` and `fetch_kernels` have the others. Imported only where
+another order. Here are those of a dense layer; `expert_kernels` and `fetch_kernels` have others. Imported only where
 there is a CUDA device and Triton. Axes: B tokens, D hidden, H heads, d head size.
 """
 
