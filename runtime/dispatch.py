@@ -27,6 +27,7 @@ from runtime.routing import LOCAL, Routing
 from runtime.slots import Residency
 from runtime.streaming import Ahead
 from runtime.timeline import Recorder, recorder
+from schemas.precision import LowPrecision
 
 __all__ = ["Combine", "Dispatcher", "ExpertCall", "ExpertCaller", "NoCaller", "PendingCall", "execute_call"]
 
@@ -330,9 +331,15 @@ class Dispatcher:
     def _low(self, layer: int, rows: Rows) -> Low | None:
         """Return which of the experts computed here may be had in low precision."""
         given = self.substitution
-        if given is None or given.precision is None or not given.is_low or not self.residency.slack.prefers_low():
+        if given is None or given.precision is None or not given.is_low:
             return None
-        return given.take_low(layer, rows.expert, self._is_known_low(layer))
+        is_known = self._is_known_low(layer)
+        if not self.residency.slack.prefers_low():  # what is here is used, and no more is brought
+            is_known = partial(self._is_here_low, layer, given.precision)
+        return given.take_low(layer, rows.expert, is_known)
+
+    def _is_here_low(self, layer: int, precision: LowPrecision, expert: int) -> bool:
+        return self.residency.precision_of((layer, expert)) == precision
 
     def _is_known_low(self, layer: int) -> Callable[[int], bool]:
         """Return what says whether an expert of a layer may be had in the precision of the substitution."""

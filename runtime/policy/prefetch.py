@@ -13,6 +13,7 @@ _TRUSTED: Final = 0.5  # share of guesses that must come true
 _FEW: Final = 32
 _SAVES: Final = 0.8  # what a load in low precision may take of another: the choice costs something too
 _RETRY: Final = 256  # layers
+_OUTLYING: Final = 3.0
 _EXPECTED: Final = 0.85  # of the guesses come true (RUNTIME.md: 81 to 89 %)
 
 
@@ -43,6 +44,8 @@ class Slack:
         """Note how long a load took, of a low-precision copy perhaps. Modifies."""
         if is_low:
             self._low_loads += 1
+            if self._low_loads > _FEW:
+                seconds = min(seconds, _OUTLYING * self.low_load_s)  # one that was interrupted says nothing of the rest
             weight = max(1 - _FADE, 1 / self._low_loads)  # the first few are slower than those to come
             self.low_load_s += weight * (seconds - self.low_load_s)
         else:
