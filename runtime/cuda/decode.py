@@ -82,6 +82,7 @@ class CapturedDecode:
         self._ops = ops
         self._lock = threading.Lock()
         self._runners: dict[int, Runner] = {}
+        self._latest: Runner | None = None
         self._spares: dict[int, Spares] = {}
         self._stamp = 0
         shelf = self.inside.shelf
@@ -98,8 +99,19 @@ class CapturedDecode:
             and dispatcher.combine == "partial"
             and dispatcher.routing.is_local
             and fits(self.inside.pool.slots, rows, router.top_k, router.experts)
+            and not self._is_split
             and all(cache in self._states or self._is_plain(cache) for cache in caches)
         )
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether a plan put experts in host memory beside the device's.
+
+        One run of agents on an H200 gave a wrong token there, where plain torch gives the right ones: such steps run
+        operation by operation until that is understood.
+        """
+        shelf = self.inside.shelf
+        return "host" not in shelf.computed_in and shelf.bound("host") > 0
 
     def _is_plain(self, cache: Any) -> bool:
         """Whether the keys and values of a session lie where they will stay; notes them then."""
@@ -225,6 +237,8 @@ class CapturedDecode:
             step = Step(parts, lanes, buffers, self._ops)
             found = Eager(step, buffers) if copies is None or device.type == "cpu" else Graphs(step, buffers, copies)
             self._runners[rows] = found
+        if found is not self._latest:  # what changed before, another was told
+            self._latest = found
             self.table.is_new = self.hosted.is_new = True
         return found
 

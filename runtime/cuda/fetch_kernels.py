@@ -122,6 +122,8 @@ def _ahead(
     rank = tl.cumsum(can.to(tl.int64), axis=0) - 1
     can = can & (rank < GUESSES) & (used + rank < most)
     entry = tl.load(spares + (used + rank) % RING, mask=can, other=0, volatile=True)
+    is_old = can & ((entry >> 32) != used + rank + 1)  # the limit may have come before the spares that it is for
+    can = can & (rank < tl.min(tl.where(is_old, rank, GUESSES), axis=0))
     slot = (entry & 0xFFFFFFFF).to(tl.int32)
     if part == 0:
         tl.store(after, used + tl.sum(can.to(tl.int64), axis=0))

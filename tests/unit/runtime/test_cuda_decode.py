@@ -156,3 +156,40 @@ def test_a_device_brings_experts_for_several_sessions(checkpoint: Any) -> None:
     assert batched(segment, 10) == want
     assert segment.captured is not None
     assert segment.captured.services["device"] == 10
+
+
+def in_turns(segment: Segment, count: int) -> list[int]:
+    """Decode two sessions greedily, together and each on its own by turns."""
+    last = {}
+    for name, prompt in {"a": PROMPT, "b": PROMPT[:3]}.items():
+        segment.open(name, 64)
+        last[name] = int(segment.step(name, torch.tensor(prompt))[-1].argmax())
+    made = []
+    for turn in range(count):
+        names = (["a", "b"], ["a"], ["b"])[turn % 3]
+        answers = segment.step_batch(names, torch.tensor([last[name] for name in names])).argmax(-1).tolist()
+        last.update(zip(names, answers, strict=True))
+        made += answers
+    return made
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_steps_of_other_sizes_know_what_changed_meanwhile(checkpoint: Any, is_apart: bool) -> None:
+    path = checkpoint("qwen3_moe")
+    want = in_turns(opened(path, is_captured=False), 12)
+    segment = apart(path, slots=12) if is_apart else opened(path, slots=12)
+    assert in_turns(segment, 12) == want
+    assert segment.captured is not None
+    assert segment.captured.services["device" if is_apart else "host"] == 12
+
+
+def test_experts_put_beside_the_device_are_computed_operation_by_operation(checkpoint: Any) -> None:
+    path = checkpoint("qwen3_moe")
+    want = list(generate(opened(path, is_captured=False), PROMPT, max_tokens=8, stop_ids=frozenset()))
+    segment = apart(path, slots=12)
+    for expert in range(4):
+        key = (0, expert)
+        segment.residency.put(key, "host", segment.residency.record(key))
+    assert list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset())) == want
+    assert segment.captured is not None
+    assert segment.captured.services == {"none": 0, "host": 0, "device": 0}
