@@ -104,9 +104,7 @@ class Placer:
                 unpacked = Unpacked(source, self._layout, packed_layout(self._layout, precision))
                 self._shelf.add_source((*key, precision), unpacked)
             elif self._packed.precision == precision:
-                known = self._shelf.sources.setdefault(key, [])
-                if source not in known:
-                    known.insert(0, source)
+                self._shelf.add_source(key, source, is_best=True)
 
     def add_source(self, key: Key, source: Source) -> None:
         """Remember another place of a record, as `Residency.add_source` says. Modifies."""
@@ -135,8 +133,8 @@ class Placer:
         """Change a tier's budget, as `Residency.set_budget` says. Modifies."""
         with self._changed:
             budget = min(budget, self._most[tier])
-            bound = sum(where == tier and key not in self._shelf.sources for key, where in self._shelf.assigned)
-            if tier != "disk" and bound * self._shelf.record_bytes[tier] > budget:
+            bound = 0 if tier == "disk" else self._shelf.replicas.only_here(tier)
+            if bound * self._shelf.record_bytes[tier] > budget:
                 why = f"{bound} experts have no copy on this node's disk"
                 raise BudgetTooSmall(tier, budget=budget, needed=bound * self._shelf.record_bytes[tier], why=why)
             self._shelf.budgets[tier] = budget
@@ -196,7 +194,7 @@ class Placer:
                 self._shelf.used["disk"] -= size
                 return
             own = self.as_held(RecordFile(file, file.name, reads=self._reads))
-            self._shelf.sources.setdefault(key, []).insert(0, own)
+            self._shelf.add_source(key, own, is_best=True)
             self._shelf.assign(key, "disk", own)
 
 

@@ -3,8 +3,7 @@
 Decides for whom copies are evicted (`victims` says in which order), and in which tier a copy is made. Pure: no weights,
 no files, no clock and no lock, which whoever calls has. Every method that changes something says so by its name.
 
-A replica that was put (*assigned*) keeps its slot; other copies are cache. Where a budget was lowered below what was
-put, the tier *yields*: replicas that can be read again are evicted like cached copies.
+A replica that was put (*assigned*) keeps its slot, unless its tier yields (`replicas`); other copies are cache.
 """
 
 from collections import Counter, defaultdict
@@ -18,6 +17,7 @@ from runtime.policy.eviction import Eviction
 from runtime.policy.menu import Rent
 from runtime.policy.prefetch import Slack
 from runtime.records import Source
+from runtime.replicas import Replicas
 from runtime.timeline import recorder
 from runtime.victims import Victims
 from schemas.precision import LOW_PRECISIONS
@@ -52,6 +52,8 @@ class Shelf:
     ----------
     assigned
         What was put where, with the record that lies here for it alone (disk).
+    replicas
+        How many of what was put in memory make no room.
     ready
         The copy that an expert is computed from.
     lacking
@@ -103,7 +105,7 @@ class Shelf:
         self.guesses: dict[int, list[Copy]] = defaultdict(list)
         self.used: Counter[Tier] = Counter()
         self.free: dict[Tier, list[int]] = {tier: list(range(count - 1, -1, -1)) for tier, count in slots.items()}
-        self._num_assigned: Counter[Tier] = Counter()
+        self.replicas = Replicas(record_bytes, budgets, self.sources)
         self.watchers: list[Callable[[CopyKey, Copy | None], None]] = []
         self._notify = notify
         self._give_back = give_back
@@ -117,18 +119,14 @@ class Shelf:
         return any(self.budgets[tier] >= (self.bound(tier) + 1) * size[tier] for tier in self.cached_in)
 
     def bound(self, tier: Tier) -> int:
-        """Replicas that do not make room."""
-        return 0 if self.is_yielding(tier) else self._num_assigned[tier]
-
-    def is_yielding(self, tier: Tier) -> bool:
-        """Whether more was put in a tier than its budget has room for."""
-        return self._num_assigned[tier] * self.record_bytes[tier] > self.budgets[tier]
+        """Return how many replicas of a tier do not make room."""
+        return self.replicas.bound(tier)
 
     def is_evictable(self, copy: Copy) -> bool:
         """Whether a copy may make room."""
         if not copy.is_ready or copy.users or copy.is_guess:
             return False
-        return not copy.is_assigned or (self.is_yielding(copy.tier) and copy.key in self.sources)
+        return not copy.is_assigned or (self.replicas.is_yielding(copy.tier) and copy.key in self.sources)
 
     def use(self, copy: Copy) -> None:
         """Begin to use a copy."""
@@ -251,7 +249,7 @@ class Shelf:
         rooms: list[tuple[Tier, int]] = []
         for tier in self.cached_in:
             rooms += self.take(tier, count - len(rooms))
-        if len(rooms) + len(self.evictable) < count:
+        if len(rooms) + sum(copy.tier in self.cached_in for copy in self.evictable) < count:
             self.forget_guesses(*self.guesses)
         for copy in self.worst(layer, count - len(rooms), self.cached_in):
             self.evict(copy)
@@ -283,37 +281,34 @@ class Shelf:
 
     def assign(self, key: CopyKey, tier: Tier, own: Source | None = None) -> None:
         """Hold a replica in a tier."""
-        was_yielding = self.is_yielding(tier)
-        if (key, tier) not in self.assigned:
-            self._num_assigned[tier] += 1
+        is_turned = self.replicas.add(key, tier)
         self.assigned[key, tier] = own
         self.guests.pop((key[0], key[1]), None)
-        for copy in (self.copies.get((key, each)) for each in MEMORY):
-            if copy is not None:
-                copy.is_guest = False
+        for copy in filter(None, (self.copies.get((key, each)) for each in MEMORY)):
+            copy.is_guest = False
         self.note_lack(key)
-        if self.is_yielding(tier) != was_yielding:
+        if is_turned:
             self.review(tier)
 
     def unassign(self, key: CopyKey, tier: Tier) -> Source | None:
         """Stop holding a replica; returns the record that lay here for it alone."""
-        was_yielding = self.is_yielding(tier)
         own = self.assigned.pop((key, tier))
-        self._num_assigned[tier] -= 1
+        is_turned = self.replicas.discard(key, tier)
         self.remove((key, tier))
         if own is not None:
             self.used["disk"] -= self.record_bytes["disk"]
             self.sources[key].remove(own)
             if not self.sources[key]:
                 del self.sources[key]
+                self._note_sources(key)
         self.note_lack(key)
-        if self.is_yielding(tier) != was_yielding:
+        if is_turned:
             self.review(tier)
         return own if own not in self.assigned.values() else None
 
     def note_lack(self, key: CopyKey) -> None:
         """Note whether an expert has a slot of its own."""
-        has_memory = any((key, t) in self.assigned and not self.is_yielding(t) for t in self.computed_in)
+        has_memory = any((key, t) in self.assigned and not self.replicas.is_yielding(t) for t in self.computed_in)
         if self.can_load(key) and not has_memory:
             self.lacking.add(key)
         else:
@@ -326,11 +321,19 @@ class Shelf:
         else:
             self.absent[key[0]].discard(key)
 
-    def add_source(self, key: CopyKey, source: Source) -> None:
-        """Note where a record can be read, the next best after those known."""
+    def add_source(self, key: CopyKey, source: Source, *, is_best: bool = False) -> None:
+        """Note where a record can be read, the next best after those known, or the best of all."""
         known = self.sources.setdefault(key, [])
         if source not in known:
-            known.append(source)
+            known.insert(0 if is_best else len(known), source)
+            self._note_sources(key)
+
+    def _note_sources(self, key: CopyKey) -> None:
+        """Let replicas of an expert make room that can be read again now, and no others."""
+        self.replicas.note_sources(key)
+        for copy in filter(None, (self.copies.get((key, tier)) for tier in MEMORY)):
+            if copy.is_assigned:
+                self.settle(copy)
 
     def is_coming(self, key: CopyKey) -> Copy | None:
         """Return a copy that is being filled."""
