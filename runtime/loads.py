@@ -111,8 +111,14 @@ class Loader:
             self._shelf.finish(copy)
 
     def read(self, key: CopyKey) -> Borrowed:
-        """Read an expert for one use."""
+        """Read an expert for one use: from host memory that is apart, where it lies there."""
         began = perf_counter()
+        with self._changed:
+            host = self._shelf.comebacks.in_host(key)
+            if host is not None:
+                self._shelf.use(host)
+        if host is not None:
+            return self._read_host_copy(host, began)
         parts, num_bytes = self._staged(key)
         if (into := recorder()) is not None:
             into.add("loads", f"layer {key[0]} expert {key[1]}", began, perf_counter(), bytes=num_bytes)
@@ -121,6 +127,15 @@ class Loader:
             with self._changed:
                 self._counts.load(key[0], num_bytes)
         return Borrowed(weights, "disk", perf_counter() - began, self.precision_of(key))
+
+    def _read_host_copy(self, host: Copy, began: float) -> Borrowed:
+        """Read an expert for one use from its copy in host memory, and end the use of that."""
+        try:
+            weights = self._pools["host"].weights(host.slot).copied(self._device)
+        finally:
+            with self._changed:
+                self._shelf.end_use((host,))
+        return Borrowed(weights, "host", perf_counter() - began, self.precision_of(host.key))
 
     def read_weights(self, key: CopyKey) -> bytes:
         """Read the record of weights of an expert that is held packed, from where it lies as such."""

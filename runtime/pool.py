@@ -32,6 +32,12 @@ class ExpertWeights(NamedTuple):
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
+    def copied(self, device: torch.device | None = None) -> "ExpertWeights":
+        """Return the same in memory of their own, on that device where one is given."""
+        gate_up, down, *biases = self
+        copies = [None if bias is None else bias.to(device, copy=True) for bias in biases]
+        return ExpertWeights(gate_up.to(device, copy=True), down.to(device, copy=True), *copies)
+
 
 class SlotPool:
     """`slots` equal slots. Knows nothing of who uses which; may be used from several threads, a slot by one at a time.

@@ -315,9 +315,7 @@ class Residency:
     def acquire(self, key: Key) -> ExpertWeights:
         """Return a copy of an expert's weights that stays valid whatever is dropped later. Does not modify."""
         with self.borrow(key[0], [key[1]]) as (borrowed,):
-            gate_up, down, *biases = borrowed.weights
-            copies = [None if bias is None else bias.clone() for bias in biases]
-            return ExpertWeights(gate_up.clone(), down.clone(), *copies)
+            return borrowed.weights.copied()
 
     def record(self, key: Key) -> bytes:
         """Return the record of a held expert, as it was put, for a peer that pulls it. Does not modify.

@@ -3,6 +3,8 @@
 Both memories are the processor's here, so that all ways give the same bits.
 """
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from runtime.dispatch import Dispatcher
 from runtime.experts import Rows, compute_rows
 from runtime.menu import Menu
 from runtime.policy.menu import Rates, SizedRates
+from runtime.pool import record_of
 from runtime.records import RecordFile
 from runtime.routing import Routing
 from runtime.slots import Caching, Residency
@@ -197,3 +200,15 @@ def test_sizes_that_were_not_tried():
     for tokens, seconds in ((1, 1.0), (64, 9.0)):
         rates.observe(tokens, seconds)
     assert [rates.seconds(tokens) for tokens in (1, 2, 4, 64, 128, 256)] == [1.0, 1.0, 2.0, 9.0, 9.0, 18.0]
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_what_lies_in_host_memory_alone_needs_no_slot(store, slots):
+    """Its record is nowhere else: it is lent, and given to peers, from there."""
+    opened, size = store("qwen3_moe"), store("qwen3_moe").manifest.layout.bytes
+    held = Residency(opened.manifest.layout, {"device": slots * size, "host": size}, is_apart=True)
+    record = opened.read(opened.by_key[0, 1].sha256)
+    held.put((0, 1), "host", record)
+    assert held.record((0, 1)) == record
+    with closing(held.lend(0, [1])) as lending:
+        assert [record_of(held.layout, lent.weights) for _, lent in lending] == [record]
