@@ -5,8 +5,10 @@ launched → the host watches what is `chosen`, and answers a layer that lacks e
 is missing, or why.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -29,12 +31,21 @@ Idle = Callable[[], bool]
 """Does some work, unless there is none."""
 
 
-class States(NamedTuple):
-    """Where a session's keys and values lie, by layer: the tensors, their addresses [L, 2], and elements per head."""
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Where a session's keys and values lie, by layer: the tensors, their addresses [L, 2], and elements per head.
+
+    `number` is of these alone: another session's may come to lie where these lay in memory of Python's, and so have
+    the same identity, when their session is over.
+    """
 
     tensors: list[tuple[torch.Tensor, torch.Tensor]]
     addresses: Ints
     stride: int
+    number: int = field(default_factory=lambda: next(_numbers))
 
 
 class Words(NamedTuple):
@@ -150,7 +161,7 @@ class Graphs:
 
     def _run(self, words: Words, news: NDArray[np.int32] | None, service: Service, serve: Serve) -> Answer:
         buffers, turn = self.buffers, words.stamp % 2
-        states = [id(each) for each in words.states]
+        states = [each.number for each in words.states]
         words.write(self._controls[turn], with_addresses=self._written[turn] != states)
         self._written[turn] = states
         if service not in self._graphs:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from runtime.alone import expert_sources, open_alone
 from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.layers import step_parts
+from runtime.cuda.runners import States
 from runtime.engine import Segment, generate
 from runtime.errors import DamagedRecord, ExpertLost
 from runtime.importance import Importance
@@ -193,3 +195,13 @@ def test_experts_put_beside_the_device_are_computed_operation_by_operation(check
     assert list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset())) == want
     assert segment.captured is not None
     assert segment.captured.services == {"none": 0, "host": 0, "device": 0}
+
+
+def test_where_keys_lie_is_told_anew_for_another_session() -> None:
+    """Found on a GPU: what had been told of a session that was over was taken for that of the next one."""
+    seen = set()
+    for _ in range(20):  # Python gives the memory of what is freed to the next of its kind
+        states = States([], np.zeros((0, 2), dtype=np.int64), 0)
+        seen.add(states.number)
+        del states
+    assert len(seen) == 20
