@@ -107,9 +107,9 @@ class CapturedDecode:
     def _is_split(self) -> bool:
         """Whether a plan put experts in host memory beside the device's.
 
-        One run of agents on an H200 gave a wrong token there, probably since a session's keys were looked for where those
-        of one before had been (`States.number` mends that). Until a device has shown it, such steps run operation by
-        operation.
+        One run of agents on an H200 gave a wrong token there, probably since keys of a session were looked for where
+        those of one before had been (`States.number` mends that). Until a device has shown it, such steps run operation
+        by operation.
         """
         shelf = self.inside.shelf
         return "host" not in shelf.computed_in and shelf.bound("host") > 0
