@@ -89,6 +89,7 @@ def furnish(
     ways = LocalWays(shelf, may_compute=is_apart and (caching is None or caching.in_place))
     copies = device_copies(device, layout, packed) if is_apart and slots["device"] else None
     loader = Loader(layout, shelf, pools, changed, counts=kept, device=device, packed=packed, copies=copies)
+    launches = Launches(shelf, changed, pools, copies, kept) if copies is not None else None
     lender = Lender(
         shelf,
         loader,
@@ -97,8 +98,8 @@ def furnish(
         is_ahead=caching is not None and caching.prefetch,
         workers=caching.workers if caching else 0,
         ways=ways,
-        launches=Launches(shelf, changed, pools, copies, kept) if copies is not None else None,
+        launches=launches,
     )
-    placer = Placer(layout, shelf, pools, changed, packed=packed, record_dir=record_dir, reads=reads)
+    placer = Placer(layout, shelf, pools, changed, packed=packed, record_dir=record_dir, reads=reads, launches=launches)
     learner = Learner(eviction, shelf, changed) if eviction is not None else None
     return Parts(counts, changed, pools, shelf, learner, ways, loader, lender, placer, Guests(shelf, loader, changed))

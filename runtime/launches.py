@@ -96,12 +96,16 @@ class Launches:
     def settle(self) -> None:
         """Give host memory back that the device has come past, and learn what that took. Modifies."""
         with self._changed:
-            while self._under_way and self._under_way[0].launch.is_over():
-                launch, copy, host, began = self._under_way.popleft()
-                seconds = launch.seconds()
-                self._shelf.end_use((host,))
-                self._shelf.slack.observe_load(seconds)
-                self._shelf.comebacks.observe(Origin("host"), seconds)
-                if copy.recorder is not None:
-                    about = f"layer {copy.key[0]} expert {copy.key[1]}"
-                    copy.recorder.add("loads", about, began, began + seconds, bytes=0, ahead=False)
+            self.collect()
+
+    def collect(self) -> None:
+        """Do what `settle` does; the lock is held. Modifies."""
+        while self._under_way and self._under_way[0].launch.is_over():
+            launch, copy, host, began = self._under_way.popleft()
+            seconds = launch.seconds()
+            self._shelf.end_use((host,))
+            self._shelf.slack.observe_load(seconds)
+            self._shelf.comebacks.observe(Origin("host"), seconds)
+            if copy.recorder is not None:
+                about = f"layer {copy.key[0]} expert {copy.key[1]}"
+                copy.recorder.add("loads", about, began, began + seconds, bytes=0, ahead=False)

@@ -9,9 +9,11 @@ source of a record, which takes none of the budgets.
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from runtime.copies import MEMORY, Copy, Key, copy_keys
 from runtime.errors import BudgetTooSmall, InvalidInput, OverBudget
+from runtime.launches import Launches
 from runtime.packed import Repacked, Unpacked
 from runtime.pool import SlotPool
 from runtime.precision import pack_record, packed_layout
@@ -23,6 +25,8 @@ from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
 
 Record = bytes | bytearray | memoryview
+
+_LAUNCH_S: Final = 0.01  # after which the device is asked again how far it has come
 
 
 class Placer:
@@ -38,6 +42,8 @@ class Placer:
         Directory of the disk tier's record files.
     reads
         How these are read.
+    launches
+        Of a device that is apart: what it has come past in host memory is no longer in use.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Placer:
         packed: PackedLayout | None,
         record_dir: Path | None,
         reads: Reads,
+        launches: Launches | None = None,
     ) -> None:
         self._layout = layout
         self._shelf = shelf
@@ -58,6 +65,7 @@ class Placer:
         self._packed = packed
         self._record_dir = record_dir
         self._reads = reads
+        self._launches = launches
         self._most = dict(shelf.budgets)
 
     def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
@@ -132,6 +140,7 @@ class Placer:
     def set_budget(self, tier: Tier, budget: int) -> None:
         """Change a tier's budget, as `Residency.set_budget` says. Modifies."""
         with self._changed:
+            self._collect()
             budget = min(budget, self._most[tier])
             bound = 0 if tier == "disk" else self._shelf.replicas.only_here(tier)
             if bound * self._shelf.record_bytes[tier] > budget:
@@ -150,6 +159,7 @@ class Placer:
         in use when their users are done.
         """
         while True:
+            self._collect()
             copy = self._shelf.copies.get((key, tier))
             if copy is not None and not copy.is_ready:
                 self._changed.wait()
@@ -164,7 +174,7 @@ class Placer:
             elif any(each.tier == tier and not each.is_assigned for each in self._shelf.copies.values()):
                 self._shelf.forget_guesses(*self._shelf.guesses)
                 if not any(each.tier == tier for each in self._shelf.evictable):
-                    self._changed.wait()
+                    self._changed.wait(_LAUNCH_S if self._launches is not None else None)
             elif source is not None and self._shelf.budgets[tier] < self._most[tier]:
                 return None, False
             else:
@@ -174,6 +184,11 @@ class Placer:
                     used=self._shelf.used[tier],
                     budget=self._shelf.budgets[tier],
                 )
+
+    def _collect(self) -> None:
+        """End the use of what the device has come past, since nobody may lend for a while; the lock is held."""
+        if self._launches is not None:
+            self._launches.collect()
 
     def _put_file(self, key: Key, record: Record) -> None:
         size = self._layout.bytes

@@ -54,8 +54,16 @@ def too_full(opened, tmp_path, *, disk=0):
     return held
 
 
+def promptly(work):
+    """Do something; fails where it takes longer than any load."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive(), "waits for a slot that never comes"
+
+
 def take(held, layer, experts):
-    """Weights by expert; fails where that takes longer than any load."""
+    """Weights by expert."""
     found = {}
 
     def work():
@@ -63,10 +71,7 @@ def take(held, layer, experts):
             for position, lent in lending:
                 found[experts[position]] = lent.weights.gate_up.clone()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(5)
-    assert not thread.is_alive(), "waits for a slot that never comes"
+    promptly(work)
     return found
 
 
@@ -112,3 +117,15 @@ def test_guesses_that_were_wrong_make_room_though_host_memory_could(opened, tmp_
     with held._changed:
         assert held._changed.wait_for(lambda: {(1, 2), (1, 3)} <= held._shelf.ready.keys(), 10)
     assert_lends(held, opened, 1, [5])
+
+
+def test_what_the_device_has_copied_makes_room_though_nobody_lends(opened, tmp_path):
+    """A replica that is put comes to the slot that the last load was made from."""
+    held = residency(opened, tmp_path, is_apart=True, device=1, host=2)
+    for expert in (0, 1):
+        held.place((0, expert), source_of(opened, (0, expert)))
+    for expert in (0, 1, 0):
+        assert_lends(held, opened, 0, [expert])
+    for key in ((1, 0), (1, 1)):
+        promptly(lambda key=key: held.put(key, "host", record(opened, key)))
+        assert held.tier_of(key) == "host"
