@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from runtime.copies import Copy, CopyKey, Key
 from runtime.counters import TierCounts
-from runtime.errors import ExpertUnavailable
+from runtime.errors import ExpertUnavailable, RuntimeFault
 from runtime.launches import Launches
 from runtime.loads import Borrowed, Loader
 from runtime.policy.streaming import TRUSTED, Pace
@@ -71,6 +71,21 @@ class Desk(NamedTuple):
                 self.counts.guest_hits[layer] += 1
                 self.shelf.rent.use(copy.key)
             self.shelf.redeem(copy)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nobody could ever free a slot though there should be room: the books are wrong. The lock is held.
+
+        Every slot holds a copy that is filled, that nobody uses or guessed, and that may not make room.
+        """
+        shelf = self.shelf
+        if shelf.is_frozen or not shelf.can_cache or any(map(shelf.unused, shelf.cached_in)):
+            return False
+        copies = [copy for copy in shelf.copies.values() if copy.tier in shelf.cached_in]
+        if any(not copy.is_ready or copy.users or copy.is_guess or copy in shelf.evictable for copy in copies):
+            return False
+        held = sum(shelf.record_bytes[copy.tier] for copy in copies)
+        return held == sum(shelf.used[tier] for tier in shelf.cached_in)  # no copy was dropped that is still in use
 
     def guessed(self, layer: int, wanted: Sequence[Key], most: int) -> list[Copy]:
         """Make copies of up to `most` guesses for a layer that runs next, to be filled. Modifies; the lock is held.
@@ -293,6 +308,11 @@ class Stream:
                 continue
             with changed:
                 if not self._coming:
+                    if self.desk.is_stuck:
+                        layer, expert, *_ = self.keys[self._absent[0]]
+                        raise RuntimeFault(
+                            f"layer {layer} expert {expert}: no slot will ever be free; restart this node"
+                        )
                     changed.wait(0.05)
                     return None
                 if not any(copy.is_ready or copy.error for _, copy in self._coming):

@@ -68,8 +68,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         device=st.integers(0, SLOTS),
         host=st.integers(0, 2),
         precision=st.sampled_from([None, None, "int4"]),
+        is_apart=st.booleans(),
     )
-    def begin(self, eviction, device, host, precision):
+    def begin(self, eviction, device, host, precision, is_apart):
         self.precision = precision
         manifest = opened().manifest
         self.size = manifest.layout.bytes if precision is None else manifest.packed_as(precision).layout.bytes
@@ -80,6 +81,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             budgets,
             caching=Caching(LAYERS, EXPERTS, eviction=eviction, workers=2),
             precision=precision,
+            is_apart=is_apart,
         )
         self.held.slack = EagerSlack()
         self.limit = dict(self.most)

@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 import torch
 
+from runtime.errors import RuntimeFault
 from runtime.policy.prefetch import Slack
 from runtime.records import RecordFile
 from runtime.slots import Caching, Residency
@@ -129,3 +130,20 @@ def test_what_the_device_has_copied_makes_room_though_nobody_lends(opened, tmp_p
     for key in ((1, 0), (1, 1)):
         promptly(lambda key=key: held.put(key, "host", record(opened, key)))
         assert held.tier_of(key) == "host"
+
+
+def test_books_that_are_wrong_are_told(opened, tmp_path):
+    """Rather than waiting for ever; a copy that is in use is waited for all the same."""
+    held = residency(opened, tmp_path, device=1)
+    for expert in (0, 1):
+        held.place((0, expert), source_of(opened, (0, expert)))
+    take(held, 0, [0])
+    copies = held.take(0, [0])
+    threading.Timer(0.2, held.end, (0, copies)).start()
+    assert_lends(held, opened, 0, [1])
+    held._shelf.evictable.clear()
+    with (
+        pytest.raises(RuntimeFault, match="layer 0 expert 0: no slot will ever be free"),
+        closing(held.lend(0, [0])) as it,
+    ):
+        next(it)
