@@ -33,6 +33,7 @@ def stream_alone(
     precision: Precision = "checkpoint",
     eviction: str = "rates",
     predictor: Path | None = None,
+    uses: Path | None = None,
     reads: ReadWay = "cached",
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -52,6 +53,7 @@ def stream_alone(
         precision=precision,
         eviction=eviction,
         predictor=predictor,
+        uses=uses,
         reads=reads,
     )
     timeline = Timeline()

@@ -54,6 +54,9 @@ class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  
     help="Rise of perplexity.  [default: 0.25, 0.5, 1 and 2 %]",
 )
 @click.option("--capacity", type=Capacity(), help="Experts of each layer at hand: 8, 25 %, or bytes for all layers.")
+@click.option(
+    "--uses", type=click.Path(path_type=Path), help="With --capacity: what caches evict by, of agent learn --kind uses."
+)
 @click.option("--plan", type=click.Path(path_type=Path), help="Instead: what this plan has at hand for --node.")
 @click.option("--node", help="A node of --plan that takes tokens in, or runs layers.")
 @click.option(
@@ -77,6 +80,7 @@ def calibrate(
     output: Path,
     budgets: tuple[float, ...],
     capacity: tuple[str, float] | None,
+    uses: Path | None,
     plan: Path | None,
     node: str | None,
     tokens: int,
@@ -96,11 +100,13 @@ def calibrate(
 
     if (capacity is None) == (plan is None) or (plan is None) != (node is None):
         raise click.UsageError("give --capacity, or --plan and --node: what is at hand decides what is given up")
+    if uses is not None and plan is not None:
+        raise click.UsageError("--uses says what makes room in caches: under a --plan nothing does")
     if not output.parent.is_dir():
         raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
     checkpoint = read_checkpoint(model)
     spec = checkpoint.model_spec
-    supply, situation = _cached(spec, *capacity) if capacity else _placed(spec, plan or Path(), node or "")
+    supply, situation = _cached(spec, *capacity, uses) if capacity else _placed(spec, plan or Path(), node or "")
     pieces = _pieces(model, texts, tokens=tokens, window=window)
     loaded = load_whole(model, dtype=checkpoint.dtype if dtype == "checkpoint" else dtype)
     bench = Bench(loaded, pieces, supply, spec.top_k)
@@ -115,9 +121,10 @@ def calibrate(
     click.echo(json.dumps({"calibration": str(output), **found.model_dump()}) if as_json else _shown(output, found))
 
 
-def _cached(spec: ModelSpec, kind: str, number: float) -> "tuple[Supply, Situation]":
+def _cached(spec: ModelSpec, kind: str, number: float, uses: Path | None) -> "tuple[Supply, Situation]":
     """Return the situation of a cache."""
     from runtime.forcing import Supply
+    from runtime.predictors import read_uses
 
     if kind == "bytes":
         number //= spec.expert_bytes * spec.layers
@@ -129,7 +136,9 @@ def _cached(spec: ModelSpec, kind: str, number: float) -> "tuple[Supply, Situati
             f"--capacity: {slots} experts of a layer fit, but a token needs {spec.top_k} at once; give at least "
             f"{spec.top_k}"
         )
-    return Supply(spec.layers, spec.experts, slots), Situation(capacity=slots, eviction="steady")
+    eviction = "steady" if uses is None else "learned"
+    supply = Supply(spec.layers, spec.experts, slots, uses=read_uses(uses, spec))
+    return supply, Situation(capacity=slots, eviction=eviction)
 
 
 def _placed(spec: ModelSpec, file: Path, node: str) -> "tuple[Supply, Situation]":

@@ -140,6 +140,10 @@ def _on_signal(handle: Callable[..., object]) -> None:
     help="With --local: a file of agent learn, instead of the next layer's gate, says what to load ahead.",
 )  # fmt: skip
 @click.option(
+    "--uses", type=click.Path(path_type=Path),
+    help="With --local: a file of agent learn --kind uses says which experts make room.",
+)  # fmt: skip
+@click.option(
     "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
     metavar="HOST:PORT", help="Where planner serve listens.",
 )  # fmt: skip
@@ -162,6 +166,7 @@ def generate(
     trace_file: Path | None,
     precision: Precision,
     predictor: Path | None,
+    uses: Path | None,
     reads: ReadWay,
     coordinator: str,
     as_json: bool,
@@ -176,12 +181,13 @@ def generate(
         or torch_device != "cpu"
         or precision != "checkpoint"
         or predictor
+        or uses
         or reads != "cached"
     )
     if (node is None) == (local is None) or (is_special and local is None):
         raise click.UsageError(
             "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
-            "--precision, --predictor FILE, --reads"
+            "--precision, --predictor FILE, --uses FILE, --reads"
         )
     answer = Answer()
     if local is not None:
@@ -195,6 +201,7 @@ def generate(
             host_budget=_size(host_budget) if host_budget else None,
             precision=precision,
             predictor=predictor,
+            uses=uses,
             reads=reads,
             trace_file=trace_file,
             **wanted,

@@ -17,6 +17,7 @@ from agent.settings import Settings
 from runtime.cuda.devices import available_host_bytes, first_words, is_device_fault, usable_device
 from runtime.errors import RuntimeFault
 from runtime.models import Model
+from runtime.predictors import read_uses
 from runtime.reads import reads_of
 from runtime.slots import Caching, Residency
 from schemas.messages import TierBytes
@@ -47,6 +48,7 @@ class Computing:
         self._settings = settings
         self._model = model
         memory = settings.memory
+        self._uses = read_uses(Path(settings.uses) if settings.uses is not None else None, model.spec)
         self.memory = TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
         self.device, self.fault = usable_device(settings.torch_device)
         try:
@@ -70,6 +72,7 @@ class Computing:
                 spec.layers,
                 spec.experts,
                 eviction=settings.eviction,
+                uses=self._uses,
                 prefetch=settings.prefetch,
                 in_place=settings.in_place,
             ),

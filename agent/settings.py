@@ -69,6 +69,8 @@ class Settings(FrozenModel):
         Of experts that are cached in memory which the plan leaves free.
     predictor
         A file of `agent learn` that guesses what to load ahead; by default the next layer's gate does.
+    uses
+        A file of `agent learn --kind uses`, by which cached experts make room instead of by `eviction`.
     reads
         How records come from this node's disk: through the page cache, which takes what memory is free besides, or past
         it.
@@ -105,6 +107,7 @@ class Settings(FrozenModel):
     eviction: Literal["rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
     prefetch: bool = True
     predictor: str | None = None
+    uses: str | None = None
     reads: ReadWay = "cached"
     peer_cache: bool = True
     in_place: bool = True
@@ -128,6 +131,7 @@ def load_settings(path: Path) -> Settings:
         "model": str(base / settings.model),
         "data": str(base / settings.data),
         "predictor": str(base / settings.predictor) if settings.predictor is not None else None,
+        "uses": str(base / settings.uses) if settings.uses is not None else None,
         "store": store,
     }
     return settings.model_copy(update=absolute)

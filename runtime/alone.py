@@ -21,6 +21,7 @@ from runtime.loading import load_trunk
 from runtime.models import Model, open_model
 from runtime.packed import Repacked, Unpacked
 from runtime.precision import packed_layout, unpack_parts
+from runtime.predictors import read_uses
 from runtime.reads import CACHED, Reads, ReadWay, reads_of
 from runtime.records import CheckpointExpert, RecordFile, Source
 from runtime.routing import EpochBoard, Routing
@@ -112,6 +113,7 @@ def open_alone(
     eviction: str = "rates",
     prefetch: bool = True,
     predictor: Path | None = None,
+    uses: Path | None = None,
     reads: ReadWay = "cached",
     workers: int = 2,
 ) -> Segment:
@@ -137,6 +139,8 @@ def open_alone(
     predictor
         A file of `agent learn` that guesses what to load ahead; by default the next layer's router does, and in
         captured decode on a CUDA device always.
+    uses
+        A file of `agent learn --kind uses`, by which experts are evicted instead of by `eviction`.
     reads
         How records of a store come from the disk: through the page cache, or past it.
 
@@ -145,11 +149,12 @@ def open_alone(
     BudgetTooSmall
         Says how much is needed.
     InvalidInput
-        The predictor was learnt from another model.
+        The predictor, or `uses`, was learnt from another model.
     """
     model = open_model(path, dtype)
     spec = model.spec
     ahead = learnt_from(predictor, spec) if predictor is not None else None
+    foreseen = read_uses(uses, spec)
     decoder = range(spec.num_decoder_layers)
     trunk_bytes = spec.range_bytes(decoder) + spec.kv_bytes_per_token_layer * len(decoder) * max_tokens
     if budget is None:
@@ -180,7 +185,9 @@ def open_alone(
         device=device,
         reads=way,
         max_slots=spec.layers * spec.experts,
-        caching=Caching(spec.layers, spec.experts, eviction=eviction, prefetch=prefetch, workers=workers),
+        caching=Caching(
+            spec.layers, spec.experts, eviction=eviction, uses=foreseen, prefetch=prefetch, workers=workers
+        ),
         precision=held.precision if held is not None else None,
     )
     for key, source in sources.items():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from runtime.policy.eviction import EVICTIONS, Deferred
+from runtime.policy.uses import LearnedUses, Uses
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Caching:
         Of the model.
     eviction
         A name of `runtime.policy.eviction.EVICTIONS`.
+    uses
+        What evicts instead, where it was learnt for this model.
     prefetch
         Load what the next layer will probably ask for, where the link has time.
     workers
@@ -27,10 +30,13 @@ class Caching:
     layers: int
     experts: int
     eviction: str = "rates"
+    uses: Uses | None = None
     prefetch: bool = True
     workers: int = 2
     in_place: bool = True
 
     def policy(self) -> Deferred:
         """Return the eviction policy, which knows nothing yet."""
+        if self.uses is not None:
+            return Deferred(LearnedUses(self.uses))
         return Deferred(EVICTIONS[self.eviction](self.layers, self.experts))

@@ -216,7 +216,10 @@ class Dispatcher:
             rows = _sorted_rows(top_k_index, top_k_weights)
         else:
             at_hand = self.menu.at_hand(layer, holders)
-            rows = _present_rows(*self.substitution.apply(layer, top_k_index, top_k_weights, at_hand))
+            given, weights = self.substitution.apply(layer, top_k_index, top_k_weights, at_hand)
+            rows = _present_rows(given, weights)
+            if given is not top_k_index:  # what stood in once is not what text asks for
+                rows = rows._replace(routed=_sorted_rows(top_k_index, top_k_weights))
         holder = holders[rows.expert]
         if hidden.shape[0] > _FEW_TOKENS or not self.menu.is_open(layer, rows.expert.tolist()):
             return self._run_sorted(layer, hidden, rows, holder)
@@ -310,7 +313,8 @@ class Dispatcher:
             return None
         began = perf_counter()
         if mine is not None:
-            rows = Rows(rows.token[mine], rows.expert[mine], rows.weight[torch.from_numpy(mine)])
+            here = rows.weight[torch.from_numpy(mine)]
+            rows = Rows(rows.token[mine], rows.expert[mine], here, rows.routed)
         answer = None
         if self.combine == "partial" and len(hidden) > 1 and len(rows.expert) <= FEW_ROWS:
             answer = compute_few(self.residency, layer, rows, hidden, self.counts.tier_rows)

@@ -37,6 +37,12 @@ class Rows(NamedTuple):
     token: NDArray[np.integer[Any]]  # [R]
     expert: NDArray[np.integer[Any]]  # [R]
     weight: torch.Tensor  # [R] float32
+    routed: "Rows | None" = None  # what the router chose, where these are not that
+
+    @property
+    def chosen(self) -> "Rows":
+        """What the router chose."""
+        return self if self.routed is None else self.routed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,7 @@ def compute_rows(
         Experts that may be computed in low precision, and what runs next, see `Residency.lend`.
     """
     bounds = group_bounds(rows.expert)
-    residency.observe(layer, rows.token, rows.expert, rows.weight)
+    residency.observe(layer, rows.chosen.token, rows.chosen.expert, rows.chosen.weight)
     with torch.inference_mode():
         if hidden.shape[0] == 1:  # a row per expert, nothing to gather
             token, gathered = None, hidden.expand(len(rows.expert), -1)

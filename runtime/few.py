@@ -101,7 +101,7 @@ def compute_few(
         if tier_rows is not None:
             for copy, start, end in zip(copies, bounds, bounds[1:], strict=False):
                 tier_rows[copy.tier] = tier_rows.get(copy.tier, 0) + end - start
-        residency.observe(layer, rows.token, rows.expert, rows.weight)
+        residency.observe(layer, rows.chosen.token, rows.chosen.expert, rows.chosen.weight)
         token = torch.from_numpy(rows.token).to(hidden.device)
         weights = [residency.weights(copy) for copy in copies]
         answers = few_math(residency.layout.form)(weights, hidden[token], bounds).float() * rows.weight.unsqueeze(1)

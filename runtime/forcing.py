@@ -9,6 +9,7 @@ Axes: N pieces, T tokens, L layers, E experts, K top-k.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from runtime.policy.eviction import FAST, STEADY_FAST_SHARE, STEADY_SLOW, Bools, Floats, Ints
 from runtime.policy.routing import Choice, Exact, Routing
+from runtime.policy.uses import Estimates, Uses
 from runtime.routers import RouterRule, rank_experts, router_rule, routers_of
 
 WARMUP: Final = 64  # tokens until a cold cache is what the text asks for
@@ -37,18 +39,31 @@ class Supply:
         Experts of each layer that the cache holds, at first none; its eviction is ``steady``, or ``lru``.
     masks
         Instead of a cache: whether each expert is at hand, bool [L, E].
+    uses
+        What the cache evicts by instead of ``steady``.
     """
 
     layers: int
     experts: int
     capacity: int = 0
     masks: Bools | None = None
+    uses: Uses | None = None
 
-    def holding(self, layer: int, top_k: int, *, is_lru: bool) -> "Placed | Cached":
-        """Return what is at hand in a layer before the text begins."""
+    def holding(self, top_k: int, *, is_lru: bool) -> "Sequence[Placed | Cached]":
+        """Return what is at hand in each layer before the text begins."""
         if self.masks is not None:
-            return Placed(self.masks[layer])
-        return Cached(self.experts, self.capacity, top_k, is_lru=is_lru)
+            return [Placed(resident) for resident in self.masks]
+        estimates = Estimates(self.uses) if self.uses is not None else None
+        return [
+            Cached(
+                self.experts,
+                self.capacity,
+                top_k,
+                is_lru=is_lru,
+                expected=partial(estimates.advance, layer) if estimates is not None else None,
+            )
+            for layer in range(self.layers)
+        ]
 
 
 class Placed:
@@ -68,12 +83,27 @@ class Placed:
 
 
 class Cached:
-    """One layer's cache, evicting as `runtime.policy.eviction` does, with the worth of all tokens computed at once."""
+    """One layer's cache, evicting as `runtime.policy.eviction` does, with the worth of all tokens computed at once.
+
+    Parameters
+    ----------
+    expected
+        Says what keeping each expert is worth after each of some tokens, [T, E] of what they chose, [T, K].
+    """
 
     warmup = WARMUP
 
-    def __init__(self, experts: int, capacity: int, top_k: int, *, is_lru: bool = False) -> None:
+    def __init__(
+        self,
+        experts: int,
+        capacity: int,
+        top_k: int,
+        *,
+        is_lru: bool = False,
+        expected: Callable[[Ints], NDArray[Any]] | None = None,
+    ) -> None:
         self.resident: Bools = np.zeros(experts, dtype=bool)
+        self._expected = expected
         self._capacity, self._top_k, self._is_lru = capacity, top_k, is_lru
         self._rates = np.zeros((2, experts))
         self._used = [-1] * experts
@@ -83,6 +113,9 @@ class Cached:
     def begin(self, ids: Ints) -> None:
         """Take in what the router chose for the next tokens, [T, C]. Modifies."""
         if self._is_lru:
+            return
+        if self._expected is not None:
+            self._worth = self._expected(ids[:, : self._top_k]).tolist()
             return
         decay = np.array([[FAST], [STEADY_SLOW]])
         worth = np.empty((len(ids), len(self.resident)))
@@ -168,8 +201,8 @@ class Bench:
         """
         text, rule = self.pieces[::stride], router_rule(self.model.config)
         choosers = [
-            _Chooser(layer, rule, policy, self.supply.holding(layer, self.top_k, is_lru=is_lru), self.top_k)
-            for layer in range(self.supply.layers)
+            _Chooser(layer, rule, policy, held, self.top_k)
+            for layer, held in enumerate(self.supply.holding(self.top_k, is_lru=is_lru))
         ]
         routers = routers_of(self.model)
         hooks = [router.register_forward_hook(each) for router, each in zip(routers, choosers, strict=True)]

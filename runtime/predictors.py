@@ -1,7 +1,7 @@
 """Predictors learnt from recordings, and the files that keep them.
 
 Decides which kinds there are, and that a file must fit the model that it guesses for. The guessing is
-`runtime.policy.guessing` and `runtime.policy.learned`. Must not know torch.
+`runtime.policy.guessing` and `runtime.policy.learned`, of uses to come `runtime.policy.uses`. Must not know torch.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from runtime.errors import InvalidInput, writing
-from runtime.policy.eviction import Ints
+from runtime.policy.cache import Cache
+from runtime.policy.eviction import Eviction, Ints
 from runtime.policy.guessing import Coactivation, Predictor, Tables, best
 from runtime.policy.learned import Learned, Weights, train
+from runtime.policy.uses import DECAYS, SOURCES, Uses, fit
 from schemas.files import Fault, InvalidFile
-from schemas.predictor import PREDICTOR_FORMAT, PredictorHeader, PredictorKind, read_predictor_header
+from schemas.model import ModelSpec
+from schemas.predictor import PREDICTOR_FORMAT, GuessKind, PredictorHeader, PredictorKind, read_predictor_header
 
 Progress = Callable[[int, int], None]
+Made = Coactivation | Learned | Uses
 
 
 class Lesson(NamedTuple):
@@ -52,13 +56,30 @@ def joined(lessons: list[Lesson]) -> Lesson:
     return Lesson(chosen, np.concatenate([each.is_start for each in lessons]), lessons[0].experts)
 
 
-def learn(kind: PredictorKind, lesson: Lesson, *, progress: Progress | None = None) -> Coactivation | Learned:
-    """Make a predictor of a recording."""
+def learn(kind: GuessKind, lesson: Lesson, *, progress: Progress | None = None) -> Coactivation | Learned:
+    """Make what guesses the next layer's experts of a recording."""
     if kind == "learned":
         return Learned(train(*lesson, progress=progress))
     made = Coactivation(lesson.chosen.shape[1], lesson.experts)
     made.fit(lesson.chosen, lesson.is_start)
     return made
+
+
+def learn_uses(lesson: Lesson, *, progress: Progress | None = None) -> Uses:
+    """Make what foresees uses of a recording."""
+    return fit(lesson.chosen, lesson.experts, progress=progress)
+
+
+def loads_share(eviction: Eviction, lesson: Lesson) -> float:
+    """Return the share of a recording's choices that are loaded where a quarter of each layer has room. Modifies."""
+    tokens, layers, top_k = lesson.chosen.shape
+    cache = Cache(layers, lesson.experts, max(top_k, lesson.experts // 4), eviction, per_layer=True)
+    loads = 0
+    for token in lesson.chosen:
+        for layer, chosen in enumerate(token):
+            eviction.observe(layer, chosen[None], np.ones((1, top_k)), top_k)
+            loads += len(cache.request(layer, chosen).loads)
+    return float(loads / max(1, tokens * layers * top_k))
 
 
 def recall(predictor: Predictor, lesson: Lesson) -> float:
@@ -73,14 +94,13 @@ def recall(predictor: Predictor, lesson: Lesson) -> float:
     return float(right / max(1, tokens * (layers - 1) * top_k))
 
 
-def write_predictor(path: Path, predictor: Coactivation | Learned, *, model: str, top_k: int, tokens: int) -> int:
+def write_predictor(path: Path, predictor: Made, *, model: str, top_k: int, tokens: int) -> int:
     """Write a predictor whole or not at all; returns its bytes. Raises `DiskFull` or `InvalidInput`."""
-    is_network = isinstance(predictor, Learned)
-    arrays = predictor.weights._asdict() if isinstance(predictor, Learned) else predictor.tables._asdict()
-    layers, experts = arrays["bias" if is_network else "used"].shape
+    kind, arrays = _told(predictor)
+    layers, experts = arrays["used" if kind == "coactivation" else "bias"].shape
     metadata = {
         "format": PREDICTOR_FORMAT,
-        "kind": "learned" if is_network else "coactivation",
+        "kind": kind,
         "model": model,
         "layers": str(layers),
         "experts": str(experts),
@@ -98,7 +118,15 @@ def write_predictor(path: Path, predictor: Coactivation | Learned, *, model: str
     return len(data)
 
 
-def read_predictor(path: Path) -> tuple[PredictorHeader, Coactivation | Learned]:
+def _told(predictor: Made) -> tuple[PredictorKind, dict[str, NDArray[np.float32]]]:
+    if isinstance(predictor, Uses):
+        return "uses", predictor._asdict()
+    if isinstance(predictor, Learned):
+        return "learned", predictor.weights._asdict()
+    return "coactivation", predictor.tables._asdict()
+
+
+def read_predictor(path: Path) -> tuple[PredictorHeader, Made]:
     """Read a predictor file; raises `InvalidFile` with every fault."""
     header = read_predictor_header(path)
     arrays = {name: array.astype(np.float32) for name, array in load_file(path).items()}
@@ -108,23 +136,44 @@ def read_predictor(path: Path) -> tuple[PredictorHeader, Coactivation | Learned]
     if broken:
         what = "holds numbers that cannot be; learn it again"
         raise InvalidFile(path, [Fault(name, what) for name in broken])
+    if header.kind == "uses":
+        if (arrays["rates"].shape[1], arrays["given"].shape[1]) != (len(DECAYS), SOURCES):
+            raise InvalidFile(path, [Fault("given", "is of other decays than this version's; learn it again")])
+        return header, Uses(**arrays)
     if header.kind == "learned":
         return header, Learned(Weights(**arrays))
     return header, Coactivation(header.layers, header.experts, Tables(**arrays))
 
 
 def predictor_for(path: Path, *, layers: int, experts: int, top_k: int) -> Predictor:
-    """Read a predictor file for a model of this shape.
+    """Read a predictor of the next layer's experts for a model of this shape.
 
     Raises
     ------
     InvalidFile
         It is none, or damaged.
     InvalidInput
-        It was learnt from another model.
+        It was learnt from another model, or foresees uses.
     """
+    predictor = _fitting(path, (layers, experts, top_k))
+    if isinstance(predictor, Uses):
+        raise InvalidInput(f"{path}: says what to keep, not what to load ahead: name it as uses, or learn another kind")
+    return predictor
+
+
+def read_uses(path: Path | None, spec: ModelSpec) -> Uses | None:
+    """Read what foresees uses of a model's experts, where a file is named; raises as `predictor_for` does."""
+    if path is None:
+        return None
+    predictor = _fitting(path, (spec.layers, spec.experts, spec.top_k))
+    if not isinstance(predictor, Uses):
+        raise InvalidInput(f"{path}: says what to load ahead, not what to keep; make one with agent learn --kind uses")
+    return predictor
+
+
+def _fitting(path: Path, wanted: tuple[int, int, int]) -> Made:
     header, predictor = read_predictor(path)
-    shape, wanted = (header.layers, header.experts, header.top_k), (layers, experts, top_k)
+    shape = (header.layers, header.experts, header.top_k)
     if shape != wanted:
         raise InvalidInput(
             f"{path}: was learnt from {header.model}, {_shown(shape)}, not for {_shown(wanted)}; learn one from traces "

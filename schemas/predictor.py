@@ -1,4 +1,4 @@
-"""What `agent learn` writes: what guesses the experts of the next layer, as one safetensors file.
+"""What `agent learn` writes: what guesses the experts of the next layer, or of the next tokens, as a safetensors file.
 
 Decides the header and which arrays each kind has. The arrays are read by whoever guesses; here only their types and
 shapes are known, so that a file of another model or a damaged one is refused before any of it is used.
@@ -11,6 +11,9 @@ coactivation
 learned
     ``given`` ``[L, W + 1, E, H]``, ``rates`` ``[L, E, H]``, ``hidden_bias`` ``[L, H]``, ``out`` ``[L, H, E]``, ``bias``
     ``[L, E]``: a network for each layer.
+uses
+    ``rates`` ``[L, D, E]``, ``given`` ``[L, S, E, H]``, ``out`` ``[L, H, E]``, ``bias`` ``[L, E]``, of D decays and S
+    sources: a linear estimate for each layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,12 +28,16 @@ from schemas.files import Fault, InvalidFile
 
 PREDICTOR_FORMAT: Final = "expertmesh-predictor-1"
 
-PredictorKind = Literal["coactivation", "learned"]
+GuessKind = Literal["coactivation", "learned"]
+"""What guesses the next layer's experts."""
+PredictorKind = Literal[GuessKind, "uses"]
+GUESS_KINDS: Final[tuple[GuessKind, ...]] = get_args(GuessKind)
 PREDICTOR_KINDS: Final[tuple[PredictorKind, ...]] = get_args(PredictorKind)
 
 _ARRAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "coactivation": {"near": "LEE", "far": "LEE", "again": "LEE", "used": "LE"},
     "learned": {"given": "LWEH", "rates": "LEH", "hidden_bias": "LH", "out": "LHE", "bias": "LE"},
+    "uses": {"rates": "LDE", "given": "LSEH", "out": "LHE", "bias": "LE"},
 }
 
 

@@ -27,7 +27,7 @@ _SLOW: Final = 0.97  # 23 tokens
 _FAST_SHARE: Final = 0.25
 STEADY_SLOW: Final = 0.984  # 43 tokens
 STEADY_FAST_SHARE: Final = 0.08
-_PATIENCE: Final = 2.0  # token cycles
+PATIENCE: Final = 2.0  # token cycles
 
 
 class Eviction(Protocol):
@@ -144,7 +144,7 @@ class LeastStale:
         since = self._cycle.token - self._token[keys]
         current = keys // self._experts <= layer  # its layer has run for the running token
         fresh = np.where(current, since == 0, since <= 1)
-        return np.asarray(fresh * 1.0 - _ahead(keys, layer, self._layers, self._experts) / self._layers / 2)
+        return np.asarray(fresh * 1.0 - ahead_of(keys, layer, self._layers, self._experts) / self._layers / 2)
 
 
 class CycLfu:
@@ -169,7 +169,7 @@ class CycLfu:
     def worth(self, keys: Ints, layer: int) -> Floats:
         """Return uses per token of age."""
         age = self._cycle.token - self._last[keys] + 1
-        return self._count[keys] / age - 1e-9 * _ahead(keys, layer, self._layers, self._experts)
+        return self._count[keys] / age - 1e-9 * ahead_of(keys, layer, self._layers, self._experts)
 
 
 class Rates:
@@ -206,8 +206,8 @@ class Rates:
     def worth(self, keys: Ints, layer: int) -> Floats:
         """Return the chance of use per cycle of keeping it."""
         chance = self._fast_share * self._rate[0, keys] + (1 - self._fast_share) * self._rate[1, keys]
-        ahead = _ahead(keys, layer, self._layers, self._experts) / self._layers
-        return np.asarray(chance / (ahead + _PATIENCE))
+        ahead = ahead_of(keys, layer, self._layers, self._experts) / self._layers
+        return np.asarray(chance / (ahead + PATIENCE))
 
 
 class Deferred:
@@ -314,7 +314,7 @@ def _next_uses(uses: Ints) -> Floats:
     return again.reshape(uses.shape)
 
 
-def _ahead(keys: Ints, layer: int, layers: int, experts: int) -> Ints:
+def ahead_of(keys: Ints, layer: int, layers: int, experts: int) -> Ints:
     """Layers that run after `layer` and before the one of each key."""
     return (keys // experts - layer - 1) % layers
 

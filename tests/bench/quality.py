@@ -1,10 +1,10 @@
 """What a quality budget buys: loads per token against exact LRU, perplexity on text that calibration did not see.
 
-    python -m tests.bench.quality MODEL TEXTS [--capacity 8] [--capacity 16] [--budget 0.5 %] [-o DIRECTORY]
+    python -m tests.bench.quality MODEL TEXTS [--capacity 8] [--capacity 16] [--budget 0.5 %] [--uses FILE]
 
 TEXTS has a directory per domain with calibration.jsonl and eval.jsonl. Shares are calibrated on the calibration text of
 the mixed domains alone, then judged on their evaluation text, mixed and one by one, and on domains that calibration
-never saw. Intervals are 95 %.
+never saw. Intervals are 95 %. FILE is what `agent learn --kind uses` made of traces of calibration text.
 """
 
 import math
@@ -18,6 +18,7 @@ from runtime.calibrate import Rise, calibrate, policy_of
 from runtime.forcing import Bench, Supply, cut_pieces
 from runtime.loading import load_tokenizer, load_whole
 from runtime.policy.routing import Exact
+from runtime.predictors import read_uses
 from runtime.recorder import read_texts
 from schemas.calibration import Calibration, Setting, Situation
 from schemas.checkpoint import read_checkpoint
@@ -56,16 +57,18 @@ def judge(bench: Bench, found: Calibration, setting: Setting, name: str) -> None
 @click.option("--mixed", default="code,dialogue,prose")
 @click.option("--single", default="code,dialogue,prose,math,french")
 @click.option("--tokens", default=24576)
+@click.option("--uses", type=click.Path(path_type=Path), help="Of agent learn --kind uses: what caches evict by.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
-def main(model, texts, capacities, budgets, mixed, single, tokens, output):
+def main(model, texts, capacities, budgets, mixed, single, tokens, uses, output):
     torch.set_num_threads(1)
     spec, tokenizer = read_checkpoint(model).model_spec, load_tokenizer(model)
     loaded = load_whole(model, dtype="float32")
     domains = mixed.split(",")
+    foreseen = read_uses(uses, spec)
     for capacity in capacities:
-        supply, began = Supply(spec.layers, spec.experts, capacity), time.perf_counter()
+        supply, began = Supply(spec.layers, spec.experts, capacity, uses=foreseen), time.perf_counter()
         text = pieces(tokenizer, texts, domains, "calibration", tokens)
-        situation = Situation(capacity=capacity, eviction="steady")
+        situation = Situation(capacity=capacity, eviction="steady" if foreseen is None else "learned")
         wanted = [parse_share(each) for each in budgets]
         found = calibrate(Bench(loaded, text, supply, spec.top_k), model=spec.id, situation=situation, budgets=wanted)
         seconds = time.perf_counter() - began

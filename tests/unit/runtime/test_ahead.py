@@ -11,7 +11,7 @@ from runtime.policy.prefetch import Slack
 from runtime.predictors import learn, write_predictor
 from runtime.recorder import record_trace
 from runtime.recording import read_recording
-from schemas.predictor import PREDICTOR_KINDS
+from schemas.predictor import GUESS_KINDS
 from tests.unit.runtime.test_recorder import Letters
 
 PROMPT = [5, 9, 60, 8, 5, 9, 60, 8]
@@ -29,7 +29,7 @@ def predictors(checkpoint, tmp_path_factory):
         )
     trace.write(root / "trace.safetensors")
     lesson = read_recording(root / "trace.safetensors").lesson()
-    for kind in PREDICTOR_KINDS:
+    for kind in GUESS_KINDS:
         write_predictor(root / kind, learn(kind, lesson), model="tiny", top_k=2, tokens=len(lesson.chosen))
     return root
 
@@ -45,7 +45,7 @@ def spoken(store, **options):
     return list(generate(segment, PROMPT, max_tokens=12)), segment.residency.counts
 
 
-@pytest.mark.parametrize("kind", PREDICTOR_KINDS)
+@pytest.mark.parametrize("kind", GUESS_KINDS)
 def test_whoever_guesses_tokens_are_the_same(store, predictors, kind):
     plain, _ = spoken(store("qwen3_moe"), prefetch=False)
     guessed, counts = spoken(store("qwen3_moe"), predictor=predictors / kind)

@@ -7,11 +7,11 @@ from safetensors.numpy import load_file, save_file
 from runtime.errors import InvalidInput
 from runtime.predictors import joined, learn, predictor_for, read_predictor, recall, write_predictor
 from schemas.files import InvalidFile
-from schemas.predictor import PREDICTOR_KINDS, read_predictor_header
+from schemas.predictor import GUESS_KINDS, read_predictor_header
 from tests.recordings import E, K, L, planted
 
 
-@pytest.fixture(scope="module", params=PREDICTOR_KINDS)
+@pytest.fixture(scope="module", params=GUESS_KINDS)
 def written(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("predictors") / f"{request.param}.safetensors"
     write_predictor(path, learn(request.param, planted(200)), model="tiny", top_k=K, tokens=200)
