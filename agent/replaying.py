@@ -254,7 +254,7 @@ class _Foresight:
         """The network, trained once; it takes a while."""
         from runtime.policy.learned import train
 
-        return train(*self._recording.lesson(self.first))
+        return train(*self._recording.lesson(self.first)[:3])
 
 
 def _sized(recording: "Recording", expert_bytes: str | None) -> "Recording":

@@ -74,7 +74,7 @@ class Placed:
     def __init__(self, resident: Bools) -> None:
         self.resident = resident
 
-    def begin(self, _: Ints) -> None:
+    def begin(self, _: Ints, __: Floats) -> None:
         """Take in what the router chose for the next tokens. Does not modify."""
 
     def request(self, _: int, experts: list[int]) -> int:
@@ -88,7 +88,8 @@ class Cached:
     Parameters
     ----------
     expected
-        Says what keeping each expert is worth after each of some tokens, [T, E] of what they chose, [T, K].
+        Says what keeping each expert is worth after each of some tokens, [T, E], of what they chose and its scores,
+        [T, K].
     """
 
     warmup = WARMUP
@@ -100,7 +101,7 @@ class Cached:
         top_k: int,
         *,
         is_lru: bool = False,
-        expected: Callable[[Ints], NDArray[Any]] | None = None,
+        expected: Callable[[Ints, Floats], NDArray[Any]] | None = None,
     ) -> None:
         self.resident: Bools = np.zeros(experts, dtype=bool)
         self._expected = expected
@@ -110,12 +111,12 @@ class Cached:
         self._now = 0
         self._worth: list[list[float]] = []
 
-    def begin(self, ids: Ints) -> None:
-        """Take in what the router chose for the next tokens, [T, C]. Modifies."""
+    def begin(self, ids: Ints, scores: Floats) -> None:
+        """Take in what the router chose for the next tokens, and its scores, [T, C]. Modifies."""
         if self._is_lru:
             return
         if self._expected is not None:
-            self._worth = self._expected(ids[:, : self._top_k]).tolist()
+            self._worth = self._expected(ids[:, : self._top_k], scores[:, : self._top_k]).tolist()
             return
         decay = np.array([[FAST], [STEADY_SLOW]])
         worth = np.empty((len(ids), len(self.resident)))
@@ -250,7 +251,7 @@ class _Chooser:
         ids, values = ranked.numpy(), scores.double().numpy()
         changed: dict[int, Choice] = {}
         at_hand = self.held.resident  # changes as experts come and go
-        self.held.begin(ids)
+        self.held.begin(ids, values)
         for token, chosen in enumerate(ids[:, : self.top_k].tolist()):
             if all(map(at_hand.__getitem__, chosen)):
                 self.held.request(token, chosen)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from runtime.errors import InvalidInput, writing
 from runtime.policy.cache import Cache
-from runtime.policy.eviction import Eviction, Ints
+from runtime.policy.eviction import Eviction, Floats, Ints
 from runtime.policy.guessing import Coactivation, Predictor, Tables, best
 from runtime.policy.learned import Learned, Weights, train
 from runtime.policy.uses import DECAYS, SOURCES, Uses, fit
@@ -37,29 +37,39 @@ class Lesson(NamedTuple):
         ``[T]``: tokens that follow no other.
     experts
         Of a layer.
+    scores
+        The router's of what was chosen, ``[T, L, K]``; all alike where None.
     """
 
     chosen: Ints
     is_start: NDArray[np.bool_]
     experts: int
+    scores: Floats | None = None
+
+    @property
+    def scores_of_choice(self) -> Floats:
+        """The scores, ones where none are known."""
+        return np.ones(self.chosen.shape) if self.scores is None else self.scores
 
     def part(self, first: int, last: int | None = None) -> "Lesson":
         """Return some of the tokens."""
         is_start = self.is_start[first:last].copy()
         is_start[:1] = True
-        return self._replace(chosen=self.chosen[first:last], is_start=is_start)
+        scores = None if self.scores is None else self.scores[first:last]
+        return self._replace(chosen=self.chosen[first:last], is_start=is_start, scores=scores)
 
 
 def joined(lessons: list[Lesson]) -> Lesson:
     """Return recordings of one model one after another."""
     chosen = np.concatenate([each.chosen for each in lessons])
-    return Lesson(chosen, np.concatenate([each.is_start for each in lessons]), lessons[0].experts)
+    is_start = np.concatenate([each.is_start for each in lessons])
+    return Lesson(chosen, is_start, lessons[0].experts, np.concatenate([each.scores_of_choice for each in lessons]))
 
 
 def learn(kind: GuessKind, lesson: Lesson, *, progress: Progress | None = None) -> Coactivation | Learned:
     """Make what guesses the next layer's experts of a recording."""
     if kind == "learned":
-        return Learned(train(*lesson, progress=progress))
+        return Learned(train(*lesson[:3], progress=progress))
     made = Coactivation(lesson.chosen.shape[1], lesson.experts)
     made.fit(lesson.chosen, lesson.is_start)
     return made
@@ -67,7 +77,7 @@ def learn(kind: GuessKind, lesson: Lesson, *, progress: Progress | None = None) 
 
 def learn_uses(lesson: Lesson, *, progress: Progress | None = None) -> Uses:
     """Make what foresees uses of a recording."""
-    return fit(lesson.chosen, lesson.experts, progress=progress)
+    return fit(lesson.chosen, lesson.scores_of_choice, lesson.experts, progress=progress)
 
 
 def loads_share(eviction: Eviction, lesson: Lesson) -> float:
@@ -75,9 +85,9 @@ def loads_share(eviction: Eviction, lesson: Lesson) -> float:
     tokens, layers, top_k = lesson.chosen.shape
     cache = Cache(layers, lesson.experts, max(top_k, lesson.experts // 4), eviction, per_layer=True)
     loads = 0
-    for token in lesson.chosen:
+    for token, scores in zip(lesson.chosen, lesson.scores_of_choice, strict=True):
         for layer, chosen in enumerate(token):
-            eviction.observe(layer, chosen[None], np.ones((1, top_k)), top_k)
+            eviction.observe(layer, chosen[None], scores[layer][None], top_k)
             loads += len(cache.request(layer, chosen).loads)
     return float(loads / max(1, tokens * layers * top_k))
 

@@ -96,14 +96,15 @@ class Recording:
         decoded
             Take what lies before this decoded token; all by default.
         """
-        chosen, is_start = [], []
+        chosen, is_start, scores = [], [], []
         for step in self._steps(decoded):
             tokens = min(len(batch.ids) for batch in step)  # some recorders leave out tokens of the last layer
             chosen.append(np.stack([batch.ids[len(batch.ids) - tokens :, : self.top_k] for batch in step], axis=1))
+            scores.append(np.stack([batch.scores[len(batch.ids) - tokens :, : self.top_k] for batch in step], axis=1))
             is_start.append(np.arange(tokens) == (0 if step[0].is_start else -1))
         if not chosen:
             raise InvalidInput(f"{self.name}: no token before the {decoded}th decoded one has rows for every layer")
-        return Lesson(np.concatenate(chosen), np.concatenate(is_start), self.experts).part(0)
+        return Lesson(np.concatenate(chosen), np.concatenate(is_start), self.experts, np.concatenate(scores)).part(0)
 
     def _steps(self, decoded: int | None) -> Iterator[Sequence[Batch]]:
         """Yield the layers of each step that ran all of them, up to a decoded token."""

@@ -6,10 +6,11 @@ here a layer's estimate is linear in both::
 
     uses(l) = Σ r[l, d] ∘ x(l, d) + (Σ x(l, d) · G[l, d] + Σ x(l−1−w, d') · G[l, D + w·D' + d']) · V[l] + b[l]
 
-with ``x(l, d)`` the faded share of tokens that chose each expert of layer l, by decay, d' the quickest decays and
-w < W layers below. It estimates the uses of the tokens to come, fading by a fifth with each, by ridge regression; what
-experts do to each other is kept at a low rank (Izenman, Journal of Multivariate Analysis 5, 1975). Must not know files,
-nor torch, nor what is resident. Axes: T tokens, L layers, E experts, K top-k, D decays, H rank.
+with ``x(l, d)`` the faded share of tokens that chose each expert of layer l, by decay (of this token alone: how much of
+its router mass each has), d' the quickest decays and w < W layers below. It estimates the uses of the tokens to come,
+fading by a fifth with each, by ridge regression; what experts do to each other is kept at a low rank (Izenman, Journal
+of Multivariate Analysis 5, 1975). Must not know files, nor torch, nor what is resident. Axes: T tokens, L layers, E
+experts, K top-k, D decays, H rank.
 """
 
 from collections.abc import Callable
@@ -62,9 +63,9 @@ class Estimates:
         self._seen = np.zeros((layers, 1, len(DECAYS), experts), dtype=np.float32)
         self._last: list[Counts] = list(self._seen)
 
-    def advance(self, layer: int, chosen: Ints) -> Counts:
+    def advance(self, layer: int, chosen: Ints, scores: Floats) -> Counts:
         """Return what is expected after each of some tokens, ``[T, E]``, which chose ``[T, K]``. Modifies."""
-        mine = _faded(chosen, self._last[layer][-1])
+        mine = _faded(chosen, scores, self._last[layer][-1])
         self._last[layer] = mine
         return self._expected(layer, mine)
 
@@ -92,7 +93,8 @@ class LearnedUses:
 
     def observe(self, layer: int, ids: Ints, scores: Floats, top_k: int) -> None:
         """Move a layer's estimate on by these tokens."""
-        self._expected[layer] = self._estimates.advance(layer, ids[-_REMEMBERED:, :top_k])[-1]
+        of = slice(-_REMEMBERED, None), slice(top_k)
+        self._expected[layer] = self._estimates.advance(layer, ids[of], scores[of])[-1]
 
     def worth(self, keys: Ints, layer: int) -> Floats:
         """Return the expected uses per cycle of keeping it, as `eviction.Rates` counts them."""
@@ -102,12 +104,14 @@ class LearnedUses:
         return np.asarray(chance / cycles)
 
 
-def fit(chosen: Ints, experts: int, *, rank: int = RANK, progress: Callable[[int, int], None] | None = None) -> Uses:
+def fit(
+    chosen: Ints, scores: Floats, experts: int, *, rank: int = RANK, progress: Callable[[int, int], None] | None = None
+) -> Uses:
     """Fit the estimates of each layer to a recording.
 
     Parameters
     ----------
-    chosen
+    chosen, scores
         ``[T, L, K]``, tokens in order; caches outlast texts, and so do rates.
     progress
         Called with (layers done, layers in all).
@@ -117,7 +121,7 @@ def fit(chosen: Ints, experts: int, *, rank: int = RANK, progress: Callable[[int
     seen: list[Counts] = []  # of the layers below and this one
     fitted = []
     for layer in range(layers):
-        seen = [*seen[-BELOW:], _faded(chosen[:, layer], start)]
+        seen = [*seen[-BELOW:], _faded(chosen[:, layer], scores[:, layer], start)]
         fitted.append(_fit_layer(seen, one_hot(chosen[:, layer], experts), min(rank, experts)))
         if progress:
             progress(layer + 1, layers)
@@ -151,13 +155,15 @@ def _fit_layer(seen: list[Counts], hot: Counts, rank: int) -> tuple[Counts, Coun
     return own.astype(np.float32), given, out.astype(np.float32), bias.astype(np.float32)
 
 
-def _faded(chosen: Ints, before: Counts) -> Counts:
+def _faded(chosen: Ints, scores: Floats, before: Counts) -> Counts:
     """Return the faded share of tokens that chose each expert, after each token, ``[T, D, E]``, from ``[D, E]``."""
+    mass = scores * (scores.shape[1] / np.maximum(scores.sum(axis=1, keepdims=True), 1e-12))  # 1 on average
     faded = np.empty((len(chosen), *before.shape), dtype=np.float32)
     gain = 1 - _FADES
     for token, picked in enumerate(chosen):
         np.multiply(before, _FADES, out=faded[token])
         faded[token][:, picked] += gain
+        faded[token][0, picked] = mass[token]
         before = faded[token]
     return faded
 

@@ -22,9 +22,12 @@ def load(tmp_path, text):
 
 
 def test_paths_are_relative_to_the_file(tmp_path):
-    settings = load(tmp_path / "conf" if (tmp_path / "conf").mkdir() is None else tmp_path, MINIMAL + "store: store\n")
+    settings = load(
+        tmp_path / "conf" if (tmp_path / "conf").mkdir() is None else tmp_path, MINIMAL + "store: store\nuses: u\n"
+    )
     assert settings.data == str(tmp_path / "conf" / "run" / "n1")
     assert settings.store == str(tmp_path / "conf" / "store")
+    assert settings.uses == str(tmp_path / "conf" / "u")
     assert settings.model.endswith("conf/../model")
     assert (settings.dtype, settings.threads, settings.ports.expert) == ("checkpoint", 1, 0)
 

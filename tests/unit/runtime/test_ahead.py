@@ -8,7 +8,7 @@ from runtime.engine import generate
 from runtime.errors import InvalidInput
 from runtime.models import open_model
 from runtime.policy.prefetch import Slack
-from runtime.predictors import learn, write_predictor
+from runtime.predictors import learn, learn_uses, write_predictor
 from runtime.recorder import record_trace
 from runtime.recording import read_recording
 from schemas.predictor import GUESS_KINDS
@@ -31,6 +31,7 @@ def predictors(checkpoint, tmp_path_factory):
     lesson = read_recording(root / "trace.safetensors").lesson()
     for kind in GUESS_KINDS:
         write_predictor(root / kind, learn(kind, lesson), model="tiny", top_k=2, tokens=len(lesson.chosen))
+    write_predictor(root / "uses", learn_uses(lesson), model="tiny", top_k=2, tokens=len(lesson.chosen))
     return root
 
 
@@ -51,6 +52,13 @@ def test_whoever_guesses_tokens_are_the_same(store, predictors, kind):
     guessed, counts = spoken(store("qwen3_moe"), predictor=predictors / kind)
     assert guessed == plain
     assert sum(counts.prefetched) >= sum(counts.prefetch_hits) > 0
+
+
+def test_whoever_evicts_tokens_are_the_same(store, predictors):
+    plain, _ = spoken(store("qwen3_moe"), prefetch=False)
+    kept, counts = spoken(store("qwen3_moe"), uses=predictors / "uses", prefetch=False)
+    assert kept == plain
+    assert counts.evictions > 0
 
 
 def test_where_the_link_has_no_time_nothing_is_loaded_ahead(store, predictors):

@@ -17,11 +17,14 @@ from runtime.forcing import WARMUP, Bench, Cached, Supply, cut_pieces
 from runtime.policy.cache import Cache
 from runtime.policy.eviction import EVICTIONS
 from runtime.policy.routing import Exact, LeaveOut
+from runtime.policy.uses import LearnedUses
+from runtime.predictors import Lesson, learn_uses, write_predictor
 from schemas.calibration import Situation, load_calibration
 from schemas.checkpoint import read_checkpoint
 from schemas.files import InvalidFile
 from schemas.plan import write_plan
 from tests.demo import DEMO, TEXT
+from tests.recordings import E, K, L, planted
 from tests.small_plans import path, plan_through, replicas, route
 
 
@@ -39,12 +42,27 @@ def test_the_cache_evicts_as_its_policy_does(name, capacity, seed):
     eviction = EVICTIONS[name](1, 8)
     slow = Cache(1, 8, capacity, eviction, per_layer=True)
     for half in (ids[:20], ids[20:]):
-        quick.begin(half)
+        quick.begin(half, np.ones(half.shape))
         for token, ranked in enumerate(half):
             eviction.observe(0, ranked[None], np.ones((1, 8)), 2)
             loads = slow.request(0, ranked[:2]).loads
             assert quick.request(token, ranked[:2].tolist()) == len(loads)
             assert (quick.resident == slow.resident).all()
+
+
+def test_a_layers_cache_evicts_by_learnt_uses_as_a_residency_does():
+    uses, text = learn_uses(planted(300)), planted(40, seed=3).chosen
+    held = Supply(L, E, 3, uses=uses).holding(K, is_lru=False)
+    eviction = LearnedUses(uses)
+    slow = Cache(L, E, 3, eviction, per_layer=True)
+    for layer in range(L):  # a text runs layer by layer here, token by token there
+        held[layer].begin(text[:, layer], np.ones((len(text), K)))
+    for token, layers in enumerate(text):
+        for layer, chosen in enumerate(layers):
+            eviction.observe(layer, chosen[None], np.ones((1, K)), K)
+            loads = slow.request(layer, chosen).loads
+            assert held[layer].request(token, chosen.tolist()) == len(loads)
+            assert (held[layer].resident == slow.resident_of(layer)).all()
 
 
 def test_exact_runs_change_no_prediction(bench):
@@ -135,6 +153,19 @@ def test_the_command_writes_what_agents_read(tmp_path):
     assert (load_calibration(output).prices, load_calibration(output).stand_in) == ((), 1.0)
 
 
+def test_the_command_measures_with_learnt_uses(tmp_path):
+    rng = np.random.default_rng(0)
+    chosen = np.stack([rng.permutation(16)[:2] for _ in range(400)]).reshape(100, 4, 2)
+    write_predictor(
+        tmp_path / "u", learn_uses(Lesson(chosen, np.arange(100) == 0, 16)), model="demo", top_k=2, tokens=100
+    )
+    options = ["--text", str(TEXT), "--capacity", "6", "--budget", "80 %", "--window", "32", "--tokens", "512"]
+    options += ["--precision", "none", "--uses", str(tmp_path / "u"), "-o", str(tmp_path / "c.json")]
+    result = CliRunner().invoke(command, [str(DEMO), *options])
+    assert result.exit_code == 0, result.output
+    assert load_calibration(tmp_path / "c.json").situation == Situation(capacity=6, eviction="learned")
+
+
 def test_the_command_takes_what_a_plan_places(tmp_path):
     placed = {(layer, expert): ["ab"[expert % 2]] for layer in range(4) for expert in range(16)}
     away = [route("a", key, "b") for key, (node,) in placed.items() if node == "b"]
@@ -163,6 +194,7 @@ def test_the_command_refuses_what_it_cannot_measure(tmp_path):
         (["--capacity", "1"], "a token needs 2 at once"),
         (["--capacity", "6", "--budget", "0 %"], "needs no calibration"),
         (["--plan", "p.json"], "--capacity, or --plan and --node"),
+        (["--plan", "p.json", "--node", "a", "--uses", "u"], "under a --plan nothing does"),
     ):
         result = CliRunner().invoke(command, [*base, *options])
         assert result.exit_code == 2

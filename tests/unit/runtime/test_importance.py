@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from runtime.alone import open_alone
+from runtime.dispatch import Dispatcher
 from runtime.engine import Segment, generate
 from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import load_trunk
@@ -74,6 +76,29 @@ def test_with_a_budget_for_everything_decoding_waits_for_nobody(checkpoint, stor
     assert counts.replaced_rows >= counts.spared_events
     assert 0 < counts.lost_mass_share < 1
     assert account.spent == pytest.approx(counts.lost_mass)
+
+
+def test_evictions_learn_what_the_router_chose_whoever_stood_in(store, monkeypatch):
+    spec = store("olmoe").manifest.model
+    room = spec.range_bytes(range(spec.num_decoder_layers)) + 64 * (
+        spec.num_decoder_layers * spec.kv_bytes_per_token_layer
+    )
+    segment = open_alone(store("olmoe").path, budget=room + spec.total_expert_bytes // 3, max_tokens=64)
+    account = controller(spec.layers, horizon=1000)
+    segment.importance = Importance(MassBudget((1.0,)), account, is_whole=False)
+    chosen, learnt, run = [], [], Dispatcher.run
+
+    def spy(self, layer, hidden, index, weights):
+        chosen.append(sorted(index.flatten().tolist()))
+        return run(self, layer, hidden, index, weights)
+
+    monkeypatch.setattr(Dispatcher, "run", spy)
+    segment.residency.observe = lambda _, __, expert, ___: learnt.append(sorted(expert.tolist()))
+    segment.residency.observe_token = lambda _, experts, __: learnt.append(sorted(experts))
+    never = frozenset()
+    list(generate(segment, PROMPT, max_tokens=12, stop_ids=never))
+    assert segment.counters.snapshot().replaced_rows > 0
+    assert learnt == chosen
 
 
 def test_steps_that_combine_in_order_are_exact(checkpoint, store):

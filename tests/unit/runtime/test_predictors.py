@@ -5,10 +5,23 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from runtime.errors import InvalidInput
-from runtime.predictors import joined, learn, predictor_for, read_predictor, recall, write_predictor
+from runtime.predictors import (
+    joined,
+    learn,
+    learn_uses,
+    predictor_for,
+    read_predictor,
+    read_uses,
+    recall,
+    write_predictor,
+)
+from schemas.checkpoint import read_checkpoint
 from schemas.files import InvalidFile
 from schemas.predictor import GUESS_KINDS, read_predictor_header
+from tests.demo import DEMO
 from tests.recordings import E, K, L, planted
+
+SPEC = read_checkpoint(DEMO).model_spec
 
 
 @pytest.fixture(scope="module", params=GUESS_KINDS)
@@ -67,6 +80,27 @@ def test_arrays_must_be_what_the_header_says(written, tmp_path):
         )
     with pytest.raises(InvalidFile, match="in the header"):
         read_predictor(rewritten(written, tmp_path, lambda _: None, layers="three"))
+
+
+def test_uses_are_read_as_they_were_written_and_refused_where_they_are_not_meant(written, tmp_path):
+    path, made = tmp_path / "u.safetensors", learn_uses(planted(200))
+    write_predictor(path, made, model="tiny", top_k=K, tokens=200)
+    header, read = read_predictor(path)
+    assert (header.kind, header.layers, header.experts, header.top_k) == ("uses", L, E, K)
+    for wrote, found in zip(made, read, strict=True):
+        np.testing.assert_allclose(found, wrote, atol=2e-3)
+    with pytest.raises(InvalidInput, match="says what to keep, not what to load ahead"):
+        predictor_for(path, layers=L, experts=E, top_k=K)
+    spec = SPEC.model_copy(update={"layers": L, "experts": E, "top_k": K})
+    assert read_uses(None, spec) is None
+    assert read_uses(path, spec) is not None
+    with pytest.raises(InvalidInput, match="learnt from tiny, 3 layers × 8 experts, top-2, not for 3 layers × 9"):
+        read_uses(path, spec.model_copy(update={"experts": E + 1}))
+    with pytest.raises(InvalidInput, match="make one with agent learn --kind uses"):
+        read_uses(written, spec)
+    other = rewritten(path, tmp_path, lambda arrays: arrays.update(rates=arrays["rates"][:, 1:].copy()))
+    with pytest.raises(InvalidFile, match="of other decays than this version's"):
+        read_predictor(other)
 
 
 def test_numbers_must_be_numbers(written, tmp_path):

@@ -227,6 +227,21 @@ def test_a_predictor_is_learnt_judged_and_used(tmp_path):
         assert rows["policies"][0]["guessed"]["right"] > 0.6 * rows["policies"][0]["guessed"]["wanted"]
 
 
+def test_uses_are_learnt_and_judged_by_what_is_loaded(tmp_path):
+    path, file = tmp_path / "t.safetensors", tmp_path / "u.safetensors"
+    chosen = planted(1000, noise=0.0).chosen
+    chosen[1::2] = chosen[::2]  # every token's choice comes twice
+    Trace(
+        "tiny", 8, 2, "w", chosen.astype(np.int16), np.ones(chosen.shape, np.float16), np.zeros(1000, np.int32)
+    ).write(path)
+    arguments = ["learn", str(path), "-o", str(file), "--kind", "uses"]
+    document = json.loads(CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert document["kind"] == "uses"
+    assert 0 < document["loads"] <= document["loads_of_steady"]
+    shown = CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
+    assert "would be loaded with room for a quarter of each layer's experts" in shown
+
+
 def test_traces_of_two_models_are_not_learnt_from_together(tmp_path):
     rows = ["1,0,0,0,1", "1,0,0,1,2", "1,0,1,0,1", "1,0,1,1,2"]
     done = CliRunner().invoke(
