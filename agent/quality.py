@@ -99,6 +99,10 @@ class QualityBudget:
             layers, plan = ", ".join(map(str, other)), calibration.situation.plan[:12]
             note = _OTHER_PLACEMENT.format(file=file.name, plan=plan, layers=layers)
             return Spending(budget=budget, standing="misplaced", note=note)
+        if calibration.situation.eviction == "learned" and self._settings.uses is None:
+            log.warning(
+                "%s was measured with learnt uses: more is loaded here than it says; name them as uses", file.name
+            )
         importance = importance_of(calibration, budget, self._settings.low_precision)
         return Spending(importance, calibration, budget)
 

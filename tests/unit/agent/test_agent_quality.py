@@ -65,6 +65,12 @@ def test_the_largest_setting_within_the_budget_is_spent(tmp_path):
     assert account.allowance.divergence == 0.02
 
 
+def test_a_calibration_with_learnt_uses_wants_them_named(tmp_path, caplog):
+    learnt = calibration(situation=Situation(capacity=2, eviction="learned"))
+    assert load(tmp_path, "0.7 %", learnt) is not None
+    assert "c.json was measured with learnt uses" in caplog.text
+
+
 def test_nothing_is_given_up_by_default(tmp_path):
     assert load(tmp_path, "0 %", calibration()) is None
     quality = agent(tmp_path, "")
