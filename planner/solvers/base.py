@@ -135,10 +135,13 @@ def ignore(_: Progress) -> None:
 
 
 def with_status(result: Result, gap: float) -> Result:
-    """Return the result with the status that its own figures support, and its bound not above its objective."""
+    """Return the result with the status that its own figures support, and its bound between 0 and its objective.
+
+    No cost is negative: a bound below 0 is a solver's rounding.
+    """
     if result.placed is None or result.objective is None:
         return result
-    bound = None if result.bound is None else min(result.bound, result.objective)
+    bound = None if result.bound is None else min(max(result.bound, 0.0), result.objective)
     result = replace(result, bound=bound)
     reached = result.gap is not None and result.gap <= gap
     status = SolveStatus.OPTIMAL if reached else SolveStatus.FEASIBLE

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from planner.solvers.decomposition.arrays import PlacementArrays, Settings, Stop
@@ -44,6 +44,7 @@ def test_separable_problems_are_solved_to_the_optimum(seed: int) -> None:
 
 @QUICK
 @given(SEEDS)
+@example(434)  # HiGHS 1.14.0 called a wrong answer optimal
 def test_bound_optimum_and_incumbent_are_in_order_where_calls_share_load_links_or_heaviest_nodes(seed: int) -> None:
     check_against_brute_force(draw_arrays(seed, coupled=True))
 

@@ -41,10 +41,10 @@ def test_progress_is_streamed_and_the_result_handed_over():
 
 @pytest.mark.parametrize("solver", ["cpsat", "milp"])
 def test_time_is_kept_and_the_last_incumbent_stays(problem, solver):
-    start = time.monotonic()
+    start, before = time.monotonic(), multiprocessing.active_children()  # clusters of other tests may be running
     result = solve_in_child(Job(problem, solver, "additive-latency", SolveLimits(time_s=2.0)))
     assert time.monotonic() - start < 8
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     if result.placed is None:
         assert result.objective is None
         assert result.gap is None
@@ -56,8 +56,10 @@ def test_time_is_kept_and_the_last_incumbent_stays(problem, solver):
 
 
 def test_a_child_that_dies_is_a_result_not_a_hang(problem):
+    before = multiprocessing.active_children()
+
     def stop(_):
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(before):
             process.kill()
 
     result = solve_in_child(Job(problem, "cpsat", "additive-latency", SolveLimits(time_s=30)), stop)

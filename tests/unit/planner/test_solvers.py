@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import highspy
 import numpy as np
 import pytest
 
@@ -24,6 +25,25 @@ def quickstart():
         node("c", device=25, host=5, disk=7, rate=30),
     ]
     return problem_of(topology_of(nodes, line("a", "b", "c")), model_spec(layers=4, experts=16), seed=1)
+
+
+def test_highs_is_one_that_can_be_believed():
+    """HiGHS 1.14.0 says 15, and that it is optimal (its issue 3043)."""
+    model = highspy.Highs()
+    model.setOptionValue("output_flag", False)
+    one, whole = model.addVariable(0, 10, 2), model.addIntegral(0, 10, 3)
+    model.addConstr(one + whole >= 4.5)
+    model.run()
+    assert model.getInfo().objective_function_value == pytest.approx(9)
+
+
+def test_a_bound_below_nothing_is_rounding():
+    placed = np.ones((1, 1, 1), dtype=bool)
+    result = Result(
+        solver="milp", status=SolveStatus.FEASIBLE, stop_reason=StopReason.FINISHED, seconds=0.0, placed=placed,
+        objective=0.0, bound=-1e-15,
+    )  # fmt: skip
+    assert with_status(result, 1e-7).status is SolveStatus.OPTIMAL
 
 
 def test_exact_solvers_agree_at_the_quickstart_s_size(quickstart):
