@@ -3,8 +3,11 @@
 Importable by every test; `checkpoints` keeps one directory per family for the whole session.
 """
 
+import atexit
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -70,6 +73,13 @@ def config_of(family: str, *, layers: int = 4) -> Any:
                 **common, **{**grouped, "intermediate_size": 32}, num_local_experts=8, sliding_window=16
             )
     raise ValueError(family)
+
+
+def lasting_directory() -> Path:
+    """Return a directory for what tests of a whole file share; it goes when the process ends."""
+    path = Path(mkdtemp(prefix="expertmesh-test-"))
+    atexit.register(rmtree, path, ignore_errors=True)
+    return path
 
 
 def make_checkpoint(family: str, path: Path, *, layers: int = 4, seed: int = 0) -> Path:

@@ -1,14 +1,12 @@
 """Whatever the split, the placement and the sessions: a chain of segments is the whole model."""
 
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.families import FAMILIES, chain_model, make_checkpoint, make_store
+from tests.families import FAMILIES, chain_model, lasting_directory, make_checkpoint, make_store
 
 LAYERS, EXPERTS, STEPS = 6, 8, 3
 
@@ -16,7 +14,7 @@ LAYERS, EXPERTS, STEPS = 6, 8, 3
 @cache
 def model(family):
     """A checkpoint, its store, and the chain of one segment that has it all."""
-    root = Path(mkdtemp(prefix="expertmesh-test-"))
+    root = lasting_directory()
     path = make_checkpoint(family, root / "model", layers=LAYERS)
     store = make_store(path, root / "store")
     keys = [record.key for record in store.manifest.records]

@@ -2,7 +2,6 @@
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from runtime.routing import Routing
 from runtime.slots import Residency
 from runtime.text import TextStream
 from schemas.placement import Route
-from tests.families import InProcessCaller, make_checkpoint, make_store, reference
+from tests.families import InProcessCaller, lasting_directory, make_checkpoint, make_store, reference
 
 EXPERTS, NAMES = 8, ("here", "a", "b", "c")
 DEMO = Path(__file__).parents[2] / "examples" / "models" / "tinymoe-demo"
@@ -24,7 +23,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "models" / "tinymoe-demo"
 @cache
 def pieces(family):
     """The eager experts of layer 0 and a residency that holds all of them."""
-    root = Path(mkdtemp(prefix="expertmesh-test-"))
+    root = lasting_directory()
     model = make_checkpoint(family, root / "model", layers=1)
     store = make_store(model, root / "store")
     residency = Residency(store.manifest.layout, {"device": store.manifest.model.total_expert_bytes})

@@ -2,8 +2,6 @@
 
 from contextlib import closing
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from runtime.precision import empty_parts, pack_record, packed_layout, unpack_pa
 from runtime.records import RecordFile
 from runtime.slots import Caching, Residency
 from schemas.store import RECORDS_NAME
-from tests.families import make_checkpoint, make_store
+from tests.families import lasting_directory, make_checkpoint, make_store
 
 LAYERS, EXPERTS, SLOTS = 2, 8, 6
 keys = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
@@ -32,7 +30,7 @@ class EagerSlack(Slack):
 
 @cache
 def opened():
-    root = Path(mkdtemp(prefix="expertmesh-test-"))
+    root = lasting_directory()
     return make_store(make_checkpoint("olmoe", root / "model", layers=LAYERS), root / "store", precisions=("int4",))
 
 
