@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -159,11 +159,17 @@ def lost(cluster: Cluster, node: str) -> Iterator[None]:
     yield
 
 
-def fall(cluster: Cluster, want: dict[str, list[int]], node: str, what: str, failing: Callable[..., object]) -> None:
+def fall(
+    cluster: Cluster,
+    want: dict[str, list[int]],
+    node: str,
+    what: str,
+    failing: Callable[[Cluster, str], AbstractContextManager[None]],
+) -> None:
     """Let a node's device fail while it makes answers, and compare them."""
     where = cluster.locate("n0")
     answers: list[Stream] = [cluster.begin("n0", PROMPTS[0], LONG, where)]
-    with failing(cluster, node):  # type: ignore[attr-defined]
+    with failing(cluster, node):
         began = time.perf_counter()
         answers += [Stream("n0", cluster.coordinator, PROMPTS[0], LONG, where) for _ in range(SESSIONS - 1)]
         for answer in answers:

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.experts import Rows, compute_rows
-from runtime.models import open_model
+from runtime.models import Model, open_model
 from runtime.slots import Caching, Residency
+from schemas.topology import Tier
 from tests.bench.cuda_models import MIXTRAL, QWEN, RandomRecord, Shape, write_hollow
 
 SHARE = 0.25
@@ -69,9 +70,9 @@ def run_shape(shape: Shape, device: str) -> None:
     click.echo(f"µs: a load {1e6 * ways.load((0, 0)).seconds:.0f}; an expert in host memory: {told}")
 
 
-def open_arm(model: object, shape: Shape, device: str, *, in_place: bool) -> Arm:
+def open_arm(model: Model, shape: Shape, device: str, *, in_place: bool) -> Arm:
     """Make a residency with every record in host memory."""
-    layout = model.layout  # type: ignore[attr-defined]
+    layout = model.layout
     every = shape.layers * shape.experts
     residency = Residency(
         layout,
@@ -143,8 +144,8 @@ def run_step(arm: Arm, chosen: NDArray[np.int64], hidden: torch.Tensor) -> torch
         order = flat.argsort(kind="stable")
         rows = Rows(order % tokens, flat[order], torch.full((len(flat),), 1 / top_k, device=hidden.device))
         before, began = found[layer], time.perf_counter()
-        tiers: dict[str, int] = {}
-        answer = compute_rows(arm.residency, layer, rows, hidden, combine="partial", tier_rows=tiers)  # type: ignore[arg-type]
+        tiers: dict[Tier, int] = {}
+        answer = compute_rows(arm.residency, layer, rows, hidden, combine="partial", tier_rows=tiers)
         if hidden.is_cuda:
             torch.cuda.synchronize()
         arm.seconds.append(time.perf_counter() - began)

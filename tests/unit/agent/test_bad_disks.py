@@ -18,6 +18,7 @@ from runtime.errors import DiskFull, ExpertLost
 from runtime.slots import Residency
 from runtime.store import Store
 from schemas.messages import AssignedReplica, Record
+from schemas.topology import Tier
 from tests.families import make_checkpoint, make_store
 
 PAGE = 4096
@@ -44,10 +45,10 @@ def disk(tmp_path: Path, store: Store) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def replica(store: Store, expert: int, tier: str) -> tuple[AssignedReplica, bytes]:
+def replica(store: Store, expert: int, tier: Tier) -> tuple[AssignedReplica, bytes]:
     name = store.by_key[0, expert].sha256
     record = Record(layer=0, expert=expert, sha256=name, bytes=store.manifest.layout.bytes)
-    return AssignedReplica(record=record, tier=tier, sources=("other",)), store.read(name)  # type: ignore[arg-type]
+    return AssignedReplica(record=record, tier=tier, sources=("other",)), store.read(name)
 
 
 def holdings_on(store: Store, data: Path, fetch: Callable[[AssignedReplica], bytes] | None = None) -> Holdings:
