@@ -99,20 +99,8 @@ class CapturedDecode:
             and dispatcher.combine == "partial"
             and dispatcher.routing.is_local
             and fits(self.inside.pool.slots, rows, router.top_k, router.experts)
-            and not self._is_split
             and all(cache in self._states or self._is_plain(cache) for cache in caches)
         )
-
-    @property
-    def _is_split(self) -> bool:
-        """Whether a plan put experts in host memory beside the device's.
-
-        One run of agents on an H200 gave a wrong token there, probably since keys of a session were looked for where
-        those of one before had been (`States.number` mends that). Until a device has shown it, such steps run operation
-        by operation.
-        """
-        shelf = self.inside.shelf
-        return "host" not in shelf.computed_in and shelf.bound("host") > 0
 
     def _is_plain(self, cache: Any) -> bool:
         """Whether the keys and values of a session lie where they will stay; notes them then."""
