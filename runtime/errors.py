@@ -84,8 +84,8 @@ class ExpertLost(RuntimeFault):
     def __init__(self, layer: int, expert: int, reasons: Sequence[str]) -> None:
         self.layer, self.expert, self.reasons = layer, expert, tuple(reasons)
         super().__init__(
-            f"layer {layer} expert {expert}: no intact record is left: {'; '.join(reasons)}; apply the plan again to "
-            "fetch it anew"
+            f"layer {layer} expert {expert}: no intact record is left: {'; '.join(reasons)}; make the store again "
+            "with agent prepare, or in a cluster apply the plan again, which fetches it anew"
         )
 
 
