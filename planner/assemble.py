@@ -5,12 +5,14 @@ Decides how arrays become records. Must not know solvers. Flow: Problem + Result
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from planner.errors import PlannerError
 from planner.inputs import Inputs
 from planner.objective import Judgement, ObjectiveName, Routing, link_load, node_load
+from planner.precision import expected_rise, left_of
 from planner.problem import Bools, Ints, Problem
 from planner.rooms import Rooms
 from planner.solvers.base import Result
@@ -19,8 +21,17 @@ from planner.trunk.story import path_summaries
 from planner.trunk.trials import Trial
 from schemas.outcome import ExitCode
 from schemas.placement import Replica, Route, sorted_replicas, sorted_routes
-from schemas.plan import LinkSummary, NodeSummary, Plan, Segment, Step, Summary, TrunkPath
-from schemas.topology import Context
+from schemas.plan import (
+    LinkSummary,
+    NodePrecision,
+    NodeSummary,
+    Plan,
+    PrecisionSummary,
+    Segment,
+    Step,
+    Summary,
+    TrunkPath,
+)
 from schemas.units import format_bytes
 
 _SHARE_FLOOR = 1e-6  # a smaller share of calls is a solver's rounding
@@ -68,9 +79,9 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         require_same(inputs, current)
     routes = route_records(solved.problem, solved.routing)
     placement, trunk, (steps, stages, trunk_stage) = plan_steps(inputs, solved, current)
-    quality = topology.quality.budget or None
-    if not stages and current is not None and _differ(current, routes, quality, topology.context):
-        steps, stages = (Step(stage=1, action="switch"),), 1
+    told = precision_summary(inputs, solved)
+    budget = topology.quality.budget
+    quality = (left_of(budget, told.rise) if told is not None and told.rise is not None else budget) or None
     base = 0 if current is None else current.epoch
     plan = Plan(
         cluster=topology.cluster,
@@ -84,11 +95,56 @@ def make_plan(inputs: Inputs, solved: Solved, current: Plan | None) -> Plan:
         trunk=trunk,
         trunk_stage=trunk_stage,
         quality_budget=quality,
+        precisions=tuple(held_in(inputs, solved.problem)) or None,
         context=topology.context,
         steps=steps,
-        summary=summarise(solved),
+        summary=_with_precisions(summarise(solved), solved.problem, inputs, told),
     )
+    if not stages and current is not None and _differ(current, plan):
+        plan = plan.model_copy(update={"steps": (Step(stage=1, action="switch"),), "epoch": base + 1})
     return plan.sealed()
+
+
+def held_in(inputs: Inputs, problem: Problem) -> Iterator[NodePrecision]:
+    """Yield in which precision nodes hold experts, those of which that was said, in order of ids."""
+    for number, node in sorted(enumerate(inputs.topology.nodes), key=lambda pair: pair[1].id):
+        if node.precision is not None:
+            size = int(problem.room.record_bytes[number].min())
+            yield NodePrecision(node=node.id, precision=node.precision, expert_bytes=size)
+
+
+def precision_summary(inputs: Inputs, solved: Solved) -> PrecisionSummary | None:
+    """Return what the precisions of nodes cost with this placement; None where none are said."""
+    if all(node.precision is None for node in inputs.topology.nodes):
+        return None
+    rise = rise_of(inputs, solved)
+    return PrecisionSummary(rise=rise, budget=inputs.topology.quality.budget)
+
+
+def rise_of(inputs: Inputs, solved: Solved) -> float | None:
+    """Rise of perplexity of the ingress that loses most; None where calibration does not tell."""
+    held = inputs.precisions
+    if set(held) == {"checkpoint"}:
+        return 0.0
+    if inputs.costs is None:
+        return None
+    rise = expected_rise(solved.problem, solved.routing, held, inputs.costs)
+    return None if rise is None else float(rise.max())
+
+
+def _with_precisions(summary: Summary, problem: Problem, inputs: Inputs, told: PrecisionSummary | None) -> Summary:
+    """Say of each node in which precision it holds experts, and how many of them fit because of that."""
+    if told is None:
+        return summary
+    plain = problem.capacity_bytes // problem.expert_bytes
+    nodes = []
+    for number, (node, said) in enumerate(zip(inputs.topology.nodes, summary.nodes, strict=True)):
+        why, here = said.why, problem.place_node == number
+        if node.precision not in {None, "checkpoint"}:
+            fit, fewer = int(problem.slots[here].sum()), int(plain[here].sum())
+            why = f"in {node.precision} room for {fit} experts, not {fewer}: {why}"
+        nodes.append(said.model_copy(update={"precision": node.precision, "why": why}))
+    return summary.model_copy(update={"nodes": tuple(nodes), "precision": told})
 
 
 def plan_steps(
@@ -105,10 +161,10 @@ def plan_steps(
     return placement, trunk, migration_steps(problem, before, placement, rooms)
 
 
-def _differ(current: Plan, routes: tuple[Route, ...], quality: float | None, context: Context) -> bool:
+def _differ(current: Plan, plan: Plan) -> bool:
     """Whether agents must hear of something beside placement and paths; a plan may not say its context."""
-    told = (current.routes, current.quality_budget, current.context or context)
-    return told != (routes, quality, context)
+    told = (current.routes, current.quality_budget, current.context or plan.context, current.precisions)
+    return told != (plan.routes, plan.quality_budget, plan.context, plan.precisions)
 
 
 def require_same(inputs: Inputs, current: Plan) -> None:
@@ -118,6 +174,14 @@ def require_same(inputs: Inputs, current: Plan) -> None:
         "model": (current.model, inputs.model),
         "dtype": (current.dtype, inputs.topology.dtype),
     }
+    in_force = {each.node: each.precision for each in current.precisions or ()}
+    for node in inputs.topology.nodes:
+        if node.id in in_force and node.precision != in_force[node.id]:
+            raise ForeignPlan(
+                f"node {node.id} holds experts in {in_force[node.id]} under the current plan, the topology says "
+                f"{node.precision or 'nothing'}; an agent changes its precision only while it holds no experts: say "
+                f"precision: {in_force[node.id]}, or apply a plan first that gives {node.id} none"
+            )
     for name, (have, want) in pairs.items():
         if have != want:
             shown = (current.model.id, inputs.model.id) if name == "model" else (have, want)
@@ -209,7 +273,7 @@ def _node_summary(solved: Solved, node: int) -> NodeSummary:
     here = problem.place_node == node
     experts = int(solved.placed[here].sum())
     ingress = np.flatnonzero(problem.ingress_node == node)
-    shares = (
+    shares: dict[str, Any] = (
         {
             "remote_call_share": float(judgement.remote_calls[ingress[0]]),
             "any_remote_share": float(judgement.any_remote[ingress[0]]),
@@ -221,7 +285,7 @@ def _node_summary(solved: Solved, node: int) -> NodeSummary:
     return NodeSummary(
         id=problem.node_ids[node],
         experts=experts,
-        bytes=experts * problem.expert_bytes,
+        bytes=int((solved.placed[here].sum(axis=(1, 2)) * problem.place_bytes[here]).sum()),
         capacity=int(problem.capacity_bytes[here].sum()),
         trunk_bytes=int(problem.trunk_bytes[node]),
         kv_bytes=int(problem.kv_bytes[node]),
@@ -238,10 +302,11 @@ def _why(solved: Solved, node: int) -> str:
     here = held[node]
     if not here.any():
         return "no room for experts" if problem.node_slots[node] == 0 else "nobody gains from replicas here"
+    here_places = problem.place_node == node
     used = problem.caller_demand[node] > 0
     own, only = int((here & used).sum()), int((here & ~used).sum())
     last = int((here & (held.sum(axis=0) == problem.required)).sum())
     free = int(problem.node_slots[node] - here.sum())
-    room = "full" if free == 0 else f"{format_bytes(free * problem.expert_bytes)} left"
+    room = "full" if free == 0 else f"{format_bytes(free * int(problem.place_bytes[here_places].max()))} left"
     last_text = "held nowhere else" if problem.required == 1 else f"that {problem.required} nodes must hold"
     return f"{own} experts its own tokens ask for, {only} kept for others; {last} {last_text}; {room}"

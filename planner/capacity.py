@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from planner.errors import InfeasibleProblem, Violation
 from schemas.model import ModelSpec
+from schemas.sizes import ExpertSizes, sizes_of_spec
 from schemas.topology import TIERS, Topology
 from schemas.units import format_bytes
 
@@ -28,6 +29,9 @@ class Room:
     ----------
     room_bytes
         Memory of each tier, int64 ``[N, 3]``.
+    record_bytes
+        What one expert takes in each tier, int64 ``[N, 3]``: packed where a node holds experts in a low precision,
+        but for records on disk, which are the checkpoint's.
     trunk_tier
         Tier (index into ``TIERS``) that trunk and KV cache take, int64 ``[N]``.
     decoder_first
@@ -47,6 +51,7 @@ class Room:
 
     node_ids: tuple[str, ...]
     room_bytes: Ints
+    record_bytes: Ints
     trunk_tier: Ints
     decoder_first: Ints
     decoder_of: Ints
@@ -62,6 +67,10 @@ class Room:
     def own_bytes(self) -> Ints:
         """Memory of the tier that trunk and KV cache take, int64 ``[N]``."""
         return np.asarray(self.room_bytes[np.arange(len(self.room_bytes)), self.trunk_tier])
+
+    def slots(self, left: Ints) -> Ints:
+        """Return how many experts fit into what is left of each tier, int64 ``[N, 3]``."""
+        return np.asarray(np.maximum(left, 0) // self.record_bytes)
 
     def trunk_bytes(self, runs: Bools) -> Ints:
         """Bytes of the trunk of the layers that nodes run, int64 ``[...]`` from bool ``[..., L]``."""
@@ -103,8 +112,21 @@ class Budget:
     expert_bytes: NDArray[np.int64]
 
 
-def find_room(topology: Topology, model: ModelSpec) -> Room:
-    """Return the memory of a topology, and what trunk and KV cache of a model take."""
+def record_bytes(topology: Topology, sizes: ExpertSizes) -> Ints:
+    """Return what one expert takes in each tier of each node, int64 ``[N, 3]``; precisions are known to fit."""
+    held = [sizes[node.precision or "checkpoint"] for node in topology.nodes]
+    rows = [[sizes["checkpoint"] if tier == "disk" else size for tier in TIERS] for size in held]
+    return np.array(rows, dtype=np.int64).reshape(-1, len(TIERS))
+
+
+def find_room(topology: Topology, model: ModelSpec, sizes: ExpertSizes | None = None) -> Room:
+    """Return the memory of a topology, and what trunk, KV cache and experts of a model take.
+
+    Parameters
+    ----------
+    sizes
+        Of one expert by precision; as of a gated network without biases where None.
+    """
     context = topology.context
     room = np.array([[getattr(node.memory, tier) for tier in TIERS] for node in topology.nodes], dtype=np.int64)
     first = np.array([0, *(layer + 1 for layer in model.moe_layer_indices[:-1]), model.num_decoder_layers])
@@ -112,6 +134,7 @@ def find_room(topology: Topology, model: ModelSpec) -> Room:
     return Room(
         node_ids=tuple(node.id for node in topology.nodes),
         room_bytes=room,
+        record_bytes=record_bytes(topology, sizes_of_spec(model) if sizes is None else sizes),
         trunk_tier=np.where(room[:, 0] > 0, 0, 1),
         decoder_first=first.astype(np.int64),
         decoder_of=np.array(model.moe_layer_indices, dtype=np.int64),
@@ -156,7 +179,7 @@ def _violations(room: Room, trunk_node: Ints, trunk: Ints, kv: Ints) -> Iterator
         yield Violation("trunk", name, int(need[node]), have, "bytes", message)
 
 
-def first_trunk(room: Room, ingress_node: Ints, *, expert_bytes: int, experts: int) -> Ints:
+def first_trunk(room: Room, ingress_node: Ints, *, experts: int) -> Ints:
     """Choose a trunk that fits, int64 ``[I, L]``.
 
     At the ingresses where that leaves room for `experts` too, else one path for all over the nodes with most memory.
@@ -170,7 +193,7 @@ def first_trunk(room: Room, ingress_node: Ints, *, expert_bytes: int, experts: i
     stay = np.tile(ingress_node[:, None], (1, layers))
     shared = _shared_path(room, len(ingress_node))
     if room.fits(stay):
-        left = expert_budget(room, stay).expert_bytes // expert_bytes
+        left = room.slots(expert_budget(room, stay).expert_bytes)
         if shared is None or left.sum() >= experts:
             return stay
     if shared is None:

@@ -34,6 +34,7 @@ from planner.options import (
     trunk_option,
     usable_objective,
     warn_short_traces,
+    warn_unknown_costs,
 )
 from planner.simulate.cli import COMMANDS as SIMULATE_COMMANDS
 from planner.solvers.choose import PIPELINES, SOLVERS
@@ -44,6 +45,7 @@ from schemas.files import InvalidFile, write_atomic
 from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.plan import Plan, load_plan, write_plan
+from schemas.precision import PRECISIONS
 from schemas.topology import Topology
 
 SCHEMAS: Mapping[str, type[FrozenModel]] = {
@@ -82,6 +84,17 @@ def cli() -> None:
     default=0.0,
     help="With additive-latency: seconds charged per second of compute of each layer's heaviest node.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", *PRECISIONS]),
+    help="In which nodes hold experts of which the topology does not say; auto: chosen, within the budget of quality.",
+)
+@click.option(
+    "--quality-budget",
+    type=Quantity("share"),
+    help="Rise of perplexity that low precisions and substitution may spend ('1 %'), for the topology's.",
+)
+@click.option("--calibration", type=EXISTING, help="What precisions cost, of agent calibrate, for the topology's.")
 @click.option("--queueing", is_flag=True, help="Count queues at busy holders (M/M/1), and solve again with them.")
 @click.option("--counters", type=EXISTING, help="What a running cluster counted, in place of traces.")
 @json_option
@@ -100,6 +113,9 @@ def solve(
     horizon: float | None,
     max_move: float | None,
     balance: float,
+    precision: Any,
+    quality_budget: float | None,
+    calibration: Path | None,
     queueing: bool,
     counters: Path | None,
     as_json: bool,
@@ -134,9 +150,12 @@ def solve(
     require_directory(target)
     start = time.monotonic()
     try:
-        inputs = load_inputs(topology, counters)
+        inputs = load_inputs(topology, counters, calibration)
         inputs = inputs.with_trunk_mode(trunk) if trunk else inputs
+        inputs = inputs if quality_budget is None else inputs.with_quality_budget(quality_budget)
+        inputs = inputs.with_unsaid(precision) if precision in PRECISIONS else inputs
         warn_short_traces(inputs)
+        warn_unknown_costs(inputs)
         objective = usable_objective(inputs, objective)
         request = Request(
             solver=solver,
@@ -145,6 +164,7 @@ def solve(
             before=load_plan(current) if current else None,
             queueing=queueing,
             balance=balance,
+            lowers=precision == "auto",
             moving=MovingTerms(horizon_s=horizon, max_bytes=None if max_move is None else int(max_move)),
         )
         with ProgressLine() as line:

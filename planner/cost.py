@@ -98,8 +98,9 @@ def service_seconds(topology: Topology, model: ModelSpec) -> Floats:
     rows = []
     for node in topology.nodes:
         compute = node.compute
-        host = compute.host_us * 1e-6
-        rows.append((compute.expert_us * 1e-6, host, host + model.expert_bytes / compute.disk_bandwidth))
+        unpack = compute.unpack_us * 1e-6 * (node.precision not in {None, "checkpoint"})
+        device, host = compute.expert_us * 1e-6 + unpack, compute.host_us * 1e-6 + unpack
+        rows.append((device, host, host + model.expert_bytes / compute.disk_bandwidth))
     return np.array(rows).reshape(-1, len(TIERS))
 
 

@@ -36,7 +36,7 @@ class Departure:
         left[np.arange(len(left)), room.trunk_tier] -= sum(room.taken(problem.trunk_node, trunk_node))
         if left.min() < 0:
             return False
-        return int((left // problem.expert_bytes).sum()) >= problem.layers * problem.experts
+        return int(room.slots(left).sum()) >= problem.layers * problem.experts
 
     def reaches(self, solved: Solved) -> bool:
         """Whether there is an order of steps to an arrangement."""

@@ -59,7 +59,7 @@ def _one_tier(problem: Problem, placed: Bools, held: Bools) -> Iterator[Violatio
 
 
 def _memory(problem: Problem, placed: Bools) -> Iterator[Violation]:
-    used = placed.sum(axis=(1, 2)) * problem.expert_bytes
+    used = placed.sum(axis=(1, 2)) * problem.place_bytes
     for place in np.flatnonzero(used > problem.capacity_bytes):
         name, value, limit = problem.place_name(int(place)), int(used[place]), int(problem.capacity_bytes[place])
         message = (
@@ -142,22 +142,34 @@ def _total_memory(problem: Problem) -> Iterator[Violation]:
     if problem.required == 1:  # several nodes of a domain do not stand in each other's way
         have = int(problem.node_slots.sum())
     if have < wanted:
-        missing = (wanted - have) * problem.expert_bytes
+        size = _held_bytes(problem, _most_asking(problem))
+        missing = (wanted - have) * size
         copies = "all experts" if problem.required == 1 else f"{problem.required} replicas of all experts"
         message = (
-            f"{copies} need room for {wanted} ({format_bytes(wanted * problem.expert_bytes)}), but the nodes have "
+            f"{copies} need room for {wanted} ({format_bytes(wanted * size)}), but the nodes have "
             f"room for {have} after trunk and KV cache: {wanted - have} experts ({format_bytes(missing)}) missing; "
             f"{_enlarge(problem, missing)}"
         )
-        value, limit = wanted * problem.expert_bytes, have * problem.expert_bytes
+        value, limit = wanted * size, have * size
         yield Violation("replicas" if problem.required > 1 else "memory", "all nodes", value, limit, "bytes", message)
 
 
-def _enlarge(problem: Problem, missing: int) -> str:
-    """Advise the node that asks for most, among those that do not hold everything yet."""
+def _most_asking(problem: Problem) -> int:
+    """Return the node that asks for most, among those that do not hold everything yet."""
     asked = problem.caller_demand.sum(axis=(1, 2))
     room = problem.node_slots < problem.layers * problem.experts
-    node = int(np.where(room, asked, -1.0).argmax())
+    return int(np.where(room, asked, -1.0).argmax())
+
+
+def _held_bytes(problem: Problem, node: int) -> int:
+    """Return what an expert takes in a node's fastest tier, by its precision."""
+    places = np.flatnonzero(problem.place_node == node)
+    return int(problem.place_bytes[places[0]]) if len(places) else problem.expert_bytes
+
+
+def _enlarge(problem: Problem, missing: int) -> str:
+    """Advise the node that asks for most to take what is missing."""
+    node = _most_asking(problem)
     places = np.flatnonzero(problem.place_node == node)
     tier = problem.tier(places[0]) if len(places) else "device"
     advice = f"enlarge {problem.node_ids[node]}'s {tier} memory by {format_bytes(missing)}"
@@ -168,12 +180,13 @@ def _pinned_memory(problem: Problem) -> Iterator[Violation]:
     pinned = problem.pinned.sum(axis=(1, 2))
     for node in np.flatnonzero(pinned > problem.node_slots):
         name, have = problem.node_ids[node], int(problem.node_slots[node])
-        missing = int(pinned[node] - have) * problem.expert_bytes
+        size = _held_bytes(problem, int(node))
+        missing = int(pinned[node] - have) * size
         message = (
             f"{pinned[node]} experts are pinned to {name}, which has room for {have}; "
             f"remove {pinned[node] - have} pins or enlarge {name} by {format_bytes(missing)}"
         )
-        value, limit = int(pinned[node]) * problem.expert_bytes, have * problem.expert_bytes
+        value, limit = int(pinned[node]) * size, have * size
         yield Violation("pin", name, value, limit, "bytes", message)
 
 

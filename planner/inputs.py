@@ -7,15 +7,21 @@ Must not know how the problem is solved.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from planner.demand import Trace, activation_share, counted_share, counter_faults, read_trace
+from planner.precision import PrecisionCosts, read_costs
 from planner.problem import Events, Problem, build_problem
 from schemas.activation import ActivationCounts
 from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
 from schemas.files import Fault, InvalidFile, load_json, load_yaml
 from schemas.model import ModelSpec
+from schemas.plan import Plan
+from schemas.precision import INT4_GROUP, Precision
+from schemas.sizes import ExpertSizes, sizes_of_checkpoint, sizes_of_spec
 from schemas.topology import Topology, load_topology
+
+CALIBRATION_NAME: Final = "calibration.json"  # in the model's directory, where agents look too
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +36,18 @@ class Inputs:
         By workload, only those that enter somewhere.
     counters
         What a running cluster counted, where given.
+    sizes
+        Bytes of one expert by precision, in the topology's dtype otherwise; as the spec's counts have it where None.
+    costs
+        What precisions cost, as a calibration measured it; None where there is none.
     """
 
     topology: Topology
     model: ModelSpec
     traces: Mapping[str, Trace]
     counters: ActivationCounts | None = None
+    sizes: ExpertSizes | None = None
+    costs: PrecisionCosts | None = None
 
     def problem(self, traces: Mapping[str, Trace] | None = None) -> Problem:
         """Build the problem, from other traces of the same workloads where given."""
@@ -45,12 +57,38 @@ class Inputs:
             counted = {node.node: counted_share(node) for node in self.counters.nodes if node.tokens > 0}
             ingress = [node.id for node in self.topology.nodes if node.ingress]
             shares = [counted.get(node, share) for node, share in zip(ingress, shares, strict=True)]
-        return build_problem(self.topology, self.model, chosen, shares)
+        return build_problem(self.topology, self.model, chosen, shares, self.sizes)
 
     def with_trunk_mode(self, mode: Literal["stay", "move"]) -> "Inputs":
         """Return the inputs with the trunk at the ingress, or where the planner decides, whatever the topology says."""
         topology = self.topology.model_copy(update={"trunk": self.topology.trunk.model_copy(update={"mode": mode})})
         return replace(self, topology=topology)
+
+    def with_precisions(self, precisions: Mapping[str, Precision]) -> "Inputs":
+        """Return the inputs with nodes that hold experts in other precisions than the topology says."""
+        nodes = tuple(
+            node.model_copy(update={"precision": precisions.get(node.id, node.precision)})
+            for node in self.topology.nodes
+        )
+        return replace(self, topology=self.topology.model_copy(update={"nodes": nodes}))
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """In which each node holds experts, as far as that is said, else the checkpoint's."""
+        return tuple(node.precision or "checkpoint" for node in self.topology.nodes)
+
+    def with_unsaid(self, precision: Precision) -> "Inputs":
+        """Return the inputs with a precision for nodes of which the topology does not say it."""
+        return self.with_precisions({n.id: precision for n in self.topology.nodes if n.precision is None})
+
+    def with_quality_budget(self, budget: float) -> "Inputs":
+        """Return the inputs with another budget than the topology's."""
+        quality = self.topology.quality.model_copy(update={"budget": budget})
+        return replace(self, topology=self.topology.model_copy(update={"quality": quality}))
+
+    def as_planned(self, plan: Plan) -> "Inputs":
+        """Return the inputs with nodes in the precisions that a plan was made for."""
+        return self.with_precisions({each.node: each.precision for each in plan.precisions or ()})
 
     def entering(self) -> list[Trace]:
         """Trace of each ingress, in the order of nodes."""
@@ -61,8 +99,8 @@ class Inputs:
         return tuple(traces[node.ingress.workload].chosen for node in self.topology.nodes if node.ingress)
 
 
-def load_inputs(path: Path, counters: Path | None = None) -> Inputs:
-    """Read a topology file and all it names.
+def load_inputs(path: Path, counters: Path | None = None, calibration: Path | None = None) -> Inputs:
+    """Read a topology file and all it names; `calibration` takes the place of the one that it names.
 
     Raises
     ------
@@ -71,11 +109,19 @@ def load_inputs(path: Path, counters: Path | None = None) -> Inputs:
     """
     topology = load_topology(path)
     model = load_model(path, topology)
-    if faults := [*_pin_faults(topology, model), *_rate_faults(topology), *_context_faults(path, topology)]:
+    sizes = load_sizes(path, topology, model)
+    faults = [
+        *_pin_faults(topology, model),
+        *_rate_faults(topology),
+        *_context_faults(path, topology),
+        *_precision_faults(topology, sizes),
+    ]
+    if faults:
         raise InvalidFile(path, faults)
     workloads = dict.fromkeys(node.ingress.workload for node in topology.nodes if node.ingress)
     traces = {name: read_trace(path.parent / topology.workloads[name], model) for name in workloads}
-    return Inputs(topology, model, traces, _load_counters(counters, topology, model) if counters else None)
+    counted = _load_counters(counters, topology, model) if counters else None
+    return Inputs(topology, model, traces, counted, sizes, _load_costs(path, topology, model, calibration))
 
 
 def load_model(path: Path, topology: Topology) -> ModelSpec:
@@ -89,6 +135,32 @@ def load_model(path: Path, topology: Topology) -> ModelSpec:
     if target.suffix not in {".yaml", ".yml", ".json"}:
         raise InvalidCheckpoint(f"{target}: neither a checkpoint directory nor a model spec (.yaml)")
     return load_yaml(target, ModelSpec).held_as(topology.dtype)
+
+
+def load_sizes(path: Path, topology: Topology, model: ModelSpec) -> ExpertSizes:
+    """Return what an expert of the topology's model takes in each precision that fits it."""
+    target = path.parent / topology.model
+    return sizes_of_checkpoint(read_checkpoint(target), topology.dtype) if target.is_dir() else sizes_of_spec(model)
+
+
+def _load_costs(path: Path, topology: Topology, model: ModelSpec, calibration: Path | None) -> PrecisionCosts | None:
+    """Read what precisions cost: from the file that was given, or named, or else lies with the model."""
+    named = topology.quality.calibration
+    file = calibration or (path.parent / named if named else path.parent / topology.model / CALIBRATION_NAME)
+    if named and not calibration and not file.is_file():
+        raise InvalidFile(path, [Fault("quality.calibration", f"there is no file {file}; make it by agent calibrate")])
+    return read_costs(file, model) if calibration or file.is_file() else None
+
+
+def _precision_faults(topology: Topology, sizes: ExpertSizes) -> Iterator[Fault]:
+    for index, node in enumerate(topology.nodes):
+        if node.precision is not None and node.precision not in sizes:
+            fitting = ", ".join(sizes)
+            yield Fault(
+                f"nodes[{index}].precision",
+                f"{node.precision} does not fit this model, whose matrices do not fall into groups of "
+                f"{INT4_GROUP} weights; it may be one of {fitting}",
+            )
 
 
 def _load_counters(path: Path, topology: Topology, model: ModelSpec) -> ActivationCounts:

@@ -5,6 +5,7 @@ Decides how they are spelled. Must not know commands.
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from planner.demand import short_traces
 from planner.inputs import Inputs
 from planner.objective import OBJECTIVES, ObjectiveName
 from planner.solvers.base import SolveLimits, default_gap
-from schemas.units import parse_bytes, parse_duration
+from schemas.units import parse_bytes, parse_duration, parse_share
 
 EXISTING: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -50,6 +51,9 @@ trunk_option = click.option(
 seed_option = click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 
 
+_PARSE: Final = {"bytes": parse_bytes, "duration": parse_duration, "share": parse_share}
+
+
 class Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
     """A number with a unit, as topology files write it."""
 
@@ -57,11 +61,11 @@ class Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return seconds or bytes."""
+        """Return seconds, bytes or a share."""
         if isinstance(value, float):
             return value
         try:
-            return float(parse_bytes(value) if self.name == "bytes" else parse_duration(value))
+            return float(_PARSE[self.name](value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -98,6 +102,17 @@ def warn_short_traces(inputs: Inputs) -> None:
     """Say on stderr which traces are too short to know how often experts are chosen, and how long they should be."""
     for line in short_traces(inputs.traces):
         click.echo(f"warning: {line}", err=True)
+
+
+def warn_unknown_costs(inputs: Inputs) -> None:
+    """Say on stderr where nodes hold experts in precisions of which nobody measured what they cost."""
+    known: Collection[str] = ("checkpoint",) if inputs.costs is None else inputs.costs.nll_per_row
+    if unknown := sorted(set(inputs.precisions) - set(known)):
+        click.echo(
+            f"warning: what experts in {' and '.join(unknown)} cost in quality is not known: name a file of agent "
+            "calibrate as quality: {calibration: FILE}",
+            err=True,
+        )
 
 
 def print_json(document: Any) -> None:

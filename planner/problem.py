@@ -27,6 +27,7 @@ from planner.cost import (
 from planner.demand import activation_share
 from planner.prompts import Prompts, find_prompts
 from schemas.model import ModelSpec
+from schemas.sizes import ExpertSizes
 from schemas.topology import TIERS, Tier, Topology
 
 Bools = NDArray[np.bool_]
@@ -42,7 +43,7 @@ class Problem:
     Attributes
     ----------
     expert_bytes, call_bytes
-        Bytes of one expert; bytes of one remote call, both directions.
+        Bytes of one expert as it travels, in the checkpoint's precision; of one remote call, both directions.
     place_node, place_tier
         Node and tier (index into ``TIERS``) of each place, int64 ``[P]``, ordered by node, then fastest tier first:
         all tiers that a node has, wherever the trunk runs.
@@ -143,9 +144,14 @@ class Problem:
         return len(self.place_node)
 
     @cached_property
+    def place_bytes(self) -> Ints:
+        """Bytes that one expert takes in each place, by its node's precision, int64 ``[P]``."""
+        return np.asarray(self.room.record_bytes[self.place_node, self.place_tier])
+
+    @cached_property
     def slots(self) -> Ints:
         """Experts that fit into each place, int64 ``[P]``."""
-        return self.capacity_bytes // self.expert_bytes
+        return self.capacity_bytes // self.place_bytes
 
     @cached_property
     def node_slots(self) -> Ints:
@@ -247,7 +253,11 @@ class Problem:
 
 
 def build_problem(
-    topology: Topology, model: ModelSpec, events: Sequence[Events], shares: Sequence[Floats] | None = None
+    topology: Topology,
+    model: ModelSpec,
+    events: Sequence[Events],
+    shares: Sequence[Floats] | None = None,
+    sizes: ExpertSizes | None = None,
 ) -> Problem:
     """Turn a topology and recorded choices into arrays.
 
@@ -259,17 +269,19 @@ def build_problem(
         Chosen experts ``[T, L, K]`` of each ingress, in the order of the topology's nodes.
     shares
         Activation share ``[L, E]`` of each ingress where something newer than `events` is known.
+    sizes
+        Bytes of one expert by precision, see `find_room`.
 
     Raises
     ------
     InfeasibleProblem
         Where trunk and KV cache do not fit: at the ingresses, or where the trunk may move, anywhere.
     """
-    room, paths = find_room(topology, model), find_paths(topology)
+    room, paths = find_room(topology, model, sizes), find_paths(topology)
     ingress = np.array([n for n, node in enumerate(topology.nodes) if node.ingress], dtype=np.int64)
     stay = np.tile(ingress[:, None], (1, model.layers))
     moves, wanted = topology.trunk.mode == "move", topology.replicas.required * model.layers * model.experts
-    trunk = first_trunk(room, ingress, expert_bytes=model.expert_bytes, experts=wanted) if moves else stay
+    trunk = first_trunk(room, ingress, experts=wanted) if moves else stay
     budget = expert_budget(room, trunk)
     place_node, place_tier = (axis.astype(np.int64) for axis in np.nonzero(room.room_bytes > 0))
     index = {node.id: position for position, node in enumerate(topology.nodes)}

@@ -6,17 +6,20 @@ Decides the order of these. Must not know files, options or how a plan is shown.
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import numpy as np
 
-from planner.assemble import Solved, make_plan, require_same
+from planner.assemble import Solved, make_plan, require_same, rise_of
 from planner.child import Watch
 from planner.departure import Departure
 from planner.errors import PlannerError
 from planner.inputs import Inputs
+from planner.lowered import lower_precisions, require_quality
 from planner.moving import schedule_plan, with_sources
 from planner.objective import ObjectiveName
+from planner.precision import is_within, left_of
 from planner.problem import Bools, Problem
 from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues
 from planner.simulate.network import build_network
@@ -43,6 +46,8 @@ class Request:
         Count the queues that calls make at busy holders, and solve again with them.
     balance
         Weight of the heaviest node of each layer in `additive-latency`.
+    lowers
+        Choose in which precision nodes hold experts, where the topology does not say.
     """
 
     solver: str = "auto"
@@ -52,6 +57,7 @@ class Request:
     moving: MovingTerms = field(default_factory=MovingTerms)
     queueing: bool = False
     balance: float = 0.0
+    lowers: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,21 +72,28 @@ class Proposal:
 def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Proposal:
     """Make a plan; raises what `solve` and `make_plan` raise."""
     before = request.before
+    chosen = None
+    if request.lowers:
+        chosen = lower_precisions(inputs, request.limits, before, partial(_in_process, request))
+        inputs, request = chosen.inputs, replace(request, limits=chosen.limits)
     if before is not None:
         require_same(inputs, before)
     problem = replace(inputs.problem(), balance=request.balance)
     now = None if before is None else in_force(before, problem)
     started, start = _from_there(problem, now)
-    limits = replace(request.limits, start=start)
+    limits = replace(request.limits, start=request.limits.start if start is None else start)
     departure = None
     if before is not None and now is not None and problem.moves:
         departure = Departure(inputs, before, now.problem)
     solved = _solve(started, replace(request, limits=limits), watch, departure)
+    if chosen is not None:
+        solved = chosen.better(solved)
     if request.solver not in STRATEGIES and request.objective == "latency":
         solved = _sparing(inputs, solved, limits, departure)
     choice = Choice(solved, True, "", 0.0)
     if before is not None:
         choice = choose_move(solved, now, request.moving, gap=limits.gap)
+    require_quality(inputs, choice.solved)
     waits = queued_latency_s(problem.with_trunk(choice.solved.problem.trunk_node), choice.solved.routing)
     plan = make_plan(inputs, replace(choice.solved, queued_latency_s=waits), before)
     if before is not None:
@@ -88,7 +101,15 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     survival = _price_of_survival(inputs, request, choice.solved)
     if survival is not None:
         plan = plan.model_copy(update={"summary": plan.summary.model_copy(update={"survival": survival})})
+    if chosen is not None:
+        plan = chosen.explained(plan)
     return Proposal(plan.sealed(), choice.solved, solved)
+
+
+def _in_process(request: Request, problem: Problem, limits: SolveLimits) -> Solved:
+    """Solve one of many problems, as `solve` does."""
+    problem = replace(problem, balance=request.balance)
+    return solve(problem, request.solver, objective=request.objective, limits=limits, in_process=True, stands_in=False)
 
 
 def _from_there(problem: Problem, now: InForce | None) -> tuple[Problem, Bools | None]:
@@ -121,7 +142,8 @@ def _sparing(inputs: Inputs, solved: Solved, limits: SolveLimits, departure: Dep
     The solver's own placement and, where tokens stay, DanceMoE's are where it begins: solvers of exact waits gather
     layers, for which nothing can stand in.
     """
-    budget, problem = inputs.topology.quality.budget, solved.problem
+    total, problem = inputs.topology.quality.budget, solved.problem
+    budget = left_of(total, rise_of(inputs, solved) or 0.0)
     if not budget:
         return solved
     ranked = ranked_events(problem, inputs.entering())
@@ -145,6 +167,8 @@ def _sparing(inputs: Inputs, solved: Solved, limits: SolveLimits, departure: Dep
             continue  # a limit of compute or links that exchanges do not know
         if departure is not None and not departure.reaches(checked):
             continue
+        if not is_within(rise_of(inputs, checked) or 0.0, total):
+            continue  # more of its calls are computed in low precision
         best, solved = trial, replace(checked, trials=solved.trials)
     return replace(solved, spared_any_remote_share=best.share_waiting)
 

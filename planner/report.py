@@ -66,6 +66,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{share_text(summary.remote_call_share)} of calls are remote, "
         f"{share_text(summary.any_remote_share)} of token-layers have one"
     )
+    yield from _precision_lines(plan)
     if summary.spared_any_remote_share is not None:
         yield (
             f"while agents spend the quality budget of {share_text(plan.quality_budget)}, about "
@@ -82,6 +83,24 @@ def plan_lines(plan: Plan) -> Iterator[str]:
             f"surviving any {told.losses} losses takes {told.replicas} replicas of every expert and costs a token "
             f"{format_seconds(max(told.extra_latency_s, 0.0))}"
         )
+
+
+def _precision_lines(plan: Plan) -> Iterator[str]:
+    """Yield in which precisions nodes hold experts, and why."""
+    told = plan.summary.precision
+    if told is None or plan.precisions is None:
+        return
+    held = Counter((each.precision, each.expert_bytes) for each in plan.precisions)
+    named = {key: [each.node for each in plan.precisions if (each.precision, each.expert_bytes) == key] for key in held}
+    parts = [f"{', '.join(nodes)} in {low} ({format_bytes(size)} each)" for (low, size), nodes in sorted(named.items())]
+    chosen = f", chosen among {told.considered} ways" if told.considered > 1 else ""
+    yield f"experts are held at {'; at '.join(parts)}{chosen}"
+    if told.why:
+        yield told.why
+    elif told.rise is None:
+        yield "what that costs in quality is not known: no calibration measured it"
+    else:
+        yield f"that raises perplexity by {format_share(told.rise)} at most, as calibrated"
 
 
 def movement_text(found: Movement) -> str:

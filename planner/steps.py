@@ -58,10 +58,10 @@ class Atlas:
         What a node that the topology no longer has holds may stay there.
         """
         number = {node: position for position, node in enumerate(self.problem.node_ids)}
-        slots = held.sum(axis=1)
+        slots, fitting = held.sum(axis=1), self.problem.room.slots(room)
         for place, (node, tier) in enumerate(zip(self.ground.place_node.tolist(), self.tiers, strict=True)):
             if (known := number.get(self.nodes[node])) is not None:
-                slots[place] = max(int(room[known, TIERS.index(tier)]), 0) // self.problem.expert_bytes
+                slots[place] = fitting[known, TIERS.index(tier)]
         return replace(self.ground, slots=slots)
 
 
@@ -133,7 +133,9 @@ def _stages(atlas: Atlas, held: Bools, target: Bools, rooms: Rooms | None) -> tu
 def _crowded(atlas: Atlas, both: Ground, excess: Ints) -> Iterator[str]:
     for place in np.flatnonzero(excess).tolist():
         name = atlas.nodes[int(both.place_node[place])]
-        missing = format_bytes(int(excess[place]) * atlas.problem.expert_bytes)
+        sizes = atlas.problem.place_bytes
+        size = int(sizes[place]) if place < len(sizes) else atlas.problem.expert_bytes
+        missing = format_bytes(int(excess[place]) * size)
         yield (
             f"node {name} ({atlas.tiers[place]}): while the trunks before and after are both there, it has room for "
             f"{int(both.slots[place])} experts, and {int(excess[place])} more that no other node holds have nowhere to "

@@ -19,10 +19,10 @@ import torch
 from runtime.errors import InvalidInput
 from runtime.tensors import torch_dtype
 from schemas.model import DTYPE_ITEMSIZE
-from schemas.precision import LowPrecision, PackedLayout, PackedPart, PartName, part_sizes
+from schemas.precision import INT4_GROUP, LowPrecision, PackedLayout, PackedPart, PartName, part_sizes
 from schemas.store import RecordLayout
 
-GROUP: Final = 32
+GROUP: Final = INT4_GROUP
 """Weights of an int4 group."""
 
 _BIASES: Final = ("gate_up_proj_bias", "down_proj_bias")

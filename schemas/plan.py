@@ -15,11 +15,12 @@ from schemas.base import FrozenModel, canonical_json
 from schemas.files import Fault, load_json, write_atomic
 from schemas.model import HeldDtype, ModelSpec
 from schemas.placement import Replica, Route
+from schemas.precision import Precision
 from schemas.topology import Context, NodeId, Tier
 
 _ADDED = frozenset(
     {"links", "movement", "survival", "utilisation", "queued_latency_s", "paths", "input_bytes", "head_bytes",
-     "trunk_stage", "quality_budget", "spared_any_remote_share", "context",
+     "trunk_stage", "quality_budget", "spared_any_remote_share", "context", "precisions", "precision",
      "prompt_tokens", "prompt_s"}
 )  # fmt: skip  # optional, not in the first plans
 FORMAT: Literal["expertmesh-plan-1"] = "expertmesh-plan-1"
@@ -85,10 +86,18 @@ class Step(FrozenModel):
     source: NodeId | None = None
 
 
+class NodePrecision(FrozenModel):
+    """In which precision a node holds every expert in memory, in which each takes `expert_bytes` there."""
+
+    node: NodeId
+    precision: Precision
+    expert_bytes: Annotated[int, Field(gt=0)]
+
+
 class NodeSummary(FrozenModel):
     """What one node got: bytes of experts against the capacity left for experts, and why.
 
-    `utilisation` is the expected share of its compute that calls take.
+    `utilisation` is the expected share of its compute that calls take. `precision` is None where none was asked for.
     """
 
     id: NodeId
@@ -102,6 +111,7 @@ class NodeSummary(FrozenModel):
     predicted_latency_s: float | None = None
     why: str = ""
     utilisation: float | None = None
+    precision: Precision | None = None
 
 
 class LinkSummary(FrozenModel):
@@ -139,6 +149,30 @@ class Survival(FrozenModel):
     extra_latency_s: float
 
 
+class PrecisionSummary(FrozenModel):
+    """What low precisions cost and bring.
+
+    Attributes
+    ----------
+    rise
+        Relative rise of perplexity for tokens of the ingress that loses most, by the upper ends of what calibration
+        measured; None where that is not known.
+    budget
+        That was to be kept; 0: none was given.
+    exact_latency_s
+        What a token would take with every node in the checkpoint's precision, where that was found; None: it does not
+        fit then, or was not asked for.
+    considered
+        Assignments of precisions to nodes that were solved for; 0: the topology said which.
+    """
+
+    rise: float | None
+    budget: float
+    exact_latency_s: float | None = None
+    considered: Annotated[int, Field(ge=0)] = 0
+    why: str = ""
+
+
 class Summary(FrozenModel):
     """How a plan was found and what it promises; None where a figure is not known.
 
@@ -165,6 +199,7 @@ class Summary(FrozenModel):
     survival: Survival | None = None
     paths: tuple[PathSummary, ...] | None = None
     spared_any_remote_share: float | None = None
+    precision: PrecisionSummary | None = None
 
 
 class Plan(FrozenModel):
@@ -176,7 +211,10 @@ class Plan(FrozenModel):
         The stage whose epoch is the first with this `trunk`; until then tokens keep the path of the plan before. None
         means the first, or that the trunk stays as it was.
     quality_budget
-        Relative rise of perplexity that agents with a calibration may spend; nothing where None.
+        Relative rise of perplexity that agents with a calibration may spend, beyond what low precisions cost; nothing
+        where None.
+    precisions
+        In which every node holds experts; None: agents hold them as they like, and the checkpoint's was counted.
     context
         What KV caches were planned for at every ingress; None where a plan does not say.
     """
@@ -193,6 +231,7 @@ class Plan(FrozenModel):
     trunk: tuple[TrunkPath, ...]
     trunk_stage: Annotated[int, Field(ge=1)] | None = None
     quality_budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    precisions: tuple[NodePrecision, ...] | None = None
     context: Context | None = None
     steps: tuple[Step, ...]
     summary: Summary

@@ -17,6 +17,10 @@ Precision = Literal["checkpoint", "int8", "int4"]
 PartName = Literal["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
 
 LOW_PRECISIONS: Final[tuple[LowPrecision, ...]] = get_args(LowPrecision)
+PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)  # the most bits first
+
+INT4_GROUP: Final = 32
+"""Weights of an int4 group."""
 
 _CODES_OF_A_BYTE: Final[dict[LowPrecision, int]] = {"int8": 1, "int4": 2}
 _GROUP_BYTES: Final[dict[LowPrecision, int]] = {"int8": 4, "int4": 4}
@@ -100,6 +104,18 @@ class PackedLayout(FrozenModel):
     def sizes(self, part: PackedPart) -> tuple[int, int]:
         """Return the bytes of a part's codes, and of what each group needs; all in the first if it is kept as it is."""
         return part_sizes(part, self.precision, self.dtype)
+
+
+def packed_matrix_bytes(elements: int, inputs: int, precision: LowPrecision) -> int | None:
+    """Return what a weight matrix takes when packed; None where groups do not divide its input axis of `inputs`.
+
+    >>> packed_matrix_bytes(64 * 64, 64, "int8"), packed_matrix_bytes(64 * 48, 48, "int4")
+    (4352, None)
+    """
+    group = inputs if precision == "int8" else INT4_GROUP
+    if inputs % group:
+        return None
+    return elements // _CODES_OF_A_BYTE[precision] + elements // group * _GROUP_BYTES[precision]
 
 
 def part_sizes(part: PackedPart, precision: LowPrecision, dtype: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_yaml
 from schemas.model import HeldDtype
+from schemas.precision import Precision
 from schemas.units import Bandwidth, Bytes, Seconds, Share
 
 NodeId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -43,6 +44,8 @@ class Compute(FrozenModel):
     idle_factor
         How many times as long compute takes where it begins after this node idled for some ms: clocks and caches are
         cold. Matters to simulation only.
+    unpack_us
+        What an expert takes more where the node holds it packed in a low precision.
     prompt_layer_us, prompt_expert_us
         As `trunk_layer_us` and `expert_us`, for one token of a prompt, which is computed in chunks of many; like a
         token of an answer where they were not measured.
@@ -55,6 +58,7 @@ class Compute(FrozenModel):
     call_overhead_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     hop_overhead_us: Annotated[float, Field(ge=0, le=1e9)] | None = None
     idle_factor: Annotated[float, Field(ge=1, le=100)] = 1.0
+    unpack_us: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     prompt_layer_us: Annotated[float, Field(ge=0, le=1e9)] | None = None
     prompt_expert_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
 
@@ -83,7 +87,10 @@ class Ingress(FrozenModel):
 
 
 class Node(FrozenModel):
-    """One machine. Machines of one `domain` fail together (a switch, a fuse, a room); by default each is its own."""
+    """One machine. Machines of one `domain` fail together (a switch, a fuse, a room); by default each is its own.
+
+    It holds every expert in `precision`; None: the checkpoint's is counted, and its agent may hold what it likes.
+    """
 
     id: NodeId
     address: str = "127.0.0.1"
@@ -91,6 +98,7 @@ class Node(FrozenModel):
     compute: Compute = Compute()
     ingress: Ingress | None = None
     domain: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    precision: Precision | None = None
 
 
 class Link(FrozenModel):
@@ -127,9 +135,14 @@ class Trunk(FrozenModel):
 
 
 class Quality(FrozenModel):
-    """Perplexity increase that substitution of experts may spend, at agents that have a calibration."""
+    """Perplexity increase that substitution of experts and low precision may spend together.
+
+    `calibration` is a file of `agent calibrate` that tells what precisions cost; by default ``calibration.json`` in the
+    model's directory. Agents substitute by their own.
+    """
 
     budget: Share = 0.0
+    calibration: str | None = None
 
 
 class Limits(FrozenModel):

@@ -76,7 +76,8 @@ def replan(
     from planner.advice.judge import Replanned, replan_on
     from planner.replan import MovingRules
 
-    inputs, before = load_inputs(topology), load_plan(current)
+    before = load_plan(current)
+    inputs = load_inputs(topology).as_planned(before)
     newer = _newer(inputs, traces)
     rules = MovingRules(horizon_s=horizon, max_bytes=None if max_move is None else int(max_move))
     solve = _solve_with(solver, objective, limits_of(objective, time_limit, None, seed))
@@ -144,7 +145,9 @@ def explain(
     inputs = load_inputs(topology_of_plan(file, topology) if is_plan else file)
     warn_short_traces(inputs)
     solve = _solve_with("decomposition", objective, limits_of(objective, time_limit, gap, seed), in_process=True)
-    solved = as_planned(inputs, load_plan(file), objective) if is_plan else solve(inputs.problem())
+    plan = load_plan(file) if is_plan else None
+    inputs = inputs if plan is None else inputs.as_planned(plan)
+    solved = solve(inputs.problem()) if plan is None else as_planned(inputs, plan, objective)
     found = find(inputs, solved, solve)
     if as_json:
         paths = [path.model_dump(mode="json") for path in found.paths]

@@ -115,11 +115,14 @@ def _rate(solved: Solved) -> float:
     return float(solved.problem.tokens_per_s.sum())
 
 
-def _price(solved: Solved, node: int) -> float | None:
-    """Seconds that a token waits less per slot more at a node, the dearest of its places."""
+def _price(solved: Solved, node: int, *, per_byte: bool = False) -> float | None:
+    """Seconds that a token waits less per slot (byte) more at a node, the dearest of its places."""
     price = solved.result.slot_price
     here = solved.problem.place_node == node
-    return None if price is None or not here.any() else float(price[here].max()) / _rate(solved)
+    if price is None or not here.any():
+        return None
+    size = solved.problem.place_bytes[here] if per_byte else 1
+    return float((price[here] / size).max()) / _rate(solved)
 
 
 def _nodes(solved: Solved) -> Iterator[NodePrice]:
@@ -128,7 +131,7 @@ def _nodes(solved: Solved) -> Iterator[NodePrice]:
     for node, name in enumerate(problem.node_ids):
         here = problem.place_node == node
         used = int(solved.placed[here].sum())
-        price = _price(solved, node)
+        price = _price(solved, node, per_byte=True)
         binds = []
         if used >= problem.node_slots[node] and used < problem.layers * problem.experts:
             binds.append("memory")
@@ -137,8 +140,8 @@ def _nodes(solved: Solved) -> Iterator[NodePrice]:
         yield NodePrice(
             id=name,
             binds=tuple(binds),
-            price_ms_per_mib=None if price is None else 1e3 * price * _MIB / problem.expert_bytes,
-            used_bytes=used * problem.expert_bytes,
+            price_ms_per_mib=None if price is None else 1e3 * price * _MIB,
+            used_bytes=int((solved.placed[here].sum(axis=(1, 2)) * problem.place_bytes[here]).sum()),
             room_bytes=int(problem.capacity_bytes[here].sum()),
             utilisation=float(load[node]),
         )
@@ -176,7 +179,7 @@ def _more_memory(inputs: Inputs, solved: Solved, solve: Solve) -> Iterator[WhatI
 
 def _with_more_memory(problem: Problem, place: int, slots: int) -> Problem:
     memory = problem.room.room_bytes.copy()
-    memory[problem.place_node[place], problem.place_tier[place]] += slots * problem.expert_bytes
+    memory[problem.place_node[place], problem.place_tier[place]] += slots * problem.place_bytes[place]
     return replace(problem, room=replace(problem.room, room_bytes=memory)).with_trunk(problem.trunk_node)
 
 

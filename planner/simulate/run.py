@@ -29,7 +29,8 @@ def simulate_plan(plan_file: Path, topology: Path, traces: Mapping[str, Path], a
     InvalidFile, UnlikePlan
         Files that are wrong or do not belong together.
     """
-    plan, inputs = load_plan(plan_file), load_inputs(topology)
+    plan = load_plan(plan_file)
+    inputs = load_inputs(topology).as_planned(plan)
     require_cluster(plan, inputs.topology.cluster)
     if unknown := sorted(set(traces) - set(inputs.traces)):
         known = ", ".join(sorted(inputs.traces))

@@ -154,12 +154,21 @@ class Parts:
         """Seconds of compute and waits at least, where a path visits all these nodes and no others, float64 ``[I]``."""
         return self.compute(nodes) + self.waits(nodes, self.slots(nodes))
 
-    def slots(self, nodes: Ints) -> int:
-        """Experts that fit beside one trunk and its KV cache at most."""
-        room = self.problem.room
+    def slots(self, nodes: Ints, trunk_nodes: Ints | None = None) -> int:
+        """Experts that fit beside one trunk and its KV cache at most, which may be at `trunk_nodes` (`nodes` if None).
+
+        A byte of trunk takes the place of fewest experts where these are largest.
+        """
+        room, running = self.problem.room, nodes if trunk_nodes is None else trunk_nodes
         outside = min(room.both_bytes, room.input_bytes + room.head_bytes)
         taken = int((room.layer_bytes + room.kv_bytes).sum()) + outside
-        return int(max(int(room.room_bytes[nodes].sum()) - taken, 0)) // self.problem.expert_bytes
+        largest = int(room.record_bytes[running, room.trunk_tier[running]].max())
+        return int(max(float(self.fitting[nodes].sum()) - taken / largest, 0.0) * (1 + 1e-12) + 1e-9)
+
+    @cached_property
+    def fitting(self) -> Floats:
+        """Experts that fit into all tiers of each node, parts of experts included, float64 ``[N]``."""
+        return np.asarray((self.problem.room.room_bytes / self.problem.room.record_bytes).sum(axis=1))
 
     def waits(self, nodes: Ints, slots: int) -> Floats:
         """Seconds of waits at least, float64 ``[I]``."""
@@ -171,10 +180,10 @@ class Parts:
         problem = self.problem
         everyone = np.arange(problem.num_nodes)
         onward = np.where(np.eye(problem.num_nodes, dtype=bool), np.inf, shortest_ways(problem.hop_s)).min(axis=1)
-        hops, largest = np.sort(onward).cumsum(), np.argsort(-problem.room.room_bytes.sum(axis=1), kind="stable")
+        hops, largest = np.sort(onward).cumsum(), np.argsort(-self.fitting, kind="stable")
         best = np.full(len(self.blame), np.inf)
         for size in range(1, min(problem.num_nodes, problem.layers) + 1):
             ring_s = float(hops[size - 1]) if size > 1 else 0.0
-            slots = self.slots(largest[:size])
+            slots = self.slots(largest[:size], everyone)
             best = np.minimum(best, ring_s + self.compute(everyone, each=False) + self.waits(everyone, slots))
         return best

@@ -103,7 +103,7 @@ def _waits(problem: Problem, node: int, kind: _Kind) -> tuple[Bools, Bools, Floa
     for place in places.tolist():
         tier = int(problem.place_tier[place])
         own = left if tier == problem.room.trunk_tier[node] else problem.room.room_bytes[node, tier]
-        here = np.minimum(np.maximum(own, 0) // problem.expert_bytes, wanted - held)
+        here = np.minimum(np.maximum(own, 0) // problem.place_bytes[place], wanted - held)
         slower += here / problem.experts * problem.cost_s[node, place]
         held = held + here
     elsewhere = problem.place_node != node

@@ -119,7 +119,7 @@ def _memory(problem: Problem, placed: Bools, trunk: Ints, ingress: int) -> tuple
 def _expert_bytes(problem: Problem, placed: Bools) -> Ints:
     """Bytes of experts in the tier that the trunk of their node takes, int64 ``[N]``."""
     beside = problem.place_tier == problem.room.trunk_tier[problem.place_node]
-    used = np.where(beside, placed.sum(axis=(1, 2)), 0) * problem.expert_bytes
+    used = np.where(beside, placed.sum(axis=(1, 2)), 0) * problem.place_bytes
     return np.bincount(problem.place_node, weights=used, minlength=problem.num_nodes).astype(np.int64)
 
 

@@ -54,7 +54,7 @@ def solve_decomposition(problem: Problem, *, objective: ObjectiveName, limits: S
         placed=None if incumbent is None else _placed(problem, incumbent.holders),
         objective=None if incumbent is None else incumbent.objective,
         bound=None if np.isinf(outcome.bound) else outcome.bound,
-        slot_price=outcome.memory_price * problem.expert_bytes,
+        slot_price=outcome.memory_price,
     )
     return with_status(result, limits.gap)
 

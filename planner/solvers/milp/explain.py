@@ -79,7 +79,7 @@ def _told(problem: Problem, over: dict[str, float]) -> Iterator[Violation]:
 
 def _memory(problem: Problem, place: int, experts: int) -> Violation:
     name, room = problem.place_name(place), int(problem.capacity_bytes[place])
-    missing = experts * problem.expert_bytes
+    missing = experts * int(problem.place_bytes[place])
     message = (
         f"{name} has room for {problem.slots[place]} experts, {experts} ({format_bytes(missing)}) too few for what "
         f"pins, bans and replicas put there; enlarge it by {format_bytes(missing)} or lift a pin or ban"

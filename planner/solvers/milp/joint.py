@@ -178,15 +178,15 @@ def _paths(draft: _Draft, i: int) -> None:
 
 def _memory(draft: _Draft, n: int) -> None:
     """Fit experts, trunk weights once, and each ingress's KV cache into the tiers of a node."""
-    problem, room, unit = draft.problem, draft.problem.room, draft.problem.expert_bytes
+    problem, room = draft.problem, draft.problem.room
     for place in np.flatnonzero(problem.place_node == n).tolist():
-        tier = int(problem.place_tier[place])
+        tier, unit = int(problem.place_tier[place]), int(problem.place_bytes[place])
         taken = [(here[place], 1.0) for here in draft.x if place in here]
         if tier == room.trunk_tier[n]:
             taken += [(variable, bytes_ / unit) for variable, bytes_ in _trunk(draft, n)]
         draft.row(taken, pulp.LpConstraintLE, float(room.room_bytes[n, tier]) / unit, f"memory_{place}")
     if room.own_bytes[n] == 0:
-        need = [(variable, bytes_ / unit) for variable, bytes_ in _trunk(draft, n)]
+        need = [(variable, bytes_ / problem.expert_bytes) for variable, bytes_ in _trunk(draft, n)]
         draft.row(need, pulp.LpConstraintLE, 0.0, f"nothing_{n}")
 
 

@@ -30,8 +30,8 @@ def arrays_without_rows(problem: Problem, objective: ObjectiveName) -> Placement
     return PlacementArrays(
         demand=problem.caller_demand.reshape(problem.num_nodes, -1)[callers],
         cost=unit_cost(problem, objective)[callers],
-        capacity=problem.capacity_bytes.astype(np.float64),
-        expert_bytes=float(problem.expert_bytes),
+        capacity=problem.slots.astype(np.float64),  # places differ in what an expert takes there
+        expert_bytes=1.0,
         node_of_place=node_of_place,
         layer_of_expert=np.repeat(np.arange(problem.layers), problem.experts),
         required=problem.required,

@@ -1,0 +1,172 @@
+"""Precisions as a decision of `planner solve --precision auto`: what is tried, how long, and what is told of it.
+
+Decides which precisions each node may get, and how the time is divided between them and the last solve. Must not know
+solvers: whoever calls says how a problem is solved.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Final
+
+from planner.assemble import Solved, rise_of
+from planner.errors import InfeasibleProblem, PlannerError
+from planner.inputs import Inputs
+from planner.lowering import Assignment, Rated, choose_precisions
+from planner.precision import expected_rise, is_within, over_budget, rise_text
+from planner.problem import Problem
+from planner.solvers.base import SolveLimits
+from schemas.outcome import ExitCode
+from schemas.plan import Plan, PrecisionSummary
+from schemas.precision import PRECISIONS, Precision
+from schemas.units import format_seconds, format_share
+
+_SEARCH_SHARE: Final = 0.6  # of the time, for assignments; the rest is for the placement of the one that is chosen
+_LEAST_SHARE: Final = 1 / 24  # of the time, for one of them
+
+SolveOne = Callable[[Problem, SolveLimits], Solved]
+
+
+class CannotChoose(PlannerError):
+    """Precisions shall be chosen, but what they cost, or may cost, is not known."""
+
+    exit_code = ExitCode.INVALID
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """Precisions that were chosen.
+
+    Attributes
+    ----------
+    inputs, limits
+        With these precisions; with the time that is left, and the placement that was found for them to begin from.
+    solved
+        That placement; None where nothing was tried, or nothing fits.
+    """
+
+    inputs: Inputs
+    limits: SolveLimits
+    solved: Solved | None
+    rated: Mapping[Assignment, Rated]
+    exact_latency_s: float | None
+
+    def better(self, solved: Solved) -> Solved:
+        """Return a placement that was solved for last, or the first where that is worse or loses too much."""
+        first, budget = self.solved, self.inputs.topology.quality.budget
+        if first is None:
+            return solved
+        rise = rise_of(self.inputs, solved)
+        keeps = rise is not None and is_within(rise, budget)
+        return solved if keeps and _objective(solved) <= _objective(first) else first
+
+    def explained(self, plan: Plan) -> Plan:
+        """Return the plan with why its nodes hold experts as they do."""
+        told, takes = plan.summary.precision, plan.summary.predicted_latency_s
+        if told is None or told.rise is None or takes is None:
+            return plan
+        summary = PrecisionSummary(
+            rise=told.rise,
+            budget=told.budget,
+            exact_latency_s=self.exact_latency_s,
+            considered=len(self.rated),
+            why=_why(self.exact_latency_s, takes, told.rise, told.budget),
+        )
+        return plan.model_copy(update={"summary": plan.summary.model_copy(update={"precision": summary})})
+
+
+def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, solve: SolveOne) -> Lowered:
+    """Choose the precision of every node of which the topology does not say it.
+
+    Nodes that hold experts under a plan in force keep theirs: agents change it only while they hold none.
+
+    Raises
+    ------
+    CannotChoose
+        There is no budget, or no calibration that measured a precision.
+    """
+    begun, budget = time.monotonic(), inputs.topology.quality.budget
+    ladders = _ladders(inputs, before)
+    nodes = [node.id for node in inputs.topology.nodes]
+    found: dict[Assignment, Solved] = {}
+
+    def with_precisions(assignment: Assignment) -> Inputs:
+        return inputs.with_precisions(dict(zip(nodes, assignment, strict=True)))
+
+    def rate(assignment: Assignment) -> Rated:
+        there = with_precisions(assignment)
+        try:
+            solved = solve(there.problem(), replace(limits, time_s=_LEAST_SHARE * limits.time_s, tail=0.0))
+        except PlannerError:
+            return Rated(inf, 0.0)
+        found[assignment] = solved
+        rise = rise_of(there, solved)
+        return Rated(_objective(solved), inf if rise is None else rise)
+
+    def is_late() -> bool:
+        return time.monotonic() - begun > _SEARCH_SHARE * limits.time_s
+
+    chosen, rated = choose_precisions(ladders, rate, budget=budget, should_stop=is_late)
+    solved, exact = found.get(chosen), found.get(tuple("checkpoint" for _ in nodes))
+    left = max(limits.time_s - (time.monotonic() - begun), _LEAST_SHARE * limits.time_s)
+    stays = solved is not None and not solved.problem.moves and solved.result.trunk_node is None
+    start = solved.placed if solved is not None and stays else None
+    return Lowered(
+        inputs=with_precisions(chosen),
+        limits=replace(limits, time_s=left, start=start),
+        solved=solved,
+        rated=rated,
+        exact_latency_s=exact.judgement.predicted_latency_s if exact is not None else None,
+    )
+
+
+def _ladders(inputs: Inputs, before: Plan | None) -> list[tuple[Precision, ...]]:
+    """Return the precisions that each node may hold experts in, the most bits first."""
+    costs, sizes, budget = inputs.costs, inputs.sizes or {}, inputs.topology.quality.budget
+    if not budget:
+        raise CannotChoose(
+            "--precision auto: there is no budget of quality to keep; give --quality-budget '1 %', or quality: "
+            "{budget: 1 %} in the topology"
+        )
+    if costs is None or len(costs.nll_per_row) < len(PRECISIONS[:2]):
+        raise CannotChoose(
+            "--precision auto: what int8 and int4 cost is not known; give --calibration FILE, or quality: "
+            "{calibration: FILE} in the topology, of agent calibrate MODEL --text FILE …"
+        )
+    measured = tuple(each for each in PRECISIONS if each in costs.nll_per_row and each in sizes)
+    kept = {} if before is None else {r.node: "checkpoint" for r in before.placement}
+    in_force = kept | {each.node: each.precision for each in (before.precisions or () if before else ())}
+    ladders: list[tuple[Precision, ...]] = []
+    for node in inputs.topology.nodes:
+        fixed = node.precision or in_force.get(node.id)
+        ladders.append(tuple(each for each in PRECISIONS if each == fixed) if fixed else measured)
+    return ladders
+
+
+def require_quality(inputs: Inputs, solved: Solved) -> None:
+    """Raise `InfeasibleProblem` where nodes' precisions cost tokens more than the topology's budget, if it has one."""
+    budget = inputs.topology.quality.budget
+    if not budget or inputs.costs is None:
+        return
+    rise = expected_rise(solved.problem, solved.routing, inputs.precisions, inputs.costs)
+    if rise is not None and (found := list(over_budget(solved.problem, rise, budget))):
+        raise InfeasibleProblem(found)
+
+
+def _why(exact_s: float | None, takes_s: float, rise: float, budget: float) -> str:
+    instead = "which does not fit in the checkpoint's precision"
+    if exact_s is not None:
+        instead = f"{format_seconds(exact_s)} in the checkpoint's precision"
+    if rise == 0 and exact_s is not None:
+        return "every node keeps the checkpoint's precision: fewer bits would not make tokens quicker"
+    return (
+        f"a token takes {format_seconds(takes_s)}, {instead}, for {rise_text(rise)} of perplexity at most, of a budget "
+        f"of {format_share(budget)}"
+    )
+
+
+def _objective(solved: Solved) -> float:
+    if solved.result.objective is None:
+        raise AssertionError("only placements with an objective are compared")
+    return solved.result.objective
