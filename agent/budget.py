@@ -6,13 +6,14 @@ does not fit. Pure; must not know in which order epochs come.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent.sessions import Range, range_of
 from schemas.messages import AssignedReplica, AssignedTrunkPart, Assignment, TierBytes
 from schemas.model import ModelSpec
 from schemas.paths import PathMemory, path_memory
 from schemas.plan import Segment, TrunkPath
+from schemas.precision import Precision
 from schemas.topology import TIERS, Context, Tier
 from schemas.units import format_bytes
 
@@ -29,6 +30,10 @@ class MemoryBudget:
         Where trunk and KV cache are.
     spec, context
         The model as held, and how many tokens of how many sessions every ingress has room for.
+    precision, offers
+        In which the node holds experts in memory now, and those that it may hold them in.
+    sizes
+        Bytes of an expert in memory by precision; those of its record where one is left out.
     """
 
     node: str
@@ -36,6 +41,14 @@ class MemoryBudget:
     trunk_tier: Tier
     spec: ModelSpec
     context: Context
+    precision: Precision = "checkpoint"
+    offers: tuple[Precision, ...] = ("checkpoint",)
+    sizes: Mapping[Precision, int] = field(default_factory=dict)
+
+    def held_bytes(self, replica: AssignedReplica) -> int:
+        """Return what a replica takes of its tier: records on disk are the checkpoint's whatever the precision."""
+        size = replica.record.bytes
+        return size if replica.tier == "disk" else self.sizes.get(self.precision, size)
 
     def paths(self, assignment: Assignment) -> tuple[TrunkPath, ...]:
         """Return the paths through this node; an ingress without one runs every layer itself."""
@@ -77,7 +90,7 @@ def over_budget(assignments: Iterable[Assignment], budget: MemoryBudget) -> str:
     held = tuple(assignments)
     used: Counter[Tier] = Counter()
     for replica in wanted_replicas(held).values():
-        used[replica.tier] += replica.record.bytes
+        used[replica.tier] += budget.held_bytes(replica)
     trunk = budget.path_memory(held)
     for tier in TIERS:
         memory = int(getattr(budget.memory, tier))
@@ -89,6 +102,30 @@ def over_budget(assignments: Iterable[Assignment], budget: MemoryBudget) -> str:
                 f"{tier} memory: experts need {format_bytes(used[tier])}, {format_bytes(used[tier] - left)} more "
                 f"than the {format_bytes(left)} left for them; raise memory.{tier} in the agent's config or solve "
                 "with what it says"
+            )
+    return ""
+
+
+def unlike_precision(assignment: Assignment, held: Iterable[Assignment], budget: MemoryBudget) -> str:
+    """Say why a node cannot hold experts in the precision that an assignment asks for; empty if it can.
+
+    It changes its precision only while it has nothing: what is there was made for another.
+    """
+    wanted = assignment.precision
+    if wanted is None or wanted == budget.precision:
+        return ""
+    if wanted not in budget.offers:
+        return (
+            f"the plan wants experts in {wanted} here, this agent holds them in {budget.precision}; set precision: "
+            f"{wanted} (or plan, to follow plans) in the agent's config and start it again, or solve with precision: "
+            f"{budget.precision} for {budget.node}"
+        )
+    for other in held:
+        if other.replicas or budget.ranges((other,)):
+            return (
+                f"holds experts in {budget.precision} for epoch {other.epoch}, the plan wants them in {wanted}; apply "
+                f"a plan first that gives {budget.node} neither experts nor layers, or solve with precision: "
+                f"{budget.precision} for it"
             )
     return ""
 

@@ -21,6 +21,7 @@ from runtime.predictors import read_uses
 from runtime.reads import reads_of
 from runtime.slots import Caching, Residency
 from schemas.messages import TierBytes
+from schemas.precision import Precision
 from schemas.topology import TIERS
 from schemas.units import format_bytes
 
@@ -41,12 +42,15 @@ class Computing:
     memory
         Bytes that may be used by tier; what was a device's is the processor's memory after a fall, as far as there is.
     residency
-        Replaced whole by a fall.
+        Replaced whole by a fall, and by another precision.
+    precision
+        In which experts are held.
     """
 
-    def __init__(self, settings: Settings, model: Model) -> None:
+    def __init__(self, settings: Settings, model: Model, precision: Precision) -> None:
         self._settings = settings
         self._model = model
+        self.precision = precision
         memory = settings.memory
         self._uses = read_uses(Path(settings.uses) if settings.uses is not None else None, model.spec)
         self.memory = TierBytes(device=memory.device, host=memory.host, disk=memory.disk)
@@ -76,7 +80,7 @@ class Computing:
                 prefetch=settings.prefetch,
                 in_place=settings.in_place,
             ),
-            precision=None if settings.precision == "checkpoint" else settings.precision,
+            precision=None if self.precision == "checkpoint" else self.precision,
         )
 
     @property
@@ -96,6 +100,11 @@ class Computing:
     def fall(self, error: BaseException) -> None:
         """Let the processor take over, with nothing in memory yet. Modifies."""
         self._note(error)
+        self.residency = self._make_residency(self.device)
+
+    def hold_in(self, precision: Precision) -> None:
+        """Hold experts in another precision, with nothing in memory yet. Modifies."""
+        self.precision = precision
         self.residency = self._make_residency(self.device)
 
     def _note(self, error: BaseException) -> None:

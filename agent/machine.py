@@ -10,13 +10,14 @@ Every event may come twice, late, or after a restart: what is already true is an
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from agent.budget import MemoryBudget, over_budget, short_context
+from agent.budget import MemoryBudget, over_budget, short_context, unlike_precision
 from schemas.base import FrozenModel
 from schemas.messages import Assignment, PrepareFault, Standing
 from schemas.outcome import ExitCode
+from schemas.precision import Precision
 
 
 class AgentState(FrozenModel):
@@ -113,6 +114,13 @@ class Persist:
 
 
 @dataclass(frozen=True)
+class HoldIn:
+    """Hold experts in this precision from now on; there are none yet."""
+
+    precision: Precision
+
+
+@dataclass(frozen=True)
 class Obtain:
     """Get and verify all that these assignments give, whatever is here already, and load their layer ranges.
 
@@ -143,7 +151,7 @@ class Keep:
     assignments: tuple[Assignment, ...]
 
 
-Instruction = Persist | Obtain | StopObtaining | Activate | Keep
+Instruction = Persist | HoldIn | Obtain | StopObtaining | Activate | Keep
 
 
 @dataclass
@@ -256,6 +264,11 @@ class AgentMachine:
                 yield from self._forget_pending()
             self.fault = _fault(assignment, *refusal)
             return
+        if assignment.precision not in {None, self.budget.precision}:
+            if state.pending is not None:
+                yield from self._forget_pending()
+            self.budget = self._budget_for(assignment)
+            yield HoldIn(self.budget.precision)
         yield self._become(pending=assignment, is_ready=False, cluster=assignment.cluster)
         yield Keep(self._all())
         yield self._obtain(assignment)
@@ -263,12 +276,18 @@ class AgentMachine:
     def _refusal(self, assignment: Assignment) -> tuple[ExitCode, str] | None:
         if self.state.cluster not in {"", assignment.cluster}:
             return ExitCode.REFUSED, f"belongs to cluster {self.state.cluster!r}, not to {assignment.cluster!r}"
-        held = (*self.state.kept, *((self.state.active,) if self.state.active else ()), assignment)
+        held = (*self.state.kept, *((self.state.active,) if self.state.active else ()))
         if shortage := short_context(assignment, self.budget):
             return ExitCode.REFUSED, shortage
-        if excess := over_budget(held, self.budget):
+        if unlike := unlike_precision(assignment, held, self.budget):
+            return ExitCode.REFUSED, unlike
+        if excess := over_budget((*held, assignment), self._budget_for(assignment)):
             return ExitCode.INFEASIBLE, excess
         return None
+
+    def _budget_for(self, assignment: Assignment) -> MemoryBudget:
+        """Return the budget with experts in the precision that an assignment asks for."""
+        return replace(self.budget, precision=assignment.precision or self.budget.precision)
 
     def _obtained(self, epoch: int, plan: str) -> Iterator[Instruction]:
         state, done = self.state, (epoch, plan)

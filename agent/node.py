@@ -25,7 +25,7 @@ import zmq
 from agent import machine as m
 from agent.activation import Activation
 from agent.allowance import Allowance
-from agent.budget import MemoryBudget, wanted_parts, wanted_replicas
+from agent.budget import wanted_parts, wanted_replicas
 from agent.clients import ClientServer
 from agent.computing import Computing, release_device_memory
 from agent.control import ControlLine
@@ -36,6 +36,7 @@ from agent.journal import Journal
 from agent.layers import Layers
 from agent.peers import Patience, PeerCaller
 from agent.plane import SessionPlane
+from agent.precisions import make_budget
 from agent.preparing import Preparation
 from agent.quality import QualityBudget
 from agent.registration import Registration
@@ -88,12 +89,11 @@ class Node:
         store = open_store(settings, self._spec) or self._model.store
         data = Path(settings.data)
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
-        self._computing = Computing(settings, self._model)
+        budget = make_budget(settings, self._spec, self._model.layout, self._journal.state)
+        self._computing = Computing(settings, self._model, budget.precision)
         self._faults: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
         memory = self._computing.memory
-        budget = MemoryBudget(
-            settings.node, memory, "device" if memory.device else "host", self._spec, settings.context
-        )
+        budget = replace(budget, memory=memory)
         self._machine = m.AgentMachine(self._journal.state, budget)
         self._allowance = Allowance(self._computing.residency, budget, settings.device_budget)
         self._holdings = Holdings(self._computing.residency, store, data, disk_budget=memory.disk, fetch=self._fetch)
@@ -108,7 +108,7 @@ class Node:
         endpoints = self._bind(opened)
         line = opened.enter_context(closing(ControlLine(self._context, settings.coordinator, settings.node)))
         reporter = Reporter(
-            Identity(settings, self._incarnation, self._spec, endpoints),
+            Identity(settings, self._incarnation, self._spec, endpoints, budget.offers),
             computing=self._computing,
             holdings=self._holdings,
             counters=self._counters,
@@ -292,14 +292,18 @@ class Node:
                 continue  # of the device that is used no more
             self._stop_preparation()
             self._computing.fall(error)
-            self._layers.move(self._computing.torch_device)
-            self._holdings.residency = self._allowance.residency = self._computing.residency
+            self._use_residency()
             self._machine.budget = replace(self._machine.budget, memory=self._computing.memory)
             self._allowance.limit(self._computing.memory.device)
             self._registration.renew()  # with the memory that it has
             self._handle(m.WeightsLost())
             del error  # with all that lies on the device
             release_device_memory()
+
+    def _use_residency(self) -> None:
+        """Let everybody hold, and find, experts where they lie from now on."""
+        self._layers.move(self._computing.torch_device)
+        self._holdings.residency = self._allowance.residency = self._computing.residency
 
     def _handle(self, event: m.Event) -> None:
         """Let the machine decide, and do what it says in its order."""
@@ -323,6 +327,9 @@ class Node:
         match instruction:
             case m.Persist(state):
                 self._journal.write(state)
+            case m.HoldIn(precision):
+                self._computing.hold_in(precision)
+                self._use_residency()
             case m.Obtain():
                 self._stop_preparation()
                 self._allowance.fit(instruction.assignments)

@@ -20,6 +20,7 @@ from runtime.slots import Residency
 from schemas import messages as msg
 from schemas.activation import NodeCounts
 from schemas.model import ModelSpec
+from schemas.precision import Precision
 from schemas.store import TrunkPart
 
 _RATE_S: Final = 5.0
@@ -33,6 +34,7 @@ class Identity:
     incarnation: str
     model: ModelSpec
     endpoints: msg.Endpoints
+    precisions: tuple[Precision, ...]
 
 
 class Reporter:
@@ -75,6 +77,7 @@ class Reporter:
             memory=self._computing.memory,
             has_store=self._holdings.store is not None,
             standing=standing,
+            precisions=identity.precisions,
         )
 
     def goodbye(self) -> msg.Goodbye:
@@ -114,7 +117,7 @@ class Reporter:
                 hops=self._traffic.hops,
                 tokens_per_s=self._rate.update(now, self._traffic.entered),
                 cache=_cache_use(self._holdings.residency),
-                precision=self._identity.settings.precision,
+                precision=self._computing.precision,
                 low_rows=counts.low_rows,
             ),
             moved=preparation.moved if preparation else 0,

@@ -79,8 +79,9 @@ class Settings(FrozenModel):
         bringing them there. It rounds otherwise than the device; answers that combine in order never do it.
     precision
         In which this node holds and executes every expert, whoever asks for it: in int8 or int4 more of them fit into
-        the same memory, and text changes as `agent calibrate` tells. What the plan places here is counted as before;
-        what that leaves free is cache. Records travel, and lie on disk, as the plan has them.
+        the same memory, and text changes as `agent calibrate` tells; `plan`: in that of the plan which gives it its
+        first experts. Where the topology does not say so, what the plan places here is counted in the checkpoint's, and
+        what that leaves free is cache. Records travel, and lie on disk, in the checkpoint's.
     low_precision
         In which a missing expert may be loaded instead, where the quality budget allows that.
     quality
@@ -111,7 +112,7 @@ class Settings(FrozenModel):
     reads: ReadWay = "cached"
     peer_cache: bool = True
     in_place: bool = True
-    precision: Precision = "checkpoint"
+    precision: Precision | Literal["plan"] = "checkpoint"
     low_precision: LowPrecision | None = None
     quality: OwnQuality = OwnQuality()
     threads: Annotated[int, Field(ge=1, le=1024)] = 1

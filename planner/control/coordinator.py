@@ -17,7 +17,14 @@ from planner.control.journal import Journal
 from planner.control.rivals import judge as judge_rival
 from planner.control.stages import plan_nodes
 from planner.control.state import Accept, Refuse, judge
-from planner.control.status import AWAY_S, AgentView, node_status, plan_status, promises_in_force
+from planner.control.status import (
+    AWAY_S,
+    AgentView,
+    node_status,
+    plan_status,
+    promises_in_force,
+    unlike_offers,
+)
 from planner.control.transport import CoordinatorSocket, reach
 from schemas import messages as msg
 from schemas.address import InvalidAddress, require_loopback
@@ -180,6 +187,12 @@ class Coordinator:
                 f"its model {hello.model.id!r} (dtype {hello.dtype}) is another than the topology's "
                 f"{self._model.id!r} (dtype {ours.dtype}); use the same checkpoint and dtype everywhere"
             )
+        wanted = next((node.precision for node in ours.nodes if node.id == hello.node), None)
+        if wanted is not None and wanted not in hello.precisions:
+            yield (
+                f"it holds experts in {' or '.join(hello.precisions)}, the topology says {wanted} for {hello.node}; "
+                f"set precision: {wanted} (or plan) in the agent's config, or correct the topology and solve again"
+            )
         try:
             require_loopback(hello.endpoints.address)
         except InvalidAddress as error:
@@ -233,6 +246,9 @@ class Coordinator:
     def _apply(self, client: bytes, request: msg.ApplyRequest) -> None:
         if foreign := self._foreign(request.plan):
             self._socket.send(client, msg.Refusal(code=ExitCode.INVALID, message=foreign))
+            return
+        if unlike := unlike_offers(request.plan, self._views):
+            self._socket.send(client, msg.Refusal(code=ExitCode.REFUSED, message=unlike))
             return
         if not request.dry_run:
             self._perform(m.PlanProposed(request.plan), client)

@@ -160,6 +160,7 @@ def assign(
     paths, planned, stored = paths_of(plan, epoch, paths_before), plan_nodes(plan), sorted(stores)
     ingresses, on_path = {path.ingress for path in paths}, path_nodes((*paths, *paths_before))
     routes, final = _routes(plan.routes), epoch == plan.epoch
+    precisions = {each.node: each.precision for each in plan.precisions or ()}
     nodes = {replica.node for replica in (*before, *after)} | planned | on_path | set(others)
     held: dict[str, list[AssignedReplica]] = {node: [] for node in nodes}
     for replica in after:
@@ -181,6 +182,7 @@ def assign(
             trunk=tuple(_trunk_parts(node, paths, catalogue, stored)),
             quality_budget=plan.quality_budget or 0.0,
             context=plan.context,
+            precision=precisions.get(node),
         )
         for node in sorted(nodes)
     }

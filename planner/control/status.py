@@ -11,6 +11,7 @@ from typing import Any, Final
 from planner.control.state import ClusterState
 from planner.journey import Promise, promises
 from schemas.messages import Heartbeat, Hello, NodeState, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
+from schemas.plan import Plan
 from schemas.topology import Memory
 
 AWAY_S: Final = 3.0
@@ -44,6 +45,18 @@ def promises_in_force(state: ClusterState, views: Mapping[str, AgentView]) -> Ma
         return {}
     tokens = {n: float(v.heartbeat.served.tokens - v.since.tokens) for n, v in views.items() if v.heartbeat}
     return promises(plan.summary.paths, tokens)
+
+
+def unlike_offers(plan: Plan, views: Mapping[str, AgentView]) -> str:
+    """Say which agents cannot hold experts in the precision that a plan wants of them; empty if all can."""
+    unlike = [
+        f"{each.node} can hold experts in {' or '.join(views[each.node].hello.precisions)}, the plan wants them in "
+        f"{each.precision} there"
+        for each in plan.precisions or ()
+        if each.node in views and each.precision not in views[each.node].hello.precisions
+    ]
+    advice = "set precision in the agent's config to the plan's (or to plan) and start it again, or solve with its own"
+    return "; ".join([*unlike, advice]) if unlike else ""
 
 
 def node_status(

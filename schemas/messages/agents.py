@@ -13,7 +13,7 @@ from schemas.precision import Precision
 from schemas.store import RecordLayout, TrunkPart
 from schemas.topology import NodeId
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 
 
 class PrepareFault(FrozenModel):
@@ -145,7 +145,7 @@ class Served(FrozenModel):
 
 
 class Hello(FrozenModel):
-    """An agent introduces itself, after every (re)connection."""
+    """An agent introduces itself, after every (re)connection; it can hold experts in one of `precisions`."""
 
     type: Literal["hello"] = "hello"
     protocol: int = PROTOCOL
@@ -158,6 +158,7 @@ class Hello(FrozenModel):
     memory: TierBytes
     has_store: bool
     standing: Standing
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("checkpoint",)
 
 
 class Heartbeat(FrozenModel):

@@ -8,6 +8,7 @@ from schemas.base import FrozenModel
 from schemas.messages.common import Count, Digest, Peer, Record
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
+from schemas.precision import Precision
 from schemas.store import RecordLayout, Sha256, TrunkPart
 from schemas.topology import Context, NodeId, Tier
 
@@ -94,6 +95,8 @@ class Assignment(FrozenModel):
         Relative rise of perplexity that substitution may cost, where a calibration says how.
     context
         What KV caches were planned for at every ingress; None where the plan does not say.
+    precision
+        In which the node holds every expert in memory; None where the plan does not say.
     """
 
     cluster: str
@@ -107,6 +110,7 @@ class Assignment(FrozenModel):
     trunk: tuple[AssignedTrunkPart, ...] = ()
     quality_budget: Annotated[float, Field(ge=0)] = 0.0
     context: Context | None = None
+    precision: Precision | None = None
 
 
 class Prepare(FrozenModel):
