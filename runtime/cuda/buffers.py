@@ -52,7 +52,8 @@ class Mail:
     weights, scores
         [L, B, K] and [L, B, E] float32, of the ids beside them.
     waited_ns
-        [L] int64: how long the device waited in a layer.
+        [2, L] int64: how long the device waited in each layer of the last step of an even number, and of an odd one;
+        below 0 where it gave up.
     """
 
     ids: torch.Tensor
@@ -141,7 +142,7 @@ def make_buffers(
         own(layers, LOOK_AHEAD, rows, top_k, dtype=torch.int64),
         own(layers, rows, top_k, dtype=torch.float32),
         own(layers, rows, experts, dtype=torch.float32),
-        own(layers, dtype=torch.int64),
+        own(2, layers, dtype=torch.int64),
     )
     triples = (layers, rows, top_k)
     return Buffers(

@@ -23,7 +23,7 @@ from runtime.cuda.bringing import Bringer
 from runtime.cuda.buffers import make_buffers
 from runtime.cuda.fetched import DeviceStep
 from runtime.cuda.layers import Answer, Step, StepParts, lanes_of, step_parts
-from runtime.cuda.runners import Eager, Graphs, Runner, States, Words
+from runtime.cuda.runners import Eager, Graphs, Runner, Serve, States, Words
 from runtime.cuda.supply import Service, Spares, Supply, make_supply
 from runtime.cuda.table import HostTable, SlotTable, fits
 from runtime.cuda.tally import Tally
@@ -79,6 +79,7 @@ class CapturedDecode:
         self._pending: deque[Callable[[], None]] = deque()
         self._states: WeakKeyDictionary[Any, States] = WeakKeyDictionary()
         self._last = 0.0, 0  # seconds of the step before, and the loads that it waited for
+        self._unread: tuple[Runner, int] | None = None  # a step whose waits are not counted yet
         self._ops = ops
         self._lock = threading.Lock()
         self._runners: dict[int, Runner] = {}
@@ -136,7 +137,6 @@ class CapturedDecode:
         with self._lock:
             self._stamp += 1
             runner = self._runner(len(caches))
-            self._note_waits(runner, dispatcher)
             runner.step.inputs.copy_(inputs)
             states = [self._states[cache] for cache in caches]
             words = Words(self._stamp, seen, states)
@@ -147,6 +147,12 @@ class CapturedDecode:
                 if service == "device":
                     return self._run_fetched(runner, words, dispatcher, tally)
                 return self._run_waited(runner, words, dispatcher, tally, service)
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Let no step run and nobody give slots up meanwhile; yields whether every expert has a slot."""
+        with self._lock, self._alone(host=False):
+            yield self.table.is_whole
 
     def _service(self, dispatcher: Dispatcher, runner: Runner) -> Service:
         """Return who brings what a step lacks."""
@@ -169,8 +175,9 @@ class CapturedDecode:
             looks_ahead=is_ahead, router=self._router, pending=self._pending,
         )  # fmt: skip
         began = perf_counter()
-        answer = runner.run(words, self._news(runner), service=service, serve=step.serve)
-        self._last = perf_counter() - began, step.loads
+        serve = self._noting(step.serve, dispatcher)
+        answer = runner.run(words, self._news(runner), service=service, serve=serve)
+        self._ended(runner, words, perf_counter() - began, step.loads)
         step.finish()
         return answer
 
@@ -186,8 +193,9 @@ class CapturedDecode:
             step.begin()
             words = words._replace(spare=spares.position)
             began = perf_counter()
-            answer = runner.run(words, self._news(runner), service="device", serve=step.serve)
-            self._last = perf_counter() - began, step.loads
+            serve = self._noting(step.serve, dispatcher)
+            answer = runner.run(words, self._news(runner), service="device", serve=serve)
+            self._ended(runner, words, perf_counter() - began, step.loads)
             step.finish()
         finally:
             step.close()
@@ -241,9 +249,24 @@ class CapturedDecode:
         self._spares[rows] = Spares(supply.own_spares.numpy()[:-1])
         return supply
 
-    def _note_waits(self, runner: Runner, dispatcher: Dispatcher) -> None:
-        """Count what the device waited in the step before, which is over."""
-        waited_ns = runner.buffers.mail.waited_ns.numpy()
+    def _ended(self, runner: Runner, words: Words, seconds: float, loads: int) -> None:
+        """Note a step that the host has followed to its last layer. Modifies."""
+        self._last, self._unread = (seconds, loads), (runner, words.stamp)
+
+    def _noting(self, serve: Serve, dispatcher: Dispatcher) -> Serve:
+        """Let waits of the step before be counted when the first layer of this one has chosen."""
+
+        def noting(index: int) -> None:
+            serve(index)
+            if index == 0 and self._unread is not None:
+                (runner, stamp), self._unread = self._unread, None
+                self._note_waits(runner, stamp, dispatcher)
+
+        return noting
+
+    def _note_waits(self, runner: Runner, stamp: int, dispatcher: Dispatcher) -> None:
+        """Count what the device waited in a step that is over."""
+        waited_ns = runner.buffers.mail.waited_ns.numpy()[stamp % 2]
         waited = waited_ns.tolist()
         if min(waited) < 0:
             raise DeviceLost("the device waited for an expert until it gave up")

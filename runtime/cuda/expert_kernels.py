@@ -22,7 +22,7 @@ def _route(
     own_ids, own_guesses, routed, limit, limits, layer, layers,
     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
     IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr, STAMP: tl.constexpr, FOUND: tl.constexpr,
-    HAS_SUPPLY: tl.constexpr,
+    HAS_SUPPLY: tl.constexpr, IS_TOLD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     ahead = tl.program_id(1)
@@ -51,7 +51,8 @@ def _route(
     if ahead == 1:
         tl.store(own_guesses + at, chosen, mask=is_place)
     if ahead > 0:
-        tl.store(seen_guesses + (ahead - 1) * tl.num_programs(0) * TOP + at, word, mask=is_place)
+        if IS_TOLD:
+            tl.store(seen_guesses + (ahead - 1) * tl.num_programs(0) * TOP + at, word, mask=is_place)
     else:
         if IS_NORMALISED:
             best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
@@ -62,15 +63,22 @@ def _route(
         tl.store(first + at, found, mask=is_place)
         tl.store(weights + at, best, mask=is_place)
         tl.store(own_ids + at, chosen, mask=is_place)
-        tl.store(seen_scores + row * EXPERTS + experts, scores, mask=is_expert)
-        tl.store(seen_weights + at, best, mask=is_place)
-        tl.debug_barrier()
-        tl.atomic_add(fence, 0, sem="release", scope="sys")  # the host sees ids only after what they are about
-        tl.store(seen_ids + at, word + tl.where(found >= 0, FOUND, 0), mask=is_place)
+        if IS_TOLD:
+            tl.store(seen_scores + row * EXPERTS + experts, scores, mask=is_expert)
+            tl.store(seen_weights + at, best, mask=is_place)
+            tl.debug_barrier()
+            tl.atomic_add(fence, 0, sem="release", scope="sys")  # the host sees ids only after what they are about
+            tl.store(seen_ids + at, word + tl.where(found >= 0, FOUND, 0), mask=is_place)
 
 
-def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
-    """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
+def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int, *, is_told: bool = True) -> None:
+    """Choose experts, look their slots up; guess likewise from logits of layers after, behind [B, E].
+
+    Parameters
+    ----------
+    is_told
+        The host, now: where the link is busy that takes some 10 us.
+    """
     mail, supply = buffers.mail, buffers.supply
     routed, limit, limits = (
         (buffers.fence,) * 3 if supply is None else (supply.routed, supply.spares[-1:], supply.limits)
@@ -81,7 +89,8 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
         buffers.chosen[layer], buffers.guessed[layer], routed, limit, limits, layer, len(buffers.slots),
         EXPERTS=shape.experts, WIDTH=logits.shape[1], BLOCK=max(16, triton.next_power_of_2(shape.experts)),
         TOP=shape.top_k, TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
-        IS_ROUNDED=shape.is_rounded, STAMP=STAMP, FOUND=FOUND, HAS_SUPPLY=supply is not None, num_warps=1,
+        IS_ROUNDED=shape.is_rounded, STAMP=STAMP, FOUND=FOUND, HAS_SUPPLY=supply is not None, IS_TOLD=is_told,
+        num_warps=1,
     )  # fmt: skip
 
 
@@ -110,7 +119,8 @@ def _wait(
             took += tl.extra.cuda.globaltimer() - began
         if seen < wanted:
             took = tl.full([1], -1, tl.int64)
-    tl.store(waited + layer + tl.arange(0, 1), took)
+    turn = tl.load(stamp).to(tl.int64) % 2
+    tl.store(waited + turn * layers + layer + tl.arange(0, 1), took)
 
 
 def wait(buffers: Buffers, layer: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime.cuda.buffers import STAMP, Buffers
+from runtime.cuda.buffers import FOUND, STAMP, Buffers
 from runtime.cuda.supply import CHUNK, GUESSES, PARTS, WHOLE, Supply
 from runtime.errors import RuntimeFault
 
@@ -26,12 +26,28 @@ def _copy_chunk(source, target, chunk, part, WORDS: tl.constexpr, PARTS: tl.cons
 
 
 @triton.jit
+def _tell(
+    ids, found, places, inside, weights, progress, seen_ids, seen_weights, ended, fence, now,
+    CHUNKS: tl.constexpr, GUESSES: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, STAMP: tl.constexpr,
+    FOUND: tl.constexpr,
+):  # fmt: skip
+    tl.store(seen_weights + places, tl.load(weights + places, mask=inside, other=0.0), mask=inside)
+    parts = tl.arange(0, PARTS)
+    for number in tl.static_range(GUESSES):
+        came = tl.sum(tl.load(progress + number * PARTS + parts), axis=0)
+        tl.store(ended + number, now * STAMP + came * WHOLE // (CHUNKS * PARTS))
+    tl.debug_barrier()
+    tl.atomic_add(fence, 0, sem="release", scope="sys")  # the host sees ids only after what they are about
+    tl.store(seen_ids + places, now * STAMP + ids.to(tl.int64) + tl.where(found >= 0, FOUND, 0), mask=inside)
+
+
+@triton.jit
 def _fetch(
-    chosen, first, slots, table, hosted, spares, before, after, ahead_ids, ahead_slots, progress, source, target,
-    released, stamp, ended, waited, layer, layers, limit,
+    chosen, first, slots, weights, table, hosted, spares, before, after, ahead_ids, ahead_slots, progress, source,
+    target, released, stamp, seen_ids, seen_weights, ended, fence, waited, layer, layers, limit,
     COUNT: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr,
     GUESSES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, STAMP: tl.constexpr,
-    IS_TIMED: tl.constexpr,
+    FOUND: tl.constexpr, IS_TIMED: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     places = tl.arange(0, BLOCK)
@@ -42,7 +58,12 @@ def _fetch(
     used = tl.load(before)
     taken = used * 0
     took = tl.zeros([1], tl.int64)
-    if tl.min(found, axis=0) < 0:
+    if part == PARTS:  # a program beside those that copy: while the link is busy it takes some 10 us
+        _tell(
+            ids, found, places, inside, weights, progress, seen_ids, seen_weights, ended, fence, now,
+            CHUNKS, GUESSES, PARTS, WHOLE, STAMP, FOUND,
+        )  # fmt: skip
+    elif tl.min(found, axis=0) < 0:
         began = tl.zeros([1], tl.int64)
         if IS_TIMED:
             began += tl.extra.cuda.globaltimer()
@@ -93,11 +114,7 @@ def _fetch(
                 took += tl.extra.cuda.globaltimer() - began
     if part == 0:
         tl.store(after, used + taken)
-        tl.store(waited + layer + tl.arange(0, 1), took)
-        parts = tl.arange(0, PARTS)
-        for number in tl.static_range(GUESSES):
-            came = tl.sum(tl.load(progress + number * PARTS + parts), axis=0)
-            tl.store(ended + number, now * STAMP + came * WHOLE // (CHUNKS * PARTS))
+        tl.store(waited + (now % 2) * layers + layer + tl.arange(0, 1), took)
 
 
 @triton.jit
@@ -149,7 +166,7 @@ def _ahead(
 
 
 def bring(buffers: Buffers, layer: int) -> Any:
-    """Begin to bring what a layer lacks beside what is launched next; returns what to `join`."""
+    """Tell the host what a layer chose, and begin to bring what it lacks beside what follows; returns what to join."""
     supply = _supply(buffers)
     side = supply.side
     if side is None:
@@ -193,13 +210,15 @@ def _supply(buffers: Buffers) -> Supply:
 def _launch_fetch(buffers: Buffers, supply: Supply, layer: int) -> None:
     count = buffers.slots[layer].numel()
     before = supply.taken[2 * layer - 1 :] if layer else buffers.control[1:]
-    _fetch[(PARTS,)](
-        buffers.chosen[layer], buffers.first[layer], buffers.slots[layer], buffers.table[layer], supply.hosted[layer],
-        supply.spares, before, supply.taken[2 * layer :], supply.ahead_ids[layer], supply.ahead_slots[layer],
-        supply.progress[layer], supply.source, supply.target, buffers.released, buffers.stamp, supply.ended[layer],
-        buffers.mail.waited_ns, layer, len(buffers.slots), _SPIN_LIMIT,
+    mail = buffers.mail
+    _fetch[(PARTS + 1,)](
+        buffers.chosen[layer], buffers.first[layer], buffers.slots[layer], buffers.weights[layer],
+        buffers.table[layer], supply.hosted[layer], supply.spares, before, supply.taken[2 * layer :],
+        supply.ahead_ids[layer], supply.ahead_slots[layer], supply.progress[layer], supply.source, supply.target,
+        buffers.released, buffers.stamp, mail.ids[layer], mail.weights[layer], supply.ended[layer], buffers.fence,
+        mail.waited_ns, layer, len(buffers.slots), _SPIN_LIMIT,
         COUNT=count, BLOCK=triton.next_power_of_2(count), RING=supply.ring, WORDS=supply.words,
-        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, WHOLE=WHOLE, STAMP=STAMP,
+        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, WHOLE=WHOLE, STAMP=STAMP, FOUND=FOUND,
         IS_TIMED=buffers.table.is_cuda, num_warps=4,
     )  # fmt: skip
 

@@ -211,7 +211,7 @@ class Step:
         lacking: Callable[[int], None] | None,
     ) -> torch.Tensor:
         ops, buffers, active = self._ops, self._buffers, self._active
-        ops.route(logits, self._parts.router, buffers, index)
+        ops.route(logits, self._parts.router, buffers, index, is_told=service != "device" or lacking is not None)
         if lacking is not None:
             lacking(index)
         brought = None

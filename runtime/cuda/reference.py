@@ -82,7 +82,7 @@ def _tensors(kv: KeyValues) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     return kv.tensors
 
 
-def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int) -> None:
+def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int, *, is_told: bool = True) -> None:
     """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
     scores = logits[:, : shape.experts].float().softmax(-1)
     weights, chosen = scores.topk(shape.top_k, dim=-1)
@@ -93,12 +93,14 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
     found = buffers.table[layer][chosen]
     buffers.slots[layer], buffers.first[layer], buffers.weights[layer] = found, found, weights.float()
     mail = buffers.mail
-    mail.scores[layer], mail.weights[layer] = scores, weights.float()
-    mail.ids[layer] = buffers.stamp * STAMP + (found >= 0) * FOUND + chosen
     buffers.chosen[layer] = chosen
+    if is_told:
+        mail.scores[layer] = scores
+        tell(buffers, layer)
     for ahead, guess in enumerate(logits.split(shape.experts, dim=1)[1:]):
         likely = guess.topk(shape.top_k, dim=-1).indices
-        mail.guesses[layer, ahead] = buffers.stamp * STAMP + likely
+        if is_told:
+            mail.guesses[layer, ahead] = buffers.stamp * STAMP + likely
         if ahead == 0:
             buffers.guessed[layer] = likely
     if (supply := buffers.supply) is not None:
@@ -116,8 +118,16 @@ def wait(buffers: Buffers, layer: int) -> None:
         )
 
 
+def tell(buffers: Buffers, layer: int) -> None:
+    """Tell the host what a layer chose."""
+    mail, found = buffers.mail, buffers.first[layer]
+    mail.weights[layer] = buffers.weights[layer]
+    mail.ids[layer] = buffers.stamp * STAMP + (found >= 0) * FOUND + buffers.chosen[layer]
+
+
 def bring(buffers: Buffers, layer: int) -> None:
-    """Bring what a layer lacks from host memory: to the slots of guesses that came true, else to the next spares."""
+    """Tell the host what a layer chose, and bring what it lacks: to slots of guesses that came true, else to spares."""
+    tell(buffers, layer)
     supply, chosen, slots = _supply(buffers), buffers.chosen[layer].view(-1), buffers.slots[layer].view(-1)
     used = int(supply.taken[2 * layer - 1] if layer else buffers.control[1])
     ahead_ids, given = supply.ahead_ids[layer].tolist(), {}

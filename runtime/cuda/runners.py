@@ -104,7 +104,7 @@ class Runner(Protocol):
         ...
 
     def ended(self, layer: int, stamp: int) -> list[float]:
-        """Return how much of each of a layer's guesses was there when it ran, 0 to 1; what it lacked is there then."""
+        """Return how much of each of a layer's guesses was there when it ran, 0 to 1."""
         ...
 
     def tell(self, table: NDArray[np.int32]) -> None:

@@ -54,8 +54,8 @@ class Supply:
     source, target
         Words of 8 bytes: slots of host memory and of the device, `words` each.
     told, ended
-        [L, G] int64, pinned, the host's to read: guesses begun in a layer, expert + 1, or 0; and what came of those of
-        a layer when it ran, in parts of `WHOLE`. Words as in `Mail`.
+        [L, G] int64, pinned, the host's to read: guesses begun in a layer, expert + 1, or 0; and what had come of those
+        of a layer when it ran, in parts of `WHOLE`. Words as in `Mail`.
     """
 
     spares: torch.Tensor
