@@ -13,7 +13,7 @@ from typing import Final
 from planner.assemble import Solved, rise_of
 from planner.errors import InfeasibleProblem, PlannerError
 from planner.inputs import Inputs
-from planner.lowering import Assignment, Rated, choose_precisions
+from planner.lowering import WORTH, Assignment, Rated, choose_precisions
 from planner.precision import expected_rise, is_within, over_budget, rise_text
 from planner.problem import Problem
 from planner.solvers.base import SolveLimits
@@ -44,13 +44,20 @@ class Lowered:
         With these precisions; with the time that is left, and the placement that was found for them to begin from.
     solved
         That placement; None where nothing was tried, or nothing fits.
+    rated, latency_s
+        What was tried; seconds of a token where something fits.
     """
 
     inputs: Inputs
     limits: SolveLimits
     solved: Solved | None
     rated: Mapping[Assignment, Rated]
-    exact_latency_s: float | None
+    latency_s: Mapping[Assignment, float]
+
+    @property
+    def exact_latency_s(self) -> float | None:
+        """What a token takes with every node in the checkpoint's precision; None where that was not found."""
+        return next((s for each, s in self.latency_s.items() if set(each) == {"checkpoint"}), None)
 
     def better(self, solved: Solved) -> Solved:
         """Return a placement that was solved for last, or the first where that is worse or loses too much."""
@@ -71,9 +78,18 @@ class Lowered:
             budget=told.budget,
             exact_latency_s=self.exact_latency_s,
             considered=len(self.rated),
-            why=_why(self.exact_latency_s, takes, told.rise, told.budget),
+            why=_why(self.exact_latency_s, takes, told.rise, told.budget) + self._beyond(takes, told.budget),
         )
         return plan.model_copy(update={"summary": plan.summary.model_copy(update={"precision": summary})})
+
+
+    def _beyond(self, takes_s: float, budget: float) -> str:
+        """Tell of the quickest assignment that the budget does not allow; nothing where that is no quicker."""
+        over = [(self.latency_s[each], rated.rise) for each, rated in self.rated.items() if each in self.latency_s]
+        quickest = min((one for one in over if not is_within(one[1], budget)), default=None)
+        if quickest is None or quickest[0] >= takes_s * (1 - WORTH):
+            return ""
+        return f" ({format_seconds(quickest[0])} would cost {rise_text(quickest[1])})"
 
 
 def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, solve: SolveOne) -> Lowered:
@@ -108,7 +124,7 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
         return time.monotonic() - begun > _SEARCH_SHARE * limits.time_s
 
     chosen, rated = choose_precisions(ladders, rate, budget=budget, should_stop=is_late)
-    solved, exact = found.get(chosen), found.get(tuple("checkpoint" for _ in nodes))
+    solved = found.get(chosen)
     left = max(limits.time_s - (time.monotonic() - begun), _LEAST_SHARE * limits.time_s)
     stays = solved is not None and not solved.problem.moves and solved.result.trunk_node is None
     start = solved.placed if solved is not None and stays else None
@@ -117,7 +133,7 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
         limits=replace(limits, time_s=left, start=start),
         solved=solved,
         rated=rated,
-        exact_latency_s=exact.judgement.predicted_latency_s if exact is not None else None,
+        latency_s={each: one.judgement.predicted_latency_s for each, one in found.items()},
     )
 
 
@@ -159,7 +175,7 @@ def _why(exact_s: float | None, takes_s: float, rise: float, budget: float) -> s
     if exact_s is not None:
         instead = f"{format_seconds(exact_s)} in the checkpoint's precision"
     if rise == 0 and exact_s is not None:
-        return "every node keeps the checkpoint's precision: fewer bits would not make tokens quicker"
+        return "every node keeps the checkpoint's precision: within the budget fewer bits make no token quicker"
     return (
         f"a token takes {format_seconds(takes_s)}, {instead}, for {rise_text(rise)} of perplexity at most, of a budget "
         f"of {format_share(budget)}"

@@ -6,17 +6,17 @@ import numpy as np
 
 from planner.errors import InfeasibleProblem
 from planner.problem import build_problem
-from tests.planning import EXPERT_BYTES, model_spec, node, random_events, topology_of
+from tests.planning import EXPERT_BYTES, SIZES, model_spec, node, random_events, topology_of
 
 LATENCIES_MS = (0.1, 1, 5, 20)
 SLOWNESS_US = (20, 200, 2000)
 SOFTWARE = ("call_overhead_us", "hop_overhead_us")
 
 
-def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12, prompt_tokens=0):
+def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12, prompt_tokens=0, mixed=False):
     """A problem of up to that size with uneven memory, links and speeds; None where not even a trunk fits.
 
-    Software of calls and hops takes time in every other one.
+    Software of calls and hops takes time in every other one. `mixed`: nodes hold experts in precisions of their own.
     """
     rng, software = np.random.default_rng(seed), np.random.default_rng((seed, 1)) if seed % 2 else None
     count, layers, experts = (int(rng.integers(2, most + 1)) for most in (nodes, layers, experts))
@@ -30,15 +30,19 @@ def random_cluster(seed, *, nodes=6, layers=5, experts=4, ingresses=6, tokens=12
     )
     share = rng.uniform(0.3, 2, count)
     total = layers * experts * EXPERT_BYTES * rng.uniform(1.1, 2.5) + model.trunk_bytes * rng.uniform(1, count)
+    given = list(_nodes(rng, (total * share / share.sum()).astype(int).tolist(), ingresses, software, prompt_tokens))
+    if mixed:
+        lows = np.random.default_rng((seed, 2)).choice(list(SIZES), count)
+        given = [{**document, "precision": str(low)} for document, low in zip(given, lows, strict=True)]
     topology = topology_of(
-        list(_nodes(rng, (total * share / share.sum()).astype(int).tolist(), ingresses, software, prompt_tokens)),
+        given,
         list(_links(rng, count)),
         trunk={"mode": "move"},
         context={"tokens": 8, "sessions": 1},
     )
     try:
         events = [random_events(rng, model, tokens) for item in topology.nodes if item.ingress]
-        return build_problem(topology, model, events)
+        return build_problem(topology, model, events, sizes=SIZES)
     except InfeasibleProblem:
         return None
 
@@ -101,7 +105,7 @@ def _slots(problem, rows):
         left = int(room.room_bytes[number].sum()) - taken
         if left < 0:
             return None
-        slots.append(left // problem.expert_bytes)
+        slots.append(left // int(problem.room.record_bytes[number, 0]))
     return tuple(slots)
 
 

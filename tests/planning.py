@@ -15,6 +15,8 @@ from schemas.topology import Topology, topology_faults
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPERT_BYTES = 100
+SIZES = {"checkpoint": EXPERT_BYTES, "int8": 53, "int4": 31}
+"""Bytes of an expert by precision."""
 
 
 def model_spec(*, layers=2, experts=4, top_k=2, **sizes):
@@ -55,10 +57,34 @@ def random_events(rng, model, tokens=12):
     return np.array(rows, dtype=np.int16)
 
 
-def problem_of(topology, model, seed=0) -> Problem:
+def problem_of(topology, model, seed=0, sizes=None) -> Problem:
     rng = np.random.default_rng(seed)
     events = [random_events(rng, model) for item in topology.nodes if item.ingress]
-    return build_problem(topology, model, events)
+    return build_problem(topology, model, events, sizes=sizes)
+
+
+def bytes_of_places(problem, topology):
+    """What an expert takes in each place where nodes hold them as `SIZES` says; disks have the checkpoint's."""
+    held = [SIZES[item.precision or "checkpoint"] for item in topology.nodes]
+    pairs = zip(problem.place_node.tolist(), problem.place_tier.tolist(), strict=True)
+    return [EXPERT_BYTES if tier == 2 else held[number] for number, tier in pairs]
+
+
+@st.composite
+def mixed_problems(draw):
+    """Problems whose nodes hold experts in precisions of their own, and what an expert takes in each place."""
+    names = ("a", "b", "c")[: draw(st.integers(2, 3))]
+    model = model_spec(layers=draw(st.integers(1, 2)), experts=draw(st.integers(2, 4)), top_k=draw(st.integers(1, 2)))
+    most = model.layers * model.experts
+    nodes = []
+    for position, name in enumerate(names):
+        room = {"device": draw(st.integers(0, most)), "disk": draw(st.sampled_from([0, 0, most]))}
+        document = node(name, **room, rate=20 if position == 0 or draw(st.booleans()) else None)
+        document["memory"]["device"] += draw(st.integers(0, EXPERT_BYTES - 1))  # no whole number of experts
+        nodes.append({**document, "precision": draw(st.sampled_from([*SIZES, None]))})
+    topology = topology_of(nodes, line(*names))
+    problem = problem_of(topology, model, seed=draw(st.integers(0, 5)), sizes=SIZES)
+    return problem, bytes_of_places(problem, topology)
 
 
 @st.composite
@@ -107,10 +133,11 @@ def problems(draw, *, coupled=False):
     return problem_of(topology, model, seed=draw(st.integers(0, 5)))
 
 
-def brute_force(problem, unit):
+def brute_force(problem, unit, sizes=None):
     """Least cost over all placements, None where there is none; limits of compute and links are not looked at.
 
-    A dynamic programme over experts whose state is the number of slots used at each place.
+    A dynamic programme over experts whose state is the number of slots used at each place. `sizes` are the bytes of an
+    expert in each place, where these differ.
     """
     states = {(0,) * problem.num_places: 0.0}
     demand = [[0.0] * (problem.layers * problem.experts) for _ in problem.node_ids]
@@ -118,7 +145,8 @@ def brute_force(problem, unit):
         for layer, expert in product(range(problem.layers), range(problem.experts)):
             rate = problem.tokens_per_s[ingress] * problem.share[ingress, layer, expert]
             demand[at][layer * problem.experts + expert] += rate
-    slots = [int(room) // problem.expert_bytes for room in problem.capacity_bytes]
+    each = sizes or [problem.expert_bytes] * problem.num_places
+    slots = [int(room) // size for room, size in zip(problem.capacity_bytes.tolist(), each, strict=True)]
     for flat in range(problem.layers * problem.experts):
         options = list(_options(problem, unit, demand, flat))
         following = {}

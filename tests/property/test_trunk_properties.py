@@ -25,7 +25,7 @@ def solved(problem, solver, limits=QUICK):
 @pytest.mark.parametrize("block", range(8))
 def test_moving_is_never_worse_than_staying_or_a_pipeline(block):
     for seed in range(25 * block, 25 * block + 25):
-        problem = random_cluster(seed, prompt_tokens=300 if seed % 3 == 0 else 0)
+        problem = random_cluster(seed, prompt_tokens=300 if seed % 3 == 0 else 0, mixed=seed % 5 == 0)
         if problem is None:
             continue
         ours = solved(problem, "auto")
@@ -39,14 +39,14 @@ def test_moving_is_never_worse_than_staying_or_a_pipeline(block):
             assert violations(ours.problem, ours.placed, ours.routing) == []
             assert ours.result.bound <= ours.result.objective * (1 + 1e-9)
             taken, kv = ours.problem.room.taken(ours.problem.trunk_node)
-            used = ours.placed.sum(axis=(1, 2)) * ours.problem.expert_bytes
+            used = ours.placed.sum(axis=(1, 2)) * ours.problem.place_bytes
             per_node = np.bincount(ours.problem.place_node, weights=used, minlength=ours.problem.num_nodes)
             assert (per_node + taken + kv <= ours.problem.room.room_bytes.sum(axis=1)).all()
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_joint_model_is_between_bound_and_search(seed):
-    problem = random_cluster(seed, nodes=3, layers=3, experts=3, ingresses=2, tokens=6)
+    problem = random_cluster(seed, nodes=3, layers=3, experts=3, ingresses=2, tokens=6, mixed=seed % 3 == 0)
     if problem is None:
         return
     exact = solved(problem, "milp", SolveLimits(time_s=20, gap=1e-4))
@@ -66,8 +66,9 @@ def test_the_joint_model_is_between_bound_and_search(seed):
 
 
 @pytest.mark.parametrize("seed", range(30, 42))
-def test_the_joint_model_finds_what_trying_everything_finds(seed):
-    problem = random_cluster(seed, nodes=2, layers=2, experts=2, ingresses=2, tokens=3)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_joint_model_finds_what_trying_everything_finds(seed, mixed):
+    problem = random_cluster(seed, nodes=2, layers=2, experts=2, ingresses=2, tokens=3, mixed=mixed)
     if problem is None or len(set(problem.place_node.tolist())) < problem.num_places:
         return
     best, exact = least_cost(problem), solved(problem, "milp", SolveLimits(time_s=20, gap=1e-6))
