@@ -24,6 +24,7 @@ from runtime.ahead import Foresight, NextRouters
 from runtime.caches import Between, session_cache, step_cache
 from runtime.counters import Counters
 from runtime.cuda.decode import captured_decode
+from runtime.cuda.prompts import DevicePrompts, device_prompts
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
 from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
 from runtime.importance import Importance, RouterTaps, Substitution
@@ -31,7 +32,7 @@ from runtime.loading import Trunk
 from runtime.passage import Passage, Rest
 from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
-from runtime.sampling import Sampling, prefill_chunks, sample
+from runtime.sampling import Sampling, chunk_of, prefill_chunks, sample
 from runtime.session import Session
 from runtime.slots import Residency
 
@@ -73,6 +74,7 @@ class Segment:
         self.kv_budget = kv_budget
         self.importance = importance
         self.captured = captured_decode(trunk, residency)
+        self.prompts: DevicePrompts | None = device_prompts(self.captured)
         self._taps = RouterTaps(trunk.model)
         self._ahead: Foresight = ahead or NextRouters(trunk.model)
         self._rates = Rates()
@@ -204,14 +206,20 @@ class Segment:
         def layers(caches: Sequence[Any]) -> torch.Tensor:
             if is_decode and self.trunk.decoder.needs_no_mask:
                 return self._decode(inputs, caches, [between.start])
+            if own is not None:
+                return own.run(dispatcher, inputs, between.start, caches[0])[None]
             positions = session.positions[:, between.start : between.start + len(inputs)]
             return self._prefill(inputs[None], positions, caches[0])
 
         dispatcher = self._begin(caller, combine)
+        own = None if is_decode or self.captured is None else self.prompts
+        own = own if own is not None and own.can_run(dispatcher) else None
         try:
             if not is_exact:
                 return self._within(dispatcher, layers, [session])
-            cache = session.cache if is_decode else step_cache(session.cache, between)
+            if own is not None:  # one device computes no pieces side by side
+                between.before.await_end(between.rest)
+            cache = session.cache if is_decode or own is not None else step_cache(session.cache, between)
             return self._forward(dispatcher, lambda: layers([cache]), keep)
         finally:
             self.board.end(dispatcher.routing)
@@ -397,7 +405,7 @@ def generate(
     segment.open(session_id, len(prompt_ids) + max_tokens)
     try:
         ids = torch.tensor(prompt_ids, dtype=torch.int64, device=segment.trunk.device)
-        chunks = [ids[chunk] for chunk in prefill_chunks(len(prompt_ids))]
+        chunks = [ids[chunk] for chunk in prefill_chunks(len(prompt_ids), chunk_of(ids.device))]
         for chunk in chunks[:-1]:
             segment.step(session_id, chunk, caller=caller, combine=combine, keep="none")
         inputs = chunks[-1]

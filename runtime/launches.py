@@ -54,6 +54,7 @@ class Launches:
         self._copies = copies
         self._counts = counts
         self._under_way: deque[_UnderWay] = deque()
+        self._unpublished: dict[Copy, None] = {}
 
     def begin(self, copy: Copy) -> bool:
         """Begin to fill a copy; False, with nothing done, where its record is not in host memory. Modifies.
@@ -80,18 +81,28 @@ class Launches:
             self._under_way.append(_UnderWay(launch, copy, host, perf_counter()))
             if self._counts is not None:
                 self._counts.load(copy.key[0], len(self._pools["host"].whole(host.slot)))
-        copy.launch = launch
+            copy.launch = launch
+            self._unpublished[copy] = None
         return True
 
     def publish(self, copy: Copy) -> bool:
         """Let a copy be used by all that comes behind now; False where it was not launched, or is out already."""
-        launch, copy.launch = copy.launch, None
+        with self._changed:
+            launch, copy.launch = copy.launch, None
+            self._unpublished.pop(copy, None)
         if launch is None:
             return False
         launch.follow()
         with self._changed:
             self._shelf.finish(copy)
         return True
+
+    def publish_all(self, layer: int | None = None) -> None:
+        """Let all be used that nobody has asked for, of a layer or of any: what was guessed wrong. Modifies."""
+        with self._changed:
+            copies = [copy for copy in self._unpublished if layer is None or copy.key[0] == layer]
+        for copy in copies:
+            self.publish(copy)
 
     def settle(self) -> None:
         """Give host memory back that the device has come past, and learn what that took. Modifies."""

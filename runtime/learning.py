@@ -45,6 +45,13 @@ class Learner:
         with self._changed:
             self._eviction.learn(layer, expert, scores, token)
 
+    def observe_ranked(self, layer: int, experts: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+        """Learn the routing of some tokens, as `Residency.observe_ranked` says. Modifies."""
+        if not self._shelf.lacking or self._fits:
+            return
+        with self._changed:
+            self._eviction.observe(layer, experts, weights.astype(np.float64), experts.shape[1])
+
     @property
     def _fits(self) -> bool:
         """Whether all that is in no slot now would find a free one."""

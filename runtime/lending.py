@@ -11,13 +11,14 @@ from time import perf_counter
 
 from runtime.copies import Copy, CopyKey
 from runtime.counters import TierCounts
+from runtime.desk import Desk
 from runtime.errors import ExpertUnavailable
 from runtime.launches import Launches
 from runtime.loads import Borrowed, Loader
 from runtime.policy.streaming import MANY_ROWS, Pace
 from runtime.promotion import Promoter
 from runtime.shelf import Shelf
-from runtime.streaming import Ahead, Desk, Stream
+from runtime.streaming import Ahead, Stream, Wave
 from runtime.ways import LocalWays
 from schemas.precision import LowPrecision
 
@@ -91,6 +92,22 @@ class Lender:
                 yield position, self._loader.borrowed(copy)
         finally:
             self.end(layer, copies, rows)
+
+    def waves(
+        self, layer: int, experts: Sequence[int], *, sizes: Sequence[int], ahead: Ahead | None = None
+    ) -> Generator[Wave]:
+        """Yield experts many at a time as `Residency.waves` says. May modify the cache."""
+        stream = Stream(self._desk, layer, [(layer, expert) for expert in experts], sum(sizes), ahead, sizes)
+        try:
+            yield from stream.waves()
+        finally:
+            self._desk.publish_guesses(layer)
+            with self._changed:
+                self._note(layer, (), stream.waited_s, stream.rows)
+
+    def settle_guesses(self) -> None:
+        """Let all be used that was begun ahead, as `Residency.settle_guesses` says. Modifies."""
+        self._desk.publish_guesses()
 
     @contextmanager
     def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[list[Borrowed]]:

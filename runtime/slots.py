@@ -31,7 +31,7 @@ from runtime.precision import packed_layout
 from runtime.reads import CACHED, Reads
 from runtime.records import Source
 from runtime.shelf import Shelf
-from runtime.streaming import Ahead
+from runtime.streaming import Ahead, Wave
 from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision
 from schemas.store import RecordLayout
 from schemas.topology import TIERS, Tier
@@ -261,6 +261,27 @@ class Residency:
         """
         return self._lender.lend(layer, experts, low, rows=rows, ahead=ahead, sizes=sizes)
 
+    def waves(
+        self, layer: int, experts: Sequence[int], *, sizes: Sequence[int], ahead: Ahead | None = None
+    ) -> Generator[Wave]:
+        """Yield experts many at a time, those at hand first, for who computes them in one go. May modify the cache.
+
+        What `lend` does, where there are slots to load into; close it. What lies in host memory beside the device is
+        lent as soon as the device was told to load it, to who comes behind on the device.
+
+        Parameters
+        ----------
+        sizes
+            Rows of each expert.
+        ahead
+            What runs next; what was begun for it is settled when that layer was lent, or by `settle_guesses`.
+        """
+        return self._lender.waves(layer, experts, sizes=sizes, ahead=ahead)
+
+    def settle_guesses(self) -> None:
+        """Let all be used, and make room again, that was begun ahead and that no layer asks for any more. Modifies."""
+        self._lender.settle_guesses()
+
     def take(self, layer: int, experts: Sequence[int], low: LowPrecision | None = None) -> list[Copy] | None:
         """Begin to use experts of one layer that are all at hand; None, with nothing done, if one is not. Modifies.
 
@@ -311,6 +332,11 @@ class Residency:
         """
         if self._learner is not None:
             self._learner.observe(layer, token, expert, weight)
+
+    def observe_ranked(self, layer: int, experts: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+        """Do what `observe` does, of experts [T, K] that are ranked, best first. Modifies."""
+        if self._learner is not None:
+            self._learner.observe_ranked(layer, experts, weights)
 
     def acquire(self, key: Key) -> ExpertWeights:
         """Return a copy of an expert's weights that stays valid whatever is dropped later. Does not modify."""

@@ -6,21 +6,16 @@ none itself but those that are being filled for it, so that nobody waits for eve
 Flow: ready copies → loads begun → copies as they are filled → loads for the layer after.
 """
 
-import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
 from runtime.copies import Copy, CopyKey, Key
-from runtime.counters import TierCounts
+from runtime.desk import Desk
 from runtime.errors import ExpertUnavailable, RuntimeFault
-from runtime.launches import Launches
-from runtime.loads import Borrowed, Loader
-from runtime.policy.streaming import TRUSTED, Pace
-from runtime.promotion import Promoter
-from runtime.shelf import Shelf
-from runtime.ways import LocalWays
+from runtime.loads import Borrowed
+from runtime.policy.streaming import TRUSTED
 
 
 class Ahead(NamedTuple):
@@ -30,83 +25,22 @@ class Ahead(NamedTuple):
     guess: Callable[[], Iterable[int]]
 
 
-class Desk(NamedTuple):
-    """What all lendings of one residency share.
+class Wave(NamedTuple):
+    """Experts that are lent together.
 
     Attributes
     ----------
-    counts
-        Takes what was found where; None without a cache.
-    pace
-        What computing takes.
-    ways
-        Says what is computed in host memory meanwhile.
-    launches
-        Begins loads from there without waiting for them; None where no device is apart.
+    copies
+        (position, copy); all in slots that experts are computed from, but for those `is_in_place`.
+    is_new
+        They were loaded for this: `Copy.found` says from where.
+    is_in_place
+        They lie in host memory, to be computed by the processor.
     """
 
-    shelf: Shelf
-    loader: Loader
-    changed: threading.Condition
-    promoter: Promoter
-    counts: TierCounts | None
-    pace: Pace
-    ways: LocalWays
-    launches: Launches | None = None
-
-    def give_back(self, copies: Iterable[Copy]) -> None:
-        """End the use of copies. Modifies."""
-        copies = list(copies)
-        self.loader.note_read(copies)
-        with self.changed:
-            self.shelf.end_use(copies)
-
-    def count_found(self, layer: int, copies: Iterable[Copy]) -> None:
-        """Count copies that were at hand. Modifies; the lock is held."""
-        if self.counts is None:
-            return
-        for copy in copies:
-            self.counts.found[copy.tier][layer] += 1
-            if copy.is_guest:
-                self.counts.guest_hits[layer] += 1
-                self.shelf.rent.use(copy.key)
-            self.shelf.redeem(copy)
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether nobody could ever free a slot though there should be room: the books are wrong. The lock is held.
-
-        Every slot holds a copy that is filled, that nobody uses or guessed, and that may not make room.
-        """
-        shelf = self.shelf
-        if shelf.is_frozen or not shelf.can_cache or any(map(shelf.unused, shelf.cached_in)):
-            return False
-        copies = [copy for copy in shelf.copies.values() if copy.tier in shelf.cached_in]
-        if any(not copy.is_ready or copy.users or copy.is_guess or copy in shelf.evictable for copy in copies):
-            return False
-        held = sum(shelf.record_bytes[copy.tier] for copy in copies)
-        return held == sum(shelf.used[tier] for tier in shelf.cached_in)  # no copy was dropped that is still in use
-
-    def guessed(self, layer: int, wanted: Sequence[Key], most: int) -> list[Copy]:
-        """Make copies of up to `most` guesses for a layer that runs next, to be filled. Modifies; the lock is held.
-
-        Room is made by what nobody is using, and not by what that layer has at hand.
-        """
-        shelf = self.shelf
-        kept = [copy for key in wanted if (copy := shelf.ready.get(key)) is not None]
-        for copy in kept:
-            shelf.use(copy)
-        missing = [key for key in wanted if shelf.is_wanting(key)]
-        spare = sum(map(shelf.unused, shelf.cached_in)) + sum(copy.tier in shelf.cached_in for copy in shelf.evictable)
-        rooms = shelf.rooms(layer - 1, min(most, len(missing), spare))
-        made = [shelf.occupy(key, *room) for key, room in zip(missing, rooms, strict=False)]
-        for copy in made:
-            copy.is_guess = True
-        shelf.guesses[layer] += made
-        shelf.end_use(kept)
-        if self.counts is not None:
-            self.counts.prefetched[layer] += len(made)
-        return made
+    copies: list[tuple[int, Copy]]
+    is_new: bool = False
+    is_in_place: bool = False
 
 
 @dataclass
@@ -163,10 +97,73 @@ class Stream:
             self._begin()
             self.desk.pace.observe(self.rows, self._used_s)
         finally:
-            for _, copy in self._coming:  # given up half-way: others may wait for it
-                if not self._publish(copy):
-                    self.desk.promoter.run(copy)
-            self.desk.give_back(self._held)
+            self._end()
+
+    def _end(self) -> None:
+        for _, copy in self._coming:  # given up half-way: others may wait for it
+            if not self._publish(copy):
+                self.desk.promoter.run(copy)
+        self.desk.give_back(self._held)
+
+    def waves(self) -> Generator[Wave]:
+        """Yield experts many at a time until all were lent, for who computes them in one go; close it.
+
+        All loads that there are slots for are begun at once, and those of the next layer behind them. What the device
+        was told to load is lent before it is there, to who comes behind on the device.
+        """
+        try:
+            self._sort()
+            self._begin_all()
+            while (wave := self._next_wave()) is not None:
+                asked = perf_counter()
+                yield wave
+                took, copies = perf_counter() - asked, [copy for _, copy in wave.copies]
+                for position, copy in wave.copies if wave.is_in_place else ():
+                    self._note_use(copy, position, took / len(copies))
+                self._held.difference_update(copies)
+                self.desk.give_back(copies)
+                self._begin_all()
+        finally:
+            self._end()
+
+    def _begin_all(self) -> None:
+        """Begin to load what there are slots for, then for the next layer."""
+        if self._absent:
+            self._begin_absent(len(self._absent))
+        if not self._absent and self.ahead is not None and self._wanted != []:
+            self.desk.load(self._guessed(self.ahead))
+
+    def _next_wave(self) -> Wave | None:
+        """Return what is lent next, waiting for slots where there are none; None when all were."""
+        if self._at_hand:
+            wave, self._at_hand = Wave(self._at_hand), []
+            return wave
+        if self._in_place:  # the link is busy meanwhile
+            return Wave([self._in_place.pop(0)], is_in_place=True)
+        while self._coming or self._absent:
+            for _, copy in self._coming:
+                self._publish(copy)
+            if not self._coming:
+                self._require_slots()
+                self.desk.publish_guesses(self.layer)  # who waits for a slot keeps none from others
+            asked = perf_counter()
+            first = self._await()
+            self.waited_s += perf_counter() - asked
+            if first is not None:
+                return Wave([first, *self._arrived()], is_new=True)
+            self._begin_all()
+        return None
+
+    def _arrived(self) -> list[tuple[int, Copy]]:
+        """Take what else is ready."""
+        with self.desk.changed:
+            ready = [each for each in self._coming if each[1].is_ready]
+            self._coming = [each for each in self._coming if not each[1].is_ready]
+        return ready
+
+    def _require_slots(self) -> None:
+        if not self.desk.shelf.can_cache:
+            raise RuntimeFault(f"layer {self.layer}: no slot is left for its experts; raise the device's budget")
 
     def _sort(self) -> None:
         """Tell what is at hand from what is not; raises `ExpertUnavailable`."""
@@ -226,7 +223,7 @@ class Stream:
         elif self.ahead is not None and self._wanted != [] and self._is_handed_over:
             is_last = not self._at_hand and not self._coming
             if is_last or self.desk.promoter.waiting < self.desk.promoter.workers:
-                self._begin_ahead(self.ahead)
+                self.desk.promoter.add(self._guessed(self.ahead), wake=True)
 
     def _begin_absent(self, most: int) -> None:
         shelf, jobs = self.desk.shelf, []
@@ -236,10 +233,7 @@ class Stream:
                 jobs.append(shelf.occupy(self.keys[left[0]], *room))
                 self._await_known(left.pop(0))
         self._absent = left
-        if (launches := self.desk.launches) is not None:
-            launches.settle()
-            jobs = [copy for copy in jobs if not launches.begin(copy)]
-        self.desk.promoter.add(jobs, wake=self._is_handed_over)
+        self.desk.load(jobs, wake=self._is_handed_over)
 
     def _await_known(self, position: int) -> bool:
         """Wait for the copy of an expert that came into memory meanwhile, or is on its way; False if there is none."""
@@ -257,16 +251,16 @@ class Stream:
         """Let a copy be used that the device is filling; False where somebody else fills it."""
         return self.desk.launches is not None and self.desk.launches.publish(copy)
 
-    def _begin_ahead(self, ahead: Ahead) -> None:
-        """Begin to load for the next layer, into slots that nobody is using."""
+    def _guessed(self, ahead: Ahead) -> list[Copy]:
+        """Make copies of what the next layer will probably ask for, in slots that nobody is using."""
         shelf = self.desk.shelf
         if self._wanted is None:
             is_any = bool(shelf.absent[ahead.layer]) and shelf.slack.true_share >= TRUSTED
             self._wanted = [(ahead.layer, expert) for expert in ahead.guess()] if is_any else []
-        if self._wanted:
-            with self.desk.changed:
-                jobs = self.desk.guessed(ahead.layer, self._wanted, len(self._wanted))
-            self.desk.promoter.add(jobs, wake=True)
+        if not self._wanted:
+            return []
+        with self.desk.changed:
+            return self.desk.guessed(ahead.layer, self._wanted, len(self._wanted))
 
     def _next(self) -> tuple[int, Borrowed, Copy | None] | None:
         """Return what is lent next, and its copy where it has one; None where slots must be asked for again."""

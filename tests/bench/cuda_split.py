@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from runtime.engine import Segment
-from runtime.sampling import prefill_chunks
+from runtime.sampling import chunk_of, prefill_chunks
 
 _EXPERTS = ("_gate_up", "_down")
 _BRINGING = ("_fetch", "_ahead", "_wait", "Memcpy")
@@ -44,7 +44,7 @@ def prompts_of_segment(segment: Segment, ids: torch.Tensor, turns: int, *, skip:
 
     def run() -> None:
         segment.open("prompt", len(ids) + 1)
-        for chunk in prefill_chunks(len(ids)):
+        for chunk in prefill_chunks(len(ids), chunk_of(ids.device)):
             segment.step("prompt", ids[chunk], keep="last" if chunk.stop >= len(ids) else "none")
         segment.close("prompt")
 

@@ -1,0 +1,251 @@
+"""The operations of a prompt's layers as Triton kernels: few launches, experts read by slot where they lie.
+
+Decides nothing that `prompt_reference` does not say. Rows are not moved: a row (one token at one expert) is read and
+written through `order`, which lists the rows by expert. Imported only where there is a CUDA device and Triton.
+Axes: T tokens, K top-k, R = T K rows, E experts, D hidden, F ffn, H query and G key heads, d of a head.
+"""
+
+from typing import Any, Final, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime.cuda.kernels import add_norm
+from runtime.cuda.shapes import Heads, Lanes
+
+__all__ = ["add_norm", "arrange", "combine", "down", "gate_up", "turn"]
+
+_NOBODY: Final = 1 << 30
+
+
+@triton.jit
+def _turn(
+    qkv, cos, sin, q_norm, k_norm, eps,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    size: tl.constexpr = 2 * HALF
+    cols = tl.arange(0, HALF)
+    place = qkv + row * (Q_HEADS + 2 * KV_HEADS) * size + head * size
+    first = tl.load(place + cols)
+    second = tl.load(place + HALF + cols)
+    dtype = first.dtype
+    if HAS_NORM:
+        a = first.to(tl.float32)
+        b = second.to(tl.float32)
+        scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / size + eps)
+        norm = k_norm
+        if head < Q_HEADS:
+            norm = q_norm
+        first = ((a * scale).to(dtype).to(tl.float32) * tl.load(norm + cols).to(tl.float32)).to(dtype)
+        second = ((b * scale).to(dtype).to(tl.float32) * tl.load(norm + HALF + cols).to(tl.float32)).to(dtype)
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    angle = row * size
+    cos_a = tl.load(cos + angle + cols).to(tl.float32)
+    cos_b = tl.load(cos + angle + HALF + cols).to(tl.float32)
+    sin_a = tl.load(sin + angle + cols).to(tl.float32)
+    sin_b = tl.load(sin + angle + HALF + cols).to(tl.float32)
+    tl.store(place + cols, ((a * cos_a).to(dtype).to(tl.float32) + (-b * sin_a).to(dtype).to(tl.float32)).to(dtype))
+    tl.store(
+        place + HALF + cols, ((b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)).to(dtype)
+    )
+
+
+def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads) -> torch.Tensor:
+    """Norm and rotate queries and keys, [T, H + 2 G, d] in place; returns it."""
+    has_norm = norms is not None
+    q_norm, k_norm, eps = norms if has_norm else (qkv, qkv, 0.0)
+    _turn[(len(qkv), heads.queries + heads.kv)](
+        qkv, cos, sin, q_norm, k_norm, eps, Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2,
+        HAS_NORM=has_norm, num_warps=1,
+    )  # fmt: skip
+    return qkv.view(len(qkv), -1, heads.size)
+
+
+@triton.jit
+def _arrange(chosen, order, ends, rows, NOBODY: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, rows, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        ids = tl.load(chosen + at, mask=at < rows, other=NOBODY)
+        before += (ids < expert).to(tl.int32)
+    place = tl.sum(before, axis=0)
+    for start in range(0, rows, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        ids = tl.load(chosen + at, mask=at < rows, other=NOBODY)
+        mine = ids == expert
+        ranks = tl.cumsum(mine.to(tl.int32), axis=0)
+        tl.store(order + place + ranks - 1, at, mask=mine)
+        place += tl.sum(mine.to(tl.int32), axis=0)
+    tl.store(ends + expert, place)
+
+
+def arrange(chosen: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return the rows of choices [T, K] by expert, [R] int32; `ends` [E] int32 takes where each expert's end."""
+    rows = chosen.numel()
+    order = torch.empty(rows, dtype=torch.int32, device=chosen.device)
+    _arrange[(len(ends),)](
+        chosen, order, ends, rows, NOBODY=_NOBODY, BLOCK=min(4096, triton.next_power_of_2(rows)), num_warps=8
+    )
+    return order
+
+
+class Tiles(NamedTuple):
+    """How a product of experts is cut: rows, columns and depth of a program's part, its warps, and loads ahead."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def _tiles(rows: int, experts: int) -> tuple[Tiles, Tiles]:
+    """Return those of gate and up, whose columns are two each, and of down."""
+    each = rows // experts
+    if each <= 16:
+        return Tiles(16, 64, 128, 4, 4), Tiles(16, 64, 128, 4, 4)
+    if each <= 64:
+        return Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4)
+    return Tiles(128, 64, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
+
+
+@triton.jit
+def _part(ends, number, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return whose rows part `number` computes, the first of them, and where that expert's end."""
+    experts = tl.arange(0, BLOCK_E)
+    is_expert = experts < EXPERTS
+    end = tl.load(ends + experts, mask=is_expert, other=0)
+    begin = tl.load(ends + experts - 1, mask=is_expert & (experts > 0), other=0)
+    parts = tl.where(is_expert, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
+    until = tl.cumsum(parts, axis=0)
+    expert = tl.sum((is_expert & (until <= number)).to(tl.int32), axis=0)
+    is_mine = experts == expert
+    skipped = tl.sum(tl.where(is_mine, until - parts, 0), axis=0)
+    start = tl.sum(tl.where(is_mine, begin, 0), axis=0) + (number - skipped) * BLOCK_M
+    return expert, start, tl.sum(tl.where(is_mine, end, 0), axis=0)
+
+
+@triton.jit
+def _gate_up(
+    x, order, ends, slots, memory, out, stride, offset, hidden, ffn,
+    TOP: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, IS_EVEN: tl.constexpr,
+):  # fmt: skip
+    expert, start, end = _part(ends, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    slot = tl.load(slots + expert, mask=expert < EXPERTS, other=-1).to(tl.int64)
+    if slot >= 0:
+        places = start + tl.arange(0, BLOCK_M)
+        is_row = places < end
+        token = (tl.load(order + places, mask=is_row, other=0) // TOP).to(tl.int64)
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_col = cols < ffn
+        inner = tl.arange(0, BLOCK_D)
+        rows_at = x + token[:, None] * hidden + inner[None, :]
+        gate_at = memory + slot * stride + offset + cols[None, :] * hidden + inner[:, None]
+        up_at = gate_at + ffn * hidden
+        gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        ups = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for begin in range(0, hidden, BLOCK_D):
+            if IS_EVEN:
+                a = tl.load(rows_at + begin, mask=is_row[:, None], other=0.0)
+                gate = tl.load(gate_at + begin)
+                up = tl.load(up_at + begin)
+            else:
+                is_inner = begin + inner < hidden
+                both = is_inner[:, None] & is_col[None, :]
+                a = tl.load(rows_at + begin, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+                gate = tl.load(gate_at + begin, mask=both, other=0.0)
+                up = tl.load(up_at + begin, mask=both, other=0.0)
+            gates = tl.dot(a, gate, gates, input_precision="ieee")
+            ups = tl.dot(a, up, ups, input_precision="ieee")
+        dtype = out.dtype.element_ty
+        wide = gates.to(dtype).to(tl.float32)
+        active = (wide * tl.sigmoid(wide)).to(dtype).to(tl.float32) * ups.to(dtype).to(tl.float32)
+        target = out + places.to(tl.int64)[:, None] * ffn + cols[None, :]
+        tl.store(target, active.to(dtype), mask=is_row[:, None] & is_col[None, :])
+
+
+@triton.jit
+def _down(
+    active, order, ends, slots, memory, out, stride, offset, hidden, ffn,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+):  # fmt: skip
+    expert, start, end = _part(ends, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    slot = tl.load(slots + expert, mask=expert < EXPERTS, other=-1).to(tl.int64)
+    if slot >= 0:
+        places = start + tl.arange(0, BLOCK_M)
+        is_row = places < end
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_col = cols < hidden
+        inner = tl.arange(0, BLOCK_D)
+        rows_at = active + places.to(tl.int64)[:, None] * ffn + inner[None, :]
+        down_at = memory + slot * stride + offset + cols[None, :] * ffn + inner[:, None]
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for begin in range(0, ffn, BLOCK_D):
+            if IS_EVEN:
+                a = tl.load(rows_at + begin, mask=is_row[:, None], other=0.0)
+                weight = tl.load(down_at + begin)
+            else:
+                is_inner = begin + inner < ffn
+                a = tl.load(rows_at + begin, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+                weight = tl.load(down_at + begin, mask=is_inner[:, None] & is_col[None, :], other=0.0)
+            sums = tl.dot(a, weight, sums, input_precision="ieee")
+        row = tl.load(order + places, mask=is_row, other=0).to(tl.int64)
+        target = out + row[:, None] * hidden + cols[None, :]
+        tl.store(target, sums.to(out.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
+
+
+def gate_up(
+    x: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, slots: torch.Tensor, lanes: Lanes, out: torch.Tensor
+) -> None:
+    """Compute what goes into the down projections, [R, F] by expert, of experts that have a slot, [E] int32."""
+    rows, experts = len(order), len(ends)
+    tiles = _tiles(rows, experts)[0]
+    is_even = not (lanes.hidden % tiles.depth or lanes.ffn % tiles.columns)
+    _gate_up[(triton.cdiv(lanes.ffn, tiles.columns), rows // tiles.rows + min(rows, experts))](
+        x, order, ends, slots, lanes.memory, out, lanes.stride, lanes.gate_up, lanes.hidden, lanes.ffn,
+        TOP=rows // len(x), EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.columns, BLOCK_D=tiles.depth, IS_EVEN=is_even, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def down(
+    active: torch.Tensor, order: torch.Tensor, ends: torch.Tensor, slots: torch.Tensor, lanes: Lanes, out: torch.Tensor
+) -> None:
+    """Compute the experts' answers, [R, D] in the order of the rows, of experts that have a slot."""
+    rows, experts = len(order), len(ends)
+    tiles = _tiles(rows, experts)[1]
+    is_even = not (lanes.ffn % tiles.depth or lanes.hidden % tiles.columns)
+    _down[(triton.cdiv(lanes.hidden, tiles.columns), rows // tiles.rows + min(rows, experts))](
+        active, order, ends, slots, lanes.memory, out, lanes.stride, lanes.down, lanes.hidden, lanes.ffn,
+        EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
+        BLOCK_D=tiles.depth, IS_EVEN=is_even, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine(answers, weights, out, size, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for place in tl.static_range(TOP):
+        answer = tl.load(answers + (token * TOP + place) * size + cols, mask=inside, other=0.0)
+        total += answer.to(tl.float32) * tl.load(weights + token * TOP + place).to(tl.float32)
+    tl.store(out + token * size + cols, total.to(out.dtype.element_ty), mask=inside)
+
+
+def combine(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each token's answers [R, D] by its weights [T, K], [T, D]."""
+    tokens, top_k = weights.shape
+    size = answers.shape[1]
+    out = torch.empty((tokens, size), dtype=answers.dtype, device=answers.device)
+    block = min(1024, triton.next_power_of_2(size))
+    _combine[(tokens, triton.cdiv(size, block))](answers, weights, out, size, TOP=top_k, BLOCK=block, num_warps=4)
+    return out
