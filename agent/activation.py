@@ -65,7 +65,8 @@ class Activation:
         runs = layers_run(self._settings.node, budget.paths(assignment))
         layers = [layer for layer, decoder in enumerate(self._spec.moe_layer_indices) if decoder in runs]
         here = at_hand(assignment, self.routes.routing, layers)
-        return self._quality.activate(assignment.quality_budget, here).importance
+        is_paid = assignment.precision is not None  # such plans say what their precisions leave of the budget
+        return self._quality.activate(assignment.quality_budget, here, budget.precision, is_paid=is_paid).importance
 
     def way(self, layers: Layers, *, has_epoch: bool) -> Way:
         """Return the path of tokens that enter here; none in a process that has yet to fetch what its epoch gives."""

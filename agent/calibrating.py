@@ -16,7 +16,7 @@ from schemas.files import write_atomic
 from schemas.model import ModelSpec
 from schemas.paths import layers_run, path_nodes
 from schemas.plan import Plan, load_plan
-from schemas.precision import LOW_PRECISIONS
+from schemas.precision import LOW_PRECISIONS, PRECISIONS, Precision
 from schemas.units import format_share, parse_share
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  
 @click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Context in tokens.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="To compute in.")
 @click.option(
+    "--held", type=click.Choice(PRECISIONS), default="checkpoint", show_default=True,
+    help="In which the agent holds every expert (its precision): budgets pay for that, too.",
+)  # fmt: skip
+@click.option(
     "--precision", "precisions", multiple=True, type=click.Choice([*LOW_PRECISIONS, "none"]), default=LOW_PRECISIONS,
     show_default=True, help="Measure too what executing every expert in this costs.",
 )  # fmt: skip
@@ -86,6 +90,7 @@ def calibrate(
     tokens: int,
     window: int,
     dtype: Any,
+    held: Precision,
     precisions: tuple[Any, ...],
     as_json: bool,
 ) -> None:
@@ -97,6 +102,7 @@ def calibrate(
     from runtime.forcing import Bench
     from runtime.loading import load_whole
     from schemas.checkpoint import read_checkpoint
+    from schemas.sizes import sizes_of_checkpoint
 
     if (capacity is None) == (plan is None) or (plan is None) != (node is None):
         raise click.UsageError("give --capacity, or --plan and --node: what is at hand decides what is given up")
@@ -106,7 +112,11 @@ def calibrate(
         raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
     checkpoint = read_checkpoint(model)
     spec = checkpoint.model_spec
-    supply, situation = _cached(spec, *capacity, uses) if capacity else _placed(spec, plan or Path(), node or "")
+    if capacity:
+        supply, situation = _cached(spec, *capacity, uses, sizes_of_checkpoint(checkpoint, "checkpoint").get(held))
+    else:
+        supply, situation = _placed(spec, plan or Path(), node or "")
+    situation = situation.model_copy(update={"precision": held})
     pieces = _pieces(model, texts, tokens=tokens, window=window)
     loaded = load_whole(model, dtype=checkpoint.dtype if dtype == "checkpoint" else dtype)
     bench = Bench(loaded, pieces, supply, spec.top_k)
@@ -121,13 +131,15 @@ def calibrate(
     click.echo(json.dumps({"calibration": str(output), **found.model_dump()}) if as_json else _shown(output, found))
 
 
-def _cached(spec: ModelSpec, kind: str, number: float, uses: Path | None) -> "tuple[Supply, Situation]":
-    """Return the situation of a cache."""
+def _cached(
+    spec: ModelSpec, kind: str, number: float, uses: Path | None, expert_bytes: int | None
+) -> "tuple[Supply, Situation]":
+    """Return the situation of a cache, in which an expert takes so many bytes (None: as in the checkpoint)."""
     from runtime.forcing import Supply
     from runtime.predictors import read_uses
 
     if kind == "bytes":
-        number //= spec.expert_bytes * spec.layers
+        number //= (expert_bytes or spec.expert_bytes) * spec.layers
     elif kind == "share":
         number = round(number * spec.experts)
     slots = min(int(number), spec.experts)

@@ -7,7 +7,7 @@ nothing is spent otherwise. What does not fit keeps the node exact and is said. 
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -22,7 +22,7 @@ from schemas.calibration import Calibration, layer_mask, load_calibration
 from schemas.files import Fault, InvalidFile
 from schemas.messages import QualityUse
 from schemas.model import ModelSpec
-from schemas.precision import LowPrecision
+from schemas.precision import LowPrecision, Precision
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ SAMPLE_EVERY: Final = 256  # tokens between two steps that are run both ways
 _OTHER_PLACEMENT: Final = (
     "the calibration is of another placement ({file}, plan {plan}): layers {layers} differ, so this node is exact; "
     "run agent calibrate --plan PLAN --node NODE and apply the plan again"
+)
+_OTHER_PRECISION: Final = (
+    "{file} was measured with experts in {precision}, this node holds them in {held}, and what that costs leaves "
+    "nothing of the budget, or is not known: this node is exact; run agent calibrate --held {held}"
 )
 
 
@@ -41,8 +45,8 @@ class Spending:
     ----------
     importance, calibration
         Policy and account, and where they come from; None for exact execution.
-    budget
-        That was asked for.
+    budget, precision
+        That was asked for, and in which experts are held.
     standing, note
         Why nothing is given up where there is a budget.
     """
@@ -50,6 +54,7 @@ class Spending:
     importance: Importance | None = None
     calibration: Calibration | None = None
     budget: float = 0.0
+    precision: Precision = "checkpoint"
     standing: Literal["off", "uncalibrated", "misplaced"] = "off"
     note: str = ""
 
@@ -72,19 +77,32 @@ class QualityBudget:
         if file is not None and (quality.budget or quality.calibration):
             _load(file, self._spec, quality.budget or 1.0)
 
-    def activate(self, planned: float, at_hand: AtHand) -> Spending:
-        """Begin with a plan that allows a rise of perplexity of `planned`; returns what may be spent. Modifies."""
+    def activate(
+        self, planned: float, at_hand: AtHand, precision: Precision = "checkpoint", *, is_paid: bool = False
+    ) -> Spending:
+        """Begin with a plan that allows a rise of perplexity of `planned`; returns what may be spent. Modifies.
+
+        Parameters
+        ----------
+        precision
+            In which experts are held here: what that costs is paid from the budget, too.
+        is_paid
+            The plan's budget is what that has left.
+        """
         own, before = self._settings.quality.budget, self.spending
-        now = self._spend(planned if own is None else own, at_hand)
+        if own is None and is_paid:
+            now = self._spend(planned, at_hand, precision, is_paid=True)
+        else:
+            now = self._spend(planned if own is None else own, at_hand, precision)
         if now.note:
             log.warning("%s", now.note)
-        if before.importance is not None and (now.calibration, now.budget) == (before.calibration, before.budget):
+        if before.importance is not None and replace(now, importance=before.importance) == before:
             before.importance.restart()  # the account goes on
             now = before
         self.spending = now
         return now
 
-    def _spend(self, budget: float, at_hand: AtHand) -> Spending:
+    def _spend(self, budget: float, at_hand: AtHand, precision: Precision, *, is_paid: bool = False) -> Spending:
         if not budget or not at_hand:
             return Spending()
         file = self._file()
@@ -103,8 +121,13 @@ class QualityBudget:
             log.warning(
                 "%s was measured with learnt uses: more is loaded here than it says; name them as uses", file.name
             )
-        importance = importance_of(calibration, budget, self._settings.low_precision)
-        return Spending(importance, calibration, budget)
+        is_paid = is_paid and calibration.situation.precision == "checkpoint"
+        left = budget if is_paid else _left(calibration, budget, precision)
+        if left is None or calibration.setting(left) is None:
+            note = _OTHER_PRECISION.format(file=file.name, precision=calibration.situation.precision, held=precision)
+            return Spending(budget=budget, standing="uncalibrated", note=note)
+        importance = importance_of(calibration, left, self._settings.low_precision)
+        return Spending(importance, calibration, budget, precision)
 
     def _file(self) -> Path | None:
         """Return the calibration that is named, or else the first that is there."""
@@ -188,6 +211,19 @@ def _faults(calibration: Calibration, spec: ModelSpec, budget: float) -> Iterato
     if calibration.setting(budget) is None:
         least = min(each.budget for each in calibration.settings)
         yield Fault("settings", f"none is within {budget:.2%}; the least is {least:.2%}")
+
+
+def _left(calibration: Calibration, budget: float, precision: Precision) -> float | None:
+    """Return what of a budget is left beside what holding every expert in a precision costs; None: nobody knows.
+
+    A calibration that was made in it has paid already; one in the checkpoint's may tell what it costs.
+    """
+    if calibration.situation.precision == precision:
+        return budget
+    cost = next((each for each in calibration.precisions if each.precision == precision), None)
+    if cost is None or calibration.situation.precision != "checkpoint":
+        return None
+    return (1 + budget) / (1 + max(cost.high, 0.0)) - 1
 
 
 def _misplaced(calibration: Calibration, at_hand: AtHand) -> Iterator[int]:

@@ -3,7 +3,8 @@
 Decides how much text is enough and which shares a budget buys. Flow: texts → pieces → exact run → how much more one
 expert costs than another: from gradients (`runtime.pricing`), or, where a layer replaces all or none, from each layer
 alone → all layers together at a few scales → for each budget the largest scale whose cost stays within it
-(`runtime.forcing` runs the text).
+(`runtime.forcing` runs the text). Where experts are held in a low precision, everything but the exact run is made in
+it, and what it costs beside the exact run is paid from every budget first.
 
 The KL divergence from exact to substituted predictions has little noise and the rise of NLL much, so that the first
 says how layers compare and how cost grows with scale, the second how much of it is a loss on real text.
@@ -11,6 +12,7 @@ says how layers compare and how cost grows with scale, the second how much of it
 Axes: N pieces, T tokens, L layers, E experts, K top-k.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,10 @@ from runtime.forcing import WARMUP, Bench, Run
 from runtime.policy.eviction import Floats
 from runtime.policy.routing import Exact, MassBudget
 from runtime.pricing import expert_prices
+from runtime.rounding import held_in
 from schemas.calibration import Calibration, Setting, Situation
+
+log = logging.getLogger(__name__)
 
 BUDGETS: Final = (0.0025, 0.005, 0.01, 0.02)
 WINDOW: Final = 256
@@ -104,12 +109,15 @@ def calibrate(
     Raises
     ------
     InvalidInput
-        The text is too short for a budget; the message says how much is needed.
+        The text is too short for a budget, and the message says how much is needed; or the situation's precision costs
+        more than a budget.
+    UnfitPrecision
+        The model's shape has no place for the groups of that precision.
     """
     layers, experts = bench.supply.layers, bench.supply.experts
     count, window = bench.pieces.shape[0], bench.pieces.shape[1] - 1
     require_pieces(bench.pieces)
-    done, total = 0, 1 + (layers if situation.is_whole else 1) + len(_SCALES) + len(budgets)
+    done, total = 0, 2 + (layers if situation.is_whole else 1) + len(_SCALES) + len(budgets)
 
     def report() -> None:
         nonlocal done
@@ -118,13 +126,17 @@ def calibrate(
             progress(min(done, total), total)
 
     bench.on_run = report  # a budget that was not met at once takes another run
-    exact = bench.run(Exact(), keep=True)
-    prices = () if situation.is_whole else _prices(bench, report)
-    shape = np.ones(layers) if prices else _shape_of_layers(bench, situation)
-    curve = _Curve(bench, exact, shape, situation, prices)
-    for scale in _SCALES:
-        curve.measure(scale * _PROBE / 2)
-    settings = [_setting(bench, exact, curve, budget) for budget in sorted(budgets)]
+    is_plain = situation.precision == "checkpoint"
+    plain = bench.run(Exact(), keep=is_plain)
+    with held_in(bench.model, situation.precision):
+        exact = plain if is_plain else bench.run(Exact(), keep=True)
+        prices = () if situation.is_whole else _prices(bench, report)
+        shape = np.ones(layers) if prices else _shape_of_layers(bench, situation)
+        curve = _Curve(bench, exact, shape, situation, prices)
+        for scale in _SCALES:
+            curve.measure(scale * _PROBE / 2)
+        held = max(Rise.between(plain, exact).mean, 0.0)
+        settings = [_setting(plain, curve, budget, held) for budget in _affordable(budgets, held, situation)]
     return Calibration(
         model=model,
         layers=layers,
@@ -184,10 +196,11 @@ class _Curve:
     """Cost against scale: divergence grows with a power of it, and NLL in proportion to divergence, then faster."""
 
     def __init__(self, bench: Bench, exact: Run, shape: Floats, situation: Situation, prices: Prices) -> None:
-        self._bench, self._exact, self._shape, self._situation = bench, exact, shape, situation
+        self._bench, self.exact, self._shape, self._situation = bench, exact, shape, situation
         self._prices = prices
         self.price_of_layers: Floats = np.array(prices).mean(1) if prices else 1 / shape
         self._runs: list[tuple[float, Run]] = []
+        self.tokens = bench.pieces.shape[0] * (bench.pieces.shape[1] - 1)
 
     def shares(self, scale: float) -> tuple[float, ...]:
         """Return the shares at a scale."""
@@ -208,11 +221,11 @@ class _Curve:
     def around(self, allowed: float) -> tuple["_Point", "_Point | None"]:
         """Return the largest scale whose rise is within what is allowed, and the next larger one that was run."""
         points = sorted(
-            (_Point(scale, run, Rise.between(self._exact, run)) for scale, run in self._runs),
+            (_Point(scale, run, Rise.between(self.exact, run)) for scale, run in self._runs),
             key=lambda point: point.scale,
         )
         within = [point for point in points if point.rise.mean <= allowed]
-        best = within[-1] if within else _Point(0.0, self._exact, Rise(0.0, 0.0))
+        best = within[-1] if within else _Point(0.0, self.exact, Rise(0.0, 0.0))
         return best, next((point for point in points if point.scale > best.scale), None)
 
     def scale_of(self, rise: float) -> float:
@@ -227,7 +240,7 @@ class _Curve:
     def _divergence_of(self, rise: float) -> float:
         """Invert the fit ``rise = a D + b D^2``, a and b not negative, to all runs."""
         diverged = np.array([run.divergence for _, run in self._runs])
-        rises = np.array([Rise.between(self._exact, run).mean for _, run in self._runs])
+        rises = np.array([Rise.between(self.exact, run).mean for _, run in self._runs])
         linear = max(float((rises * diverged).sum() / (diverged**2).sum()), 0.05)  # where giving up helped, by luck
         (first, second), *_ = np.linalg.lstsq(np.stack([diverged, diverged**2], axis=1), rises, rcond=None)
         if second <= 0:
@@ -237,13 +250,31 @@ class _Curve:
         return float((math.sqrt(first**2 + 4 * second * rise) - first) / (2 * second))
 
 
-def _setting(bench: Bench, exact: Run, curve: _Curve, budget: float) -> Setting:
-    """Approach a budget, first by the fit, then between what was within it and what was not; keep the most within."""
-    allowed = math.log1p(budget)
-    tokens = bench.pieces.shape[0] * (bench.pieces.shape[1] - 1)
+def _affordable(budgets: Sequence[float], held: float, situation: Situation) -> list[float]:
+    """Return the budgets, smallest first, that are more than the rise of NLL which the precision costs alone."""
+    found = [budget for budget in sorted(budgets) if math.log1p(budget) > held]
+    said = f"holding every expert in {situation.precision} costs {math.expm1(held):.2%} alone"
+    if not found:
+        raise InvalidInput(f"{said}; give a budget above that, or hold them in more bits")
+    for budget in sorted(set(budgets) - set(found)):
+        log.warning("%s: there is no setting for a budget of %.2f%%", said, 100 * budget)
+    return found
+
+
+def _setting(plain: Run, curve: _Curve, budget: float, held: float) -> Setting:
+    """Approach a budget, first by the fit, then between what was within it and what was not; keep the most within.
+
+    Parameters
+    ----------
+    plain
+        The exact run in the checkpoint's precision: what all is paid for beside.
+    held
+        Rise of NLL that goes to the precision in which experts are held; nats.
+    """
+    tokens, allowed = curve.tokens, math.log1p(budget) - held
     scale = curve.scale_of(allowed)
     for _ in range(_TRIES):
-        require_text(Rise.between(exact, curve.measure(scale)).error, budget, tokens=tokens)
+        require_text(Rise.between(plain, curve.measure(scale)).error, budget, tokens=tokens)
         best, dear = curve.around(allowed)
         if best.rise.mean >= _NEAR * allowed:
             break
@@ -252,15 +283,14 @@ def _setting(bench: Bench, exact: Run, curve: _Curve, budget: float) -> Setting:
         else:
             way = (allowed - best.rise.mean) / (dear.rise.mean - best.rise.mean)
             scale = best.scale + (dear.scale - best.scale) * min(max(0.9 * way, 0.1), 0.9)
-    return _told(budget, curve.shares(best.scale), best, exact, curve.price_of_layers)
+    return _told(budget, allowed, best, curve, Rise.between(plain, best.run))
 
 
-def _told(budget: float, shares: tuple[float, ...], point: _Point, exact: Run, price: Floats) -> Setting:
-    """Return the setting: what is lost has its price by layer, `price` beside the others."""
-    allowed, run, rise = math.log1p(budget), point.run, point.rise
-    price = price.copy()
+def _told(budget: float, allowed: float, point: _Point, curve: _Curve, rise: Rise) -> Setting:
+    """Return the setting: what is lost has its price by layer; `rise` is that beside the checkpoint's precision."""
+    shares, run, price = curve.shares(point.scale), point.run, curve.price_of_layers.copy()
     spent = price * run.lost
-    price *= max(rise.mean, allowed / 2) / max(float(spent.sum()), 1e-6)
+    price *= max(point.rise.mean, allowed / 2) / max(float(spent.sum()), 1e-6)
     parts = spent / spent.sum() * allowed if spent.sum() > 0 else np.full(len(shares), allowed / len(shares))
     interval = _CONFIDENT * rise.error
     return Setting(
@@ -272,5 +302,5 @@ def _told(budget: float, shares: tuple[float, ...], point: _Point, exact: Run, p
         low=math.expm1(rise.mean - interval),
         high=math.expm1(rise.mean + interval),
         divergence=run.divergence,
-        waits_share=float(run.waits.sum() / max(exact.waits.sum(), 1e-12)),
+        waits_share=float(run.waits.sum() / max(curve.exact.waits.sum(), 1e-12)),
     )

@@ -1,62 +1,28 @@
 """What low precision costs: negative log-likelihood of text with experts rounded, all of them and layer by layer.
 
-Decides nothing: it rounds the experts of a loaded model as packed records would have them (`runtime.precision`), runs
-the text (`runtime.forcing`) with the router's own choice, and puts the weights back. Holds what it rounds twice.
+Decides nothing: it rounds the experts of a loaded model (`runtime.rounding`) and runs the text (`runtime.forcing`) with
+the router's own choice.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
-import torch
 
 from runtime.calibrate import Rise, require_pieces
 from runtime.forcing import Bench, Run, Supply
 from runtime.policy.routing import Exact
-from runtime.precision import UnfitPrecision, rounded
+from runtime.precision import UnfitPrecision
+from runtime.rounding import degraded
 from schemas.calibration import PrecisionCost
-from schemas.precision import LowPrecision, PartName
+from schemas.precision import LowPrecision
 
 log = logging.getLogger(__name__)
 
 _PROBE_PIECES: Final = 12
 _CONFIDENT: Final = 1.96  # standard errors on either side: 95 %
-_MATRICES: Final[tuple[PartName, ...]] = ("gate_up_proj", "down_proj")
-
-
-def fused_experts(model: Any) -> list[Any]:
-    """Return the modules that hold the fused experts of a whole transformers model, in layer order."""
-    return [m for m in model.modules() if all(getattr(getattr(m, name, None), "ndim", 0) == 3 for name in _MATRICES)]
-
-
-@contextmanager
-def degraded(model: Any, precision: LowPrecision, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Let experts of a model (of some layers with experts, all if None) be what `precision` makes of them meanwhile.
-
-    Raises
-    ------
-    UnfitPrecision
-        Their shape has no place for its groups. Nothing changes.
-    """
-    axis = 0 if model.config.model_type == "gpt_oss" else 1
-    modules = fused_experts(model)
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        with torch.no_grad():
-            for module in modules if layers is None else [modules[layer] for layer in layers]:
-                for name in _MATRICES:
-                    weights = getattr(module, name).data
-                    kept.append((weights, weights.clone()))
-                    for expert in weights:
-                        expert.copy_(rounded(expert, name=name, axis=axis, precision=precision))
-        yield
-    finally:
-        with torch.no_grad():
-            for weights, was in kept:
-                weights.copy_(was)
 
 
 def precision_costs(

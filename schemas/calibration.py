@@ -11,7 +11,7 @@ from pydantic import Field
 
 from schemas.base import FrozenModel
 from schemas.files import Fault, load_json
-from schemas.precision import LowPrecision
+from schemas.precision import LowPrecision, Precision
 
 Number = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -33,6 +33,8 @@ class Situation(FrozenModel):
         plan said.
     is_whole
         Whether experts were replaced only where the layer then waits for nobody.
+    precision
+        In which every expert was held: budgets pay for that, too.
     """
 
     capacity: Annotated[int, Field(ge=0)] = 0
@@ -41,6 +43,7 @@ class Situation(FrozenModel):
     plan: str = ""
     placement: tuple[str, ...] = ()
     is_whole: bool = False
+    precision: Precision = "checkpoint"
 
 
 class Setting(FrozenModel):
@@ -53,13 +56,14 @@ class Setting(FrozenModel):
     shares
         What a token may give up, by layer (`runtime.policy.routing.MassBudget`, weighted).
     nll
-        Part of the budget that is each layer's, as a rise of negative log-likelihood; nats per token.
+        Part of the budget that is each layer's, as a rise of negative log-likelihood, without what the situation's
+        precision costs; nats per token.
     nll_per_mass
         Rise of negative log-likelihood for each unit of lost share of top-K mass, by layer.
     rise, low, high
         Relative rise of perplexity measured with these shares, and its 95 % confidence interval over text pieces.
     divergence
-        Mean KL divergence from exact to substituted next-token distributions; nats.
+        Mean KL divergence from exact to substituted next-token distributions, both in the situation's precision; nats.
     waits_share
         Loads (or, with a plan, waiting events) per token relative to exact execution.
     """

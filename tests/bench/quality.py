@@ -1,14 +1,17 @@
 """What a quality budget buys: loads per token against exact LRU, perplexity on text that calibration did not see.
 
-    python -m tests.bench.quality MODEL TEXTS [--capacity 8] [--capacity 16] [--budget 0.5 %] [--uses FILE]
+    python -m tests.bench.quality MODEL TEXTS [--capacity 8] [--capacity 16] [--budget 0.5 %] [--uses FILE] [--held int8]
 
 TEXTS has a directory per domain with calibration.jsonl and eval.jsonl. Shares are calibrated on the calibration text of
 the mixed domains alone, then judged on their evaluation text, mixed and one by one, and on domains that calibration
-never saw. Intervals are 95 %. FILE is what `agent learn --kind uses` made of traces of calibration text.
+never saw. Intervals are 95 %. FILE is what `agent learn --kind uses` made of traces of calibration text. With --held
+int8 the memory of C experts of the checkpoint's precision holds experts in int8, as many of them as fit; the budget pays
+for that, too, and what loads are compared with stays LRU of C experts in the checkpoint's precision.
 """
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,8 +23,11 @@ from runtime.loading import load_tokenizer, load_whole
 from runtime.policy.routing import Exact
 from runtime.predictors import read_uses
 from runtime.recorder import read_texts
+from runtime.rounding import held_in
 from schemas.calibration import Calibration, Setting, Situation
 from schemas.checkpoint import read_checkpoint
+from schemas.precision import PRECISIONS
+from schemas.sizes import sizes_of_checkpoint
 from schemas.units import parse_share
 
 
@@ -37,9 +43,14 @@ def pieces(tokenizer, texts: Path, domains: list[str], split: str, tokens: int) 
     return torch.cat(cut)
 
 
-def judge(bench: Bench, found: Calibration, setting: Setting, name: str) -> None:
-    exact = bench.run(Exact(), is_lru=True, keep=True)
-    run = bench.run(policy_of(setting.shares, is_whole=False, prices=found.prices, stand_in=found.stand_in))
+def judge(bench: Bench, found: Calibration, setting: Setting, name: str, capacity: int) -> None:
+    plain = Supply(bench.supply.layers, bench.supply.experts, capacity)
+    exact_bench = Bench(bench.model, bench.pieces, plain, bench.top_k)
+    exact = exact_bench.run(Exact(), is_lru=True, keep=True)
+    compared = replace(exact_bench, supply=bench.supply)  # with its predictions
+    policy = policy_of(setting.shares, is_whole=False, prices=found.prices, stand_in=found.stand_in)
+    with held_in(bench.model, found.situation.precision):
+        run = compared.run(policy)
     rise, loads, base = Rise.between(exact, run), run.waits.sum(), exact.waits.sum()
     low, high = (math.expm1(rise.mean + sign * 1.96 * rise.error) for sign in (-1, 1))
     print(
@@ -58,33 +69,37 @@ def judge(bench: Bench, found: Calibration, setting: Setting, name: str) -> None
 @click.option("--single", default="code,dialogue,prose,math,french")
 @click.option("--tokens", default=24576)
 @click.option("--uses", type=click.Path(path_type=Path), help="Of agent learn --kind uses: what caches evict by.")
+@click.option("--held", type=click.Choice(PRECISIONS), default="checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
-def main(model, texts, capacities, budgets, mixed, single, tokens, uses, output):
+def main(model, texts, capacities, budgets, mixed, single, tokens, uses, held, output):
     torch.set_num_threads(1)
-    spec, tokenizer = read_checkpoint(model).model_spec, load_tokenizer(model)
+    checkpoint, tokenizer = read_checkpoint(model), load_tokenizer(model)
+    spec, size = checkpoint.model_spec, sizes_of_checkpoint(checkpoint, "checkpoint")[held]
     loaded = load_whole(model, dtype="float32")
     domains = mixed.split(",")
     foreseen = read_uses(uses, spec)
     for capacity in capacities:
-        supply, began = Supply(spec.layers, spec.experts, capacity, uses=foreseen), time.perf_counter()
+        slots, began = min(capacity * spec.expert_bytes // size, spec.experts), time.perf_counter()
+        supply = Supply(spec.layers, spec.experts, slots, uses=foreseen)
         text = pieces(tokenizer, texts, domains, "calibration", tokens)
-        situation = Situation(capacity=capacity, eviction="steady" if foreseen is None else "learned")
+        situation = Situation(capacity=slots, eviction="steady" if foreseen is None else "learned", precision=held)
         wanted = [parse_share(each) for each in budgets]
         found = calibrate(Bench(loaded, text, supply, spec.top_k), model=spec.id, situation=situation, budgets=wanted)
         seconds = time.perf_counter() - began
         if output is not None:
             (output / f"{spec.id}-{capacity}.json").write_text(found.model_dump_json(indent=1) + "\n")
+        told = "" if held == "checkpoint" else f" (in their memory, {slots} in {held})"
         for setting in found.settings:
             print(
-                f"{capacity} of {spec.experts}, budget {setting.budget:.2%}: calibrated on {found.tokens} tokens in "
+                f"{capacity} of {spec.experts}{told}, budget {setting.budget:.2%}: calibrated on {found.tokens} tokens in "
                 f"{seconds:.0f} s, {setting.rise:+.2%} ({setting.low:+.2%} … {setting.high:+.2%}) there",
                 flush=True,
             )
             text = pieces(tokenizer, texts, domains, "eval", 2 * tokens)
-            judge(Bench(loaded, text, supply, spec.top_k), found, setting, mixed)
+            judge(Bench(loaded, text, supply, spec.top_k), found, setting, mixed, capacity)
             for domain in single.split(",") if single else ():
                 text = pieces(tokenizer, texts, [domain], "eval", tokens // 2)
-                judge(Bench(loaded, text, supply, spec.top_k), found, setting, domain)
+                judge(Bench(loaded, text, supply, spec.top_k), found, setting, domain, capacity)
 
 
 if __name__ == "__main__":

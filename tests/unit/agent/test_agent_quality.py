@@ -71,6 +71,35 @@ def test_a_calibration_with_learnt_uses_wants_them_named(tmp_path, caplog):
     assert "c.json was measured with learnt uses" in caplog.text
 
 
+INT8 = PrecisionCost(precision="int8", rise=0.001, low=0.0, high=0.002, divergence=0.001, nll_per_row=(0.0, 0.0))
+
+
+def test_experts_that_are_held_in_low_precision_are_paid_from_the_budget(tmp_path):
+    def budget_left(found, **how):
+        (tmp_path / "c.json").write_text(found.model_dump_json())
+        quality = agent(tmp_path, "quality: {calibration: c.json}")
+        account = quality.activate(0.01, HERE, "int8", **how).importance
+        return account.controller.allowance.budget if account else quality.spending.note
+
+    told, made = calibration(precisions=(INT8,)), calibration(situation=Situation(capacity=2, precision="int8"))
+    assert budget_left(told) == pytest.approx(0.005), "its setting of 1 % would spend .2 % too much"
+    assert budget_left(told, is_paid=True) == pytest.approx(0.01), "the plan's budget is what is left"
+    assert budget_left(made) == pytest.approx(0.01), "which it was measured with"
+    assert "c.json was measured with experts in checkpoint, this node holds them in int8" in budget_left(calibration())
+    dear = told.model_copy(update={"precisions": (INT8.model_copy(update={"high": 0.02}),)})
+    assert "run agent calibrate --held int8" in budget_left(dear)
+
+
+def test_what_is_held_otherwise_than_before_begins_a_new_account(tmp_path):
+    (tmp_path / "c.json").write_text(calibration(precisions=(INT8,)).model_dump_json())
+    quality = agent(tmp_path, "quality: {budget: 0.8 %, calibration: c.json}")
+    first = quality.activate(0.0, HERE).importance
+    assert quality.activate(0.0, HERE).importance is first
+    changed = quality.activate(0.0, HERE, "int8").importance
+    assert changed is not None
+    assert changed is not first
+
+
 def test_nothing_is_given_up_by_default(tmp_path):
     assert load(tmp_path, "0 %", calibration()) is None
     quality = agent(tmp_path, "")

@@ -122,6 +122,20 @@ def test_calibration_finds_more_room_in_larger_budgets(bench):
     assert seen[0][0] == 1
 
 
+def test_budgets_pay_for_the_precision_in_which_experts_are_held(bench, caplog):
+    held = Situation(capacity=6, eviction="steady", precision="int4")
+    before = [weights.clone() for weights in bench.model.parameters()]
+    found = calibrate(bench, model="demo", situation=held, budgets=[0.6, 1e-9])
+    assert all(map(torch.equal, before, bench.model.parameters()))
+    assert [each.budget for each in found.settings] == [0.6]
+    assert "holding every expert in int4 costs" in caplog.text
+    (setting,) = found.settings
+    assert 0 < sum(setting.nll) < math.log1p(0.6), "the precision's part is not there to be spent"
+    assert setting.low <= setting.rise <= 0.6
+    with pytest.raises(InvalidInput, match=r"holding every expert in int4 costs .* alone; give a budget above that"):
+        calibrate(bench, model="demo", situation=held, budgets=[1e-9])
+
+
 def test_too_little_text_is_refused_with_how_much_is_needed(bench):
     with pytest.raises(
         InvalidInput, match=r"1000 tokens of text are too few for a budget of 0.50%.*about 16000 tokens"
@@ -164,6 +178,16 @@ def test_the_command_measures_with_learnt_uses(tmp_path):
     result = CliRunner().invoke(command, [str(DEMO), *options])
     assert result.exit_code == 0, result.output
     assert load_calibration(tmp_path / "c.json").situation == Situation(capacity=6, eviction="learned")
+
+
+def test_the_command_counts_experts_as_they_are_held(tmp_path):
+    size = 4 * 6 * 73728  # bytes of six experts of each layer in the checkpoint's precision, or eleven in int8
+    options = ["--text", str(TEXT), "--capacity", f"{size} B", "--budget", "80 %", "--window", "32", "--tokens", "512"]
+    options += ["--precision", "none", "--held", "int8", "-o", str(tmp_path / "c.json")]
+    result = CliRunner().invoke(command, [str(DEMO), *options])
+    assert result.exit_code == 0, result.output
+    held = Situation(capacity=11, eviction="steady", precision="int8")
+    assert load_calibration(tmp_path / "c.json").situation == held
 
 
 def test_the_command_takes_what_a_plan_places(tmp_path):

@@ -5,11 +5,12 @@ import torch
 from click.testing import CliRunner
 
 from agent.calibrating import calibrate as command
-from runtime.degrading import degraded, fused_experts, precision_costs
+from runtime.degrading import precision_costs
 from runtime.errors import InvalidInput
 from runtime.forcing import Bench
 from runtime.loading import load_whole
 from runtime.precision import empty_parts, unpack_parts
+from runtime.rounding import degraded, fused_experts
 from schemas.calibration import load_calibration
 from schemas.files import InvalidFile
 from tests.demo import DEMO, TEXT
