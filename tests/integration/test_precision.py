@@ -1,11 +1,15 @@
-"""An agent that executes every expert in a low precision: one machine's tokens in that precision, and status says so."""
+"""Agents that execute experts in a low precision: one machine's tokens in that precision, and status says so."""
 
 from pathlib import Path
 
+import torch
+
 from runtime.alone import open_alone
+from runtime.degrading import degraded
 from runtime.engine import generate
-from runtime.loading import load_tokenizer
-from tests.cluster import MODEL, PROMPTS, make_plan, running, save, spread
+from runtime.loading import load_tokenizer, load_whole
+from schemas.plan import NodePrecision
+from tests.cluster import MODEL, PROMPTS, Cluster, make_plan, running, save, spread
 from tests.integration.conftest import NUM_TOKENS
 
 
@@ -20,3 +24,51 @@ def test_tokens_are_those_of_one_machine_in_the_same_precision(tmp_path: Path, s
         assert [node["precision"] for node in cluster.status()["nodes"]] == ["int4", "int4"]
         shown = cluster.planner("status", "--coordinator", cluster.coordinator).stdout
         assert "n1: executes every expert in int4" in shown
+
+
+INT8 = 38144  # bytes of an expert of the model
+
+
+def half_in_int8(prompt: str, layers: list[int]) -> list[int]:
+    """Greedy tokens of one machine whose experts of some layers are what int8 makes of them."""
+    tokenizer, model = load_tokenizer(MODEL), load_whole(MODEL, dtype="float32")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    with torch.inference_mode(), degraded(model, "int8", layers):
+        out = model.generate(ids, do_sample=False, max_new_tokens=NUM_TOKENS, attention_mask=torch.ones_like(ids))
+    return out[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def refused(cluster: Cluster, **changes: object) -> str:
+    """What is said to a plan that must be refused."""
+    holders = lambda layer, _: [cluster.nodes[layer // 2]]  # noqa: E731
+    assert cluster.active is not None
+    plan = make_plan(cluster, holders, current=cluster.active, routes=(), **changes)
+    done = cluster.apply(save(cluster, plan, "refused.json"))
+    assert done.returncode == 4, done.stdout
+    return done.stderr
+
+
+def held(node: str, precision: str) -> tuple[NodePrecision, ...]:
+    return (NodePrecision(node=node, precision=precision, expert_bytes=INT8),)  # type: ignore[arg-type]
+
+
+def test_every_node_holds_experts_in_the_precision_of_the_plan(tmp_path: Path, store: Path) -> None:
+    with running(tmp_path, 2, store=store, settings={"precision": "plan"}) as cluster:
+        n0, n1 = cluster.nodes
+        precisions = (NodePrecision(node=n0, precision="checkpoint", expert_bytes=147456), *held(n1, "int8"))
+        cluster.reach(make_plan(cluster, lambda layer, _: [(n0, n1)[layer // 2]], precisions=precisions))
+        want = half_in_int8(PROMPTS[0], [2, 3])
+        assert cluster.generate(n0, PROMPTS[0], "--max-tokens", str(NUM_TOKENS))["tokens"] == want
+        there = {node["id"]: node for node in cluster.status()["nodes"]}
+        assert {name: node["precision"] for name, node in there.items()} == {n0: "checkpoint", n1: "int8"}
+        assert there[n1]["experts"]["device"] == 32
+        assert there[n1]["memory_used"]["device"] == 32 * INT8
+        said = refused(cluster, precisions=held(n1, "int4"))
+        assert "n1: holds experts in int8 for epoch 1, the plan wants them in int4; apply a plan first" in said
+        assert cluster.interrupt(n1) == 0
+        cluster.write_config(n1, precision="int8")
+        cluster.start_agent(n1)
+        cluster.wait_up([n1])
+        said = refused(cluster, precisions=held(n1, "checkpoint"))
+        assert "n1 can hold experts in int8, the plan wants them in checkpoint there; set precision in the" in said
+        assert cluster.generate(n0, PROMPTS[0], "--max-tokens", str(NUM_TOKENS))["tokens"] == want
