@@ -105,6 +105,14 @@ class Counts:
         self.rows += len(expert)
         self.remote_rows += remote_rows
 
+    def count_sizes(self, layer: int, sizes: NDArray[np.integer[Any]], *, tokens: int) -> int:
+        """Count one layer of a forward by the rows of each expert [E], all of them here; returns the rows. Modifies."""
+        rows = int(sizes.sum())
+        self.routed[layer] += sizes
+        self.events += tokens
+        self.rows += rows
+        return rows
+
     def count_token(self, layer: int, experts: list[int], *, remote_rows: int) -> None:
         """Count one layer of one token, as `count_layer` does. Modifies."""
         first = layer * self.routed.shape[1]

@@ -19,10 +19,22 @@ from runtime.policy.streaming import TRUSTED
 
 
 class Ahead(NamedTuple):
-    """A layer that runs next, and what says which experts it will probably ask for; not called where none is absent."""
+    """A layer that runs next.
+
+    Attributes
+    ----------
+    guess
+        Says which experts it will probably ask for; not called where none is absent.
+    most
+        Loads that are begun for it at most; as many as there are slots for if None.
+    is_judged
+        Whoever guesses knows how often that comes true.
+    """
 
     layer: int
     guess: Callable[[], Iterable[int]]
+    most: int | None = None
+    is_judged: bool = False
 
 
 class Wave(NamedTuple):
@@ -111,15 +123,17 @@ class Stream:
         All loads that there are slots for are begun at once, and those of the next layer behind them. What the device
         was told to load is lent before it is there, to who comes behind on the device.
         """
+        began, waited_s = perf_counter(), 0.0
         try:
             self._sort()
             self._begin_all()
             while (wave := self._next_wave()) is not None:
                 asked = perf_counter()
                 yield wave
-                took, copies = perf_counter() - asked, [copy for _, copy in wave.copies]
-                for position, copy in wave.copies if wave.is_in_place else ():
-                    self._note_use(copy, position, took / len(copies))
+                ended, (position, first) = perf_counter(), wave.copies[0]
+                busy_s = ended - asked if wave.is_in_place else ended - began - (self.waited_s - waited_s)
+                self._note_use(first, position, busy_s / len(wave.copies))
+                began, waited_s, copies = ended, self.waited_s, [copy for _, copy in wave.copies]
                 self._held.difference_update(copies)
                 self.desk.give_back(copies)
                 self._begin_all()
@@ -130,7 +144,7 @@ class Stream:
         """Begin to load what there are slots for, then for the next layer."""
         if self._absent:
             self._begin_absent(len(self._absent))
-        if not self._absent and self.ahead is not None and self._wanted != []:
+        if not self._absent and self.ahead is not None and self._wanted is None:
             self.desk.load(self._guessed(self.ahead))
 
     def _next_wave(self) -> Wave | None:
@@ -255,12 +269,12 @@ class Stream:
         """Make copies of what the next layer will probably ask for, in slots that nobody is using."""
         shelf = self.desk.shelf
         if self._wanted is None:
-            is_any = bool(shelf.absent[ahead.layer]) and shelf.slack.true_share >= TRUSTED
+            is_any = bool(shelf.absent[ahead.layer]) and (ahead.is_judged or shelf.slack.true_share >= TRUSTED)
             self._wanted = [(ahead.layer, expert) for expert in ahead.guess()] if is_any else []
         if not self._wanted:
             return []
         with self.desk.changed:
-            return self.desk.guessed(ahead.layer, self._wanted, len(self._wanted))
+            return self.desk.guessed(ahead.layer, self._wanted, len(self._wanted) if ahead.most is None else ahead.most)
 
     def _next(self) -> tuple[int, Borrowed, Copy | None] | None:
         """Return what is lent next, and its copy where it has one; None where slots must be asked for again."""

@@ -6,10 +6,11 @@ gets into a slot, or which expert makes room. Flow: a layer's choice → read by
 Axes: T tokens, E experts, K top-k, R = T K rows, D hidden, F ffn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,16 @@ from numpy.typing import NDArray
 
 from runtime.copies import Copy
 from runtime.cuda.layers import StepParts
-from runtime.cuda.sending import sent
+from runtime.cuda.sending import reading, sent
 from runtime.cuda.shapes import Lanes
 from runtime.dispatch import Dispatcher
 from runtime.experts import expert_math
+from runtime.policy.crowds import Crowds, most_ahead
 from runtime.slots import Residency
 from runtime.streaming import Ahead
 
 if TYPE_CHECKING:
     from runtime.cuda.prompts import Choice
-
-_POPULAR: Final = 0.02  # of a prompt's tokens; what fewer are guessed to choose is not begun ahead
 
 Ints = NDArray[np.int64]
 
@@ -39,13 +39,16 @@ class Told(NamedTuple):
     ----------
     experts, weights
         [T, K] int64 and float32, best first.
+    sizes
+        [E] int64: rows of each expert.
     likely
-        What the next layer will probably choose, the most popular first.
+        What the next layer will probably ask for, the likeliest first.
     """
 
     experts: Ints
     weights: NDArray[np.float32]
-    likely: Sequence[int]
+    sizes: Ints
+    likely: list[int]
 
 
 class Rows(NamedTuple):
@@ -62,58 +65,83 @@ class LackingExperts:
 
     Parameters
     ----------
+    crowds
+        Says what to begin ahead, and learns what was chosen.
     ops
         See `DevicePrompts`.
+
+    Attributes
+    ----------
+    looks_ahead
+        Whether the choice of the next layer is guessed.
     """
 
-    def __init__(self, residency: Residency, parts: StepParts, lanes: Lanes, dispatcher: Dispatcher, ops: Any) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        parts: StepParts,
+        lanes: Lanes,
+        dispatcher: Dispatcher,
+        *,
+        crowds: Crowds,
+        ops: Any,
+    ) -> None:
         self._residency = residency
         self._parts = parts
         self._lanes = lanes
         self._dispatcher = dispatcher
+        self._crowds = crowds
         self._ops = ops
         self._experts = parts.router.experts
+        self._books: Callable[[], None] | None = None  # of the layer before: done while the device works
         caching = residency.caching
-        self._looks_ahead = caching is not None and caching.prefetch
+        self.looks_ahead = caching is not None and caching.prefetch
 
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Let nothing that was begun ahead be left behind, however the step ends."""
         try:
             yield
+            self._keep_books()
         finally:
             self._residency.settle_guesses()
 
     def run(self, index: int, choice: "Choice") -> torch.Tensor:
         """Return what the experts of a layer of the range make of its choice, [T, D]."""
-        began, number = perf_counter(), self._parts.first_layer + index
+        number = self._parts.first_layer + index
+        read = reading(choice.told)
         ends = torch.empty(self._experts, dtype=torch.int32, device=choice.normed.device)
         order = self._ops.arrange(choice.experts, ends)
-        told = self._read(choice, with_guess=self._looks_ahead and index + 1 < len(self._parts.layers))
         active = choice.normed.new_empty((len(order), self._lanes.ffn))
         answers = choice.normed.new_empty((len(order), self._lanes.hidden))
+        self._keep_books()
+        told, began = self._understood(number, read()), perf_counter()
         self._compute(number, told, choice.normed, Rows(order, ends, active, answers))
         combined: torch.Tensor = self._ops.combine(answers, choice.weights)
-        self._residency.observe_ranked(number, told.experts, told.weights)
-        self._count(number, told, began)
+        self._books = partial(self._count, number, told, began, perf_counter())
         return combined
 
-    def _read(self, choice: "Choice", *, with_guess: bool) -> Told:
-        """Wait until a layer has chosen."""
-        size = self._experts
-        parts = [choice.experts.int(), choice.weights.float().view(torch.int32)]
-        if with_guess:
-            guess = choice.logits[:, size : 2 * size].topk(self._parts.router.top_k, dim=-1).indices
-            parts.append(guess.int())
-        words = torch.stack(parts).cpu().numpy()
-        likely = popular(words[2], size) if with_guess else []
-        return Told(words[0].astype(np.int64), words[1].view(np.float32), likely)
+    def _understood(self, number: int, words: NDArray[np.int32]) -> Told:
+        """Return what a layer's words, [2 or 3, T, K], say."""
+        experts, likely = words[0].astype(np.int64), list[int]()
+        if len(words) > 2:
+            guess = np.bincount(words[2].ravel(), minlength=self._experts)
+            likely = self._crowds.expect(number + 1, len(experts), guess)
+        sizes = np.bincount(experts.ravel(), minlength=self._experts)
+        return Told(experts, words[1].view(np.float32), sizes, likely)
+
+    def _keep_books(self) -> None:
+        """Learn and count what the layer before did. Modifies."""
+        books, self._books = self._books, None
+        if books is not None:
+            books()
 
     def _compute(self, number: int, told: Told, normed: torch.Tensor, rows: Rows) -> None:
         """Have a layer's experts computed, whenever they come."""
-        sizes = np.bincount(told.experts.ravel(), minlength=self._experts)
-        experts = np.flatnonzero(sizes)
-        ahead = Ahead(number + 1, lambda: told.likely) if told.likely else None
+        sizes, experts, ahead = told.sizes, np.flatnonzero(told.sizes), None
+        if told.likely:
+            most = most_ahead(self._residency.slack.load_s)
+            ahead = Ahead(number + 1, lambda: told.likely, most, is_judged=True)
         tiers = self._dispatcher.counts.tier_rows
         waves = self._residency.waves(number, experts.tolist(), sizes=sizes[experts].tolist(), ahead=ahead)
         with closing(waves):
@@ -140,24 +168,14 @@ class LackingExperts:
             x = normed[row // told.experts.shape[1]].cpu()
             answers[row] = math(self._residency.weights(copy), x).to(answers.device)
 
-    def _count(self, number: int, told: Told, began: float) -> None:
-        counts, now = self._dispatcher.counts, perf_counter()
-        rows = np.sort(told.experts, axis=None)
-        counts.count_layer(number, rows, tokens=len(told.experts), remote_rows=0, remote_tokens=0)
+    def _count(self, number: int, told: Told, began: float, ended: float) -> None:
+        counts = self._dispatcher.counts
+        self._residency.observe_ranked(number, told.experts, told.weights)
+        self._crowds.learn(number, len(told.experts), told.sizes)
+        rows = counts.count_sizes(number, told.sizes, tokens=len(told.experts))
         counts.local_calls += 1
-        counts.local_s += now - began
-        self._dispatcher.spent_s += now - began
+        counts.local_s += ended - began
+        self._dispatcher.spent_s += ended - began
         counts.end_layer(number)
         if self._dispatcher.timeline is not None:
-            self._dispatcher.timeline.add("experts here", f"layer {number}", began, now, rows=len(rows))
-
-
-def popular(guess: NDArray[np.integer[Any]], experts: int) -> list[int]:
-    """Return the experts that enough tokens are guessed to choose, [T, K], the most popular first.
-
-    >>> popular(np.array([[3, 1], [1, 3], [1, 0]]), 4)
-    [1, 3, 0]
-    """
-    sizes = np.bincount(guess.ravel(), minlength=experts)
-    order = np.argsort(-sizes, kind="stable")
-    return [expert for expert in order.tolist() if sizes[expert] and sizes[expert] >= _POPULAR * len(guess)]
+            self._dispatcher.timeline.add("experts here", f"layer {number}", began, ended, rows=rows)

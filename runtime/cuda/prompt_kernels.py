@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from runtime.cuda.kernels import add_norm
-from runtime.cuda.shapes import Heads, Lanes
+from runtime.cuda.shapes import Heads, Lanes, RouterShape
 
-__all__ = ["add_norm", "arrange", "combine", "down", "gate_up", "turn"]
+__all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "turn"]
 
 _NOBODY: Final = 1 << 30
 
@@ -63,6 +63,58 @@ def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, he
         HAS_NORM=has_norm, num_warps=1,
     )  # fmt: skip
     return qkv.view(len(qkv), -1, heads.size)
+
+
+@triton.jit
+def _choose(
+    logits, told, rows, width,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
+    IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    ahead = tl.program_id(1)
+    experts = tl.arange(0, BLOCK)
+    is_expert = experts < EXPERTS
+    raw = tl.load(logits + row * width + ahead * EXPERTS + experts, mask=is_expert, other=0.0)
+    wide = tl.where(is_expert, raw.to(tl.float32), -1e30)
+    odds = tl.where(is_expert, tl.exp(wide - tl.max(wide, axis=0)), 0.0)
+    left = tl.where(is_expert, odds / tl.sum(odds, axis=0), -1.0)
+    places = tl.arange(0, TOP_BLOCK)
+    chosen = tl.zeros([TOP_BLOCK], tl.int32)
+    best = tl.zeros([TOP_BLOCK], tl.float32)
+    for place in tl.static_range(TOP):
+        at = tl.argmax(left, axis=0)
+        best = tl.where(places == place, tl.max(left, axis=0), best)
+        chosen = tl.where(places == place, at, chosen)
+        left = tl.where(experts == at, -1.0, left)
+    is_place = places < TOP
+    at = row * TOP + places
+    tl.store(told + 2 * ahead * rows * TOP + at, chosen, mask=is_place)
+    if ahead == 0:
+        if IS_NORMALISED:
+            best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
+        if IS_ROUNDED:
+            best = best.to(raw.dtype).to(tl.float32)
+        tl.store(told + rows * TOP + at, best.to(tl.int32, bitcast=True), mask=is_place)
+
+
+def choose(logits: torch.Tensor, shape: RouterShape) -> torch.Tensor:
+    """Choose experts by logits [T, E], and guess what the next layer will by those behind, if any.
+
+    Returns
+    -------
+    torch.Tensor
+        [2 or 3, T, K] int32: experts, best first; their weights, the bits of float32; the next layer's.
+    """
+    rows, width = logits.shape
+    is_ahead = width > shape.experts
+    told = torch.empty((2 + is_ahead, rows, shape.top_k), dtype=torch.int32, device=logits.device)
+    _choose[(rows, 1 + is_ahead)](
+        logits, told, rows, width, EXPERTS=shape.experts, BLOCK=max(16, triton.next_power_of_2(shape.experts)),
+        TOP=shape.top_k, TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
+        IS_ROUNDED=shape.is_rounded, num_warps=1,
+    )  # fmt: skip
+    return told
 
 
 @triton.jit

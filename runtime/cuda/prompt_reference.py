@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from runtime.cuda.reference import add_norm
-from runtime.cuda.shapes import Heads, Lanes
+from runtime.cuda.shapes import Heads, Lanes, RouterShape
 
-__all__ = ["add_norm", "arrange", "combine", "down", "gate_up", "turn"]
+__all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "turn"]
 
 
 def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads) -> torch.Tensor:
@@ -25,6 +25,24 @@ def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, he
         first, second = x.chunk(2, dim=-1)
         part.copy_(x * cos + torch.cat((-second, first), dim=-1) * sin)
     return whole
+
+
+def choose(logits: torch.Tensor, shape: RouterShape) -> torch.Tensor:
+    """Choose experts by logits [T, E], and guess what the next layer will by those behind, if any.
+
+    Returns
+    -------
+    torch.Tensor
+        [2 or 3, T, K] int32: experts, best first; their weights, the bits of float32; the next layer's.
+    """
+    own, *ahead = logits.split(shape.experts, dim=1)
+    weights, chosen = own.float().softmax(-1).topk(shape.top_k, dim=-1)
+    if shape.is_normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if shape.is_rounded:
+        weights = weights.to(logits.dtype).float()
+    guessed = [guess.topk(shape.top_k, dim=-1).indices.int() for guess in ahead[:1]]
+    return torch.stack([chosen.int(), weights.contiguous().view(torch.int32), *guessed])
 
 
 def arrange(chosen: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -22,21 +22,30 @@ from runtime.cuda.layers import LayerParts, StepParts, lanes_of
 from runtime.cuda.sending import reading, sent
 from runtime.cuda.shapes import Lanes
 from runtime.dispatch import Dispatcher
+from runtime.policy.crowds import Crowds
 
 
 class Choice(NamedTuple):
-    """What a layer's router chose of normed [T, D]: experts [T, K] int64, best first, and their weights [T, K].
+    """What a layer's router chose of normed [T, D].
 
     Attributes
     ----------
-    logits
-        [T, E] and, behind it, what the routers of the layers after make of the same, where guesses are wanted.
+    told
+        Of `choose`, [2 or 3, T, K] int32.
     """
 
     normed: torch.Tensor
-    experts: torch.Tensor
-    weights: torch.Tensor
-    logits: torch.Tensor
+    told: torch.Tensor
+
+    @property
+    def experts(self) -> torch.Tensor:
+        """[T, K] int32, best first."""
+        return self.told[0]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[T, K] float32."""
+        return self.told[1].view(torch.float32)
 
 
 Experts = Callable[[int, Choice], torch.Tensor]
@@ -67,6 +76,7 @@ class DevicePrompts:
         self._residency = captured.residency
         self._lanes: Lanes = lanes_of(captured.inside.pool, captured.parts)
         self._ops = ops
+        self._crowds = Crowds(captured.parts.trunk.spec.layers, captured.parts.router.experts)
 
     def can_run(self, dispatcher: Dispatcher) -> bool:
         """Whether a step is one for this: exact, its experts all here, and in slots or with slots to come to."""
@@ -99,9 +109,11 @@ class DevicePrompts:
             with self._captured.alone() as is_whole:
                 if is_whole:
                     return self._run_whole(dispatcher, inputs, start, cache)
-        experts = LackingExperts(self._residency, self._parts, self._lanes, dispatcher, self._ops)
+        experts = LackingExperts(
+            self._residency, self._parts, self._lanes, dispatcher, crowds=self._crowds, ops=self._ops
+        )
         with experts.closing():
-            return self._layers(inputs, start, cache, experts.run, with_guesses=True)
+            return self._layers(inputs, start, cache, experts.run, with_guesses=experts.looks_ahead)
 
     def _run_whole(self, dispatcher: Dispatcher, inputs: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
         """Run a step whose experts all have slots, which nobody gives up meanwhile."""
@@ -130,13 +142,12 @@ class DevicePrompts:
 
     def _count(self, dispatcher: Dispatcher, ends: NDArray[np.int32], tokens: int) -> None:
         """Count a step by where the rows of each layer's experts ended, [L, E]. Modifies."""
-        counts, numbers = dispatcher.counts, np.arange(ends.shape[1])
+        counts = dispatcher.counts
         for index, sizes in enumerate(np.diff(ends, axis=1, prepend=0)):
             number = self._parts.first_layer + index
-            rows = np.repeat(numbers, sizes)
-            counts.count_layer(number, rows, tokens=tokens, remote_rows=0, remote_tokens=0)
+            rows = counts.count_sizes(number, sizes, tokens=tokens)
             counts.local_calls += 1
-            counts.tier_rows["device"] = counts.tier_rows.get("device", 0) + len(rows)
+            counts.tier_rows["device"] = counts.tier_rows.get("device", 0) + rows
             counts.end_layer(number)
             if self._residency.caching is not None:
                 self._residency.counts.found["device"][number] += int(np.count_nonzero(sizes))
@@ -157,20 +168,17 @@ class DevicePrompts:
             heads = ops.turn(functional.linear(normed, layer.qkv), cos, sin, layer.norms, layer.heads)
             attended = functional.linear(_attend(layer, heads, cache.layers[index], mask), layer.output)
             normed, total = ops.add_norm(total, attended, *layer.second_norm)
-            delta = experts(index, self._choice(layer, normed, with_guesses=with_guesses))
+            delta = experts(index, self._choice(index, normed, with_guesses=with_guesses))
         if not trunk.has_head:
             return total if delta is None else total + delta
         final: torch.Tensor = ops.add_norm(total, delta, inner.norm.weight, inner.norm.variance_epsilon)[0]
         return final
 
-    def _choice(self, layer: LayerParts, normed: torch.Tensor, *, with_guesses: bool) -> Choice:
-        shape = self._parts.router
-        logits = functional.linear(normed, layer.routers if with_guesses else layer.routers[: shape.experts])
-        scores = torch.softmax(logits[:, : shape.experts], -1, dtype=torch.float32)
-        weights, experts = scores.topk(shape.top_k, dim=-1)
-        if shape.is_normalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return Choice(normed, experts, weights.to(normed.dtype) if shape.is_rounded else weights, logits)
+    def _choice(self, index: int, normed: torch.Tensor, *, with_guesses: bool) -> Choice:
+        layer, shape = self._parts.layers[index], self._parts.router
+        is_watched = with_guesses and index + 1 < len(self._parts.layers)
+        routers = layer.routers[: shape.experts * (1 + is_watched)]
+        return Choice(normed, self._ops.choose(functional.linear(normed, routers), shape))
 
 
 def causal_mask(start: int, count: int, device: torch.device) -> torch.Tensor | None:

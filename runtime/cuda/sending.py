@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 
 def sent(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return an array on a device, for what is launched there from now on."""
+    """Return an array of less than 64 KiB on a device, for what is launched there from now on."""
     if device.type == "cpu":
         return torch.from_numpy(array.copy())
-    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+    return torch.from_numpy(array).to(device, non_blocking=True)  # the driver takes so little with it at once
 
 
 def reading(tensor: torch.Tensor) -> Callable[[], NDArray[Any]]:

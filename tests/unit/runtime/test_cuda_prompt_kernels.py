@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.cuda import prompt_reference
-from runtime.cuda.shapes import Heads, Lanes
+from runtime.cuda.shapes import Heads, Lanes, RouterShape
 from tests.unit.runtime.test_cuda_kernels import DEVICE, DTYPES, close, drawn, pytestmark
 
 __all__ = ["pytestmark"]
@@ -37,6 +37,19 @@ def test_queries_and_keys_are_turned_in_place(kernels: Any, dtype: torch.dtype, 
     assert got.shape == (5, 10, 16)
     assert close(got, want)
     assert torch.equal(got[:, 8:], drawn(5, 10 * 16, dtype=dtype).view(5, 10, 16)[:, 8:])
+
+
+@pytest.mark.parametrize("is_normalised", [True, False])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_routers_choose(kernels: Any, dtype: torch.dtype, is_normalised: bool, ahead: int) -> None:
+    shape = RouterShape(EXPERTS, TOP, is_normalised, is_rounded=True)
+    logits = drawn(TOKENS, (1 + ahead) * EXPERTS, dtype=torch.float32).to(dtype)
+    logits = logits + torch.linspace(0, 0.5, logits.shape[1], device=DEVICE).to(dtype)  # hardly two are equal
+    got, want = (each.choose(logits, shape) for each in (kernels, prompt_reference))
+    assert got.shape == want.shape == (2 + bool(ahead), TOKENS, TOP)
+    assert close(got[1].view(torch.float32), want[1].view(torch.float32))
+    for mine, theirs, raw in zip(got[::2], want[::2], logits.split(EXPERTS, dim=1), strict=False):
+        assert torch.equal(raw.gather(1, mine.long()), raw.gather(1, theirs.long()))
 
 
 def choices(tokens: int) -> torch.Tensor:
