@@ -70,6 +70,7 @@ class Holdings:
         self._lock = threading.RLock()
         self._keys: dict[str, Key] = {}
         self._sizes: dict[str, int] = {}
+        self._packed: set[str] = set()  # of these names, those of packed records
         self._backed: dict[str, int] = {}
         self._reserved = 0  # bytes of the disk tier that are promised to replicas, here already or on their way
 
@@ -78,7 +79,7 @@ class Holdings:
 
         Files that this class would not have made are left alone. Raises `DataUnusable`.
         """
-        names = {replica.record.sha256 for replica in known.values()}.union(parts)
+        names = {replica.brought.sha256 for replica in known.values()}.union(parts)
         try:
             for directory in (self._records, self._backing):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -113,17 +114,19 @@ class Holdings:
 
     def find(self, replica: AssignedReplica) -> Record | None:
         """Return a record that is here already, verified; damaged files are removed."""
-        name, key = replica.record.sha256, (replica.record.layer, replica.record.expert)
+        name, key = replica.brought.sha256, (replica.record.layer, replica.record.expert)
         if (data := self._read_back(name)) is not None:
             return data
-        if (data := self._from_memory(key)) is not None and _is_intact(data, name):
+        if (data := self._from_memory(key, is_packed=replica.packed is not None)) and _is_intact(data, name):
             return data
         return self._from_store(name)
 
-    def _from_memory(self, key: Key) -> bytes | None:
-        """Return the record of a held expert; None where it is only held in a lower precision, or damaged."""
+    def _from_memory(self, key: Key, *, is_packed: bool) -> bytes | None:
+        """Return the record of a held expert; None where it is only held in another precision, or damaged."""
+        if not self.residency.holds(key):
+            return None
         try:
-            return self.residency.record(key) if self.residency.holds(key) else None
+            return self.residency.packed_record(key) if is_packed else self.residency.record(key)
         except RuntimeFault:
             return None
 
@@ -168,23 +171,29 @@ class Holdings:
 
     def hold(self, replica: AssignedReplica, record: Record) -> None:
         """Put a verified record into its tier, with a backing copy where there is room. Modifies."""
-        name, key = replica.record.sha256, (replica.record.layer, replica.record.expert)
+        name, key = replica.brought.sha256, (replica.record.layer, replica.record.expert)
         if replica.tier in _BACKED:
             self._back(name, record)
-        sources = self._sources(replica)
-        self.residency.put(key, replica.tier, record, source=sources[0] if sources else None)
+        sources, packed = self._sources(replica.record.sha256), self.residency.packed
+        if replica.packed is not None and packed is not None:
+            made = self._sources(name)
+            self.residency.put_packed(key, replica.tier, record, source=made[0] if made else None)
+            for source in made:
+                self.residency.place_packed(key, packed.precision, source)
+        else:
+            self.residency.put(key, replica.tier, record, source=sources[0] if sources else None)
         for source in sources:
             self.residency.add_source(key, source)
-        for precision, source in self._packed_sources(key, name):
+        for precision, source in self._packed_sources(key, replica.record.sha256):
             self.residency.place_packed(key, precision, source)
         if self._fetch is not None and replica.sources and replica.tier == "disk":
             self.residency.add_source(key, FetchedRecord(name, partial(self._fetched, replica)))
         with self._lock:
             self._keys[name], self._sizes[name] = key, len(record)
+            (self._packed.add if replica.packed is not None else self._packed.discard)(name)
 
-    def _sources(self, replica: AssignedReplica) -> list[Source]:
-        """Return where the record can be read again on this node."""
-        name = replica.record.sha256
+    def _sources(self, name: str) -> list[Source]:
+        """Return where a record can be read again on this node."""
         sources: list[Source] = [self._file(self._backing / name, name)] if name in self._backed else []
         if self.store is not None and name in self.store.by_sha256:
             offset = self.store.by_sha256[name].offset
@@ -213,7 +222,7 @@ class Holdings:
                 layer=hop.layer, expert=hop.expert, sha256=hop.sha256, bytes=self.residency.layout.bytes
             )
             replica = AssignedReplica(record=record, tier="device", sources=hop.holders)
-            guests[hop.layer, hop.expert] = self._sources(replica)
+            guests[hop.layer, hop.expert] = self._sources(hop.sha256)
             if self._fetch is not None:
                 guests[hop.layer, hop.expert].append(FetchedRecord(hop.sha256, partial(self._brought, replica)))
         self.residency.invite(guests)
@@ -233,10 +242,11 @@ class Holdings:
             for key in keys:
                 if (*key, tier) not in wanted:
                     self.residency.drop(key, tier)
-        names = {replica.record.sha256 for replica in wanted.values()}.union(parts)
+        names = {replica.brought.sha256 for replica in wanted.values()}.union(parts)
         with self._lock:
             for name in self._keys.keys() - names:
                 del self._keys[name], self._sizes[name]
+                self._packed.discard(name)
             for name in self._backed.keys() - names:
                 self._unback(name)
 
@@ -269,7 +279,8 @@ class Holdings:
         if key is None:
             raise KeyError(sha256)
         try:
-            return self.residency.record(key)[offset : offset + length]
+            record = self.residency.packed_record if sha256 in self._packed else self.residency.record
+            return record(key)[offset : offset + length]
         except RuntimeFault as error:
             raise KeyError(sha256) from error
 

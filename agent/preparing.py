@@ -20,9 +20,10 @@ from agent.transport import Context
 from runtime.errors import DiskFull, OverBudget, RuntimeFault
 from runtime.trunk import PartKey
 from schemas.checkpoint import InvalidCheckpoint
-from schemas.messages import AssignedReplica, AssignedTrunkPart, Endpoints
+from schemas.messages import AssignedReplica, AssignedTrunkPart, Endpoints, Record
 from schemas.outcome import ExitCode
-from schemas.store import RecordLayout
+from schemas.precision import PackedLayout
+from schemas.store import RecordLayout, TrunkPart
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +109,10 @@ class Preparation(threading.Thread):
         wanted = wanted_replicas(self.order.assignments)
         keys = self._layers.missing_parts(self.order.assignments)
         parts = {n: part for n, part in wanted_parts(self.order.assignments).items() if _key(part) in keys}
-        self._require_layout(self._holdings.residency.layout)
+        residency = self._holdings.residency
+        self._require_layout(residency.layout, residency.packed)
         missing = self._holdings.missing(wanted)
-        self.to_move = sum(replica.record.bytes for replica in missing) + sum(p.record.bytes for p in parts.values())
+        self.to_move = sum(replica.brought.bytes for replica in missing) + sum(p.record.bytes for p in parts.values())
         self._holdings.require_room(wanted, missing)
         for attempt in range(ATTEMPTS):
             try:
@@ -132,9 +134,9 @@ class Preparation(threading.Thread):
             self.is_loading = False
             self._parts = {}
 
-    def _require_layout(self, ours: RecordLayout) -> None:
+    def _require_layout(self, ours: RecordLayout, packed: PackedLayout | None) -> None:
         for assignment in self.order.assignments:
-            if assignment.layout not in {None, ours}:
+            if assignment.layout not in {None, ours} or assignment.packed_layout not in {None, packed}:
                 raise CannotPrepare(
                     "the store's records are laid out for another model or dtype than this agent's; make the store "
                     "again with agent prepare and the dtype of the agent's config",
@@ -172,8 +174,8 @@ class Preparation(threading.Thread):
         by_name: dict[str, list[AssignedReplica | AssignedTrunkPart]] = {}
         everything: list[AssignedReplica | AssignedTrunkPart] = [*replicas, *parts]
         for each in everything:
-            by_name.setdefault(each.record.sha256, []).append(each)
-        wanted = [Wanted(name, each[0].record.bytes, deque(each[0].sources)) for name, each in by_name.items()]
+            by_name.setdefault(_record(each).sha256, []).append(each)
+        wanted = [Wanted(name, _record(each[0]).bytes, deque(each[0].sources)) for name, each in by_name.items()]
         puller = Puller(self._context, self._endpoints, stopped=self._ended.is_set)
         for record in puller.pull(wanted):
             for each in by_name[record.sha256]:
@@ -194,7 +196,12 @@ class Preparation(threading.Thread):
         with self._holding:
             if not self._ended.is_set():
                 self._holdings.hold(replica, record)
-                self.moved += replica.record.bytes
+                self.moved += replica.brought.bytes
+
+
+def _record(each: AssignedReplica | AssignedTrunkPart) -> Record | TrunkPart:
+    """Return what travels."""
+    return each.brought if isinstance(each, AssignedReplica) else each.record
 
 
 def _key(part: AssignedTrunkPart) -> PartKey:

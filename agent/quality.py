@@ -186,6 +186,7 @@ def importance_of(calibration: Calibration, budget: float, precision: LowPrecisi
         divergence=setting.divergence + (cost.divergence if cost is not None else 0.0),
         warmup=calibration.warmup,
         sample_every=SAMPLE_EVERY,
+        slope=setting.slope,
     )
     policy: Routing = policy_of(
         setting.shares, is_whole=is_whole, prices=calibration.prices, stand_in=calibration.stand_in

@@ -4,6 +4,7 @@ Decides how counters and holdings become messages. Changes nothing; must not kno
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +22,7 @@ from schemas import messages as msg
 from schemas.activation import NodeCounts
 from schemas.model import ModelSpec
 from schemas.precision import Precision
-from schemas.store import TrunkPart
+from schemas.store import StoreRecord, TrunkPart
 
 _RATE_S: Final = 5.0
 
@@ -134,11 +135,16 @@ class Reporter:
         if store is None:
             return None
         manifest = store.manifest
-        records = tuple(
-            msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in manifest.records
-        )
         trunk = tuple(TrunkPart(part=p.part, layer=p.layer, sha256=p.sha256, bytes=p.bytes) for p in manifest.trunk)
-        return msg.Catalogue(node=self.node, model=manifest.model, layout=manifest.layout, records=records, trunk=trunk)
+        packed = tuple(msg.PackedCatalogue(layout=p.layout, records=_named(p.records)) for p in manifest.packed)
+        return msg.Catalogue(
+            node=self.node,
+            model=manifest.model,
+            layout=manifest.layout,
+            records=_named(manifest.records),
+            trunk=trunk,
+            packed=packed,
+        )
 
     def counts(self) -> msg.Counts:
         """Return the routing counted since the start."""
@@ -148,6 +154,10 @@ class Reporter:
             counts=NodeCounts(node=self.node, tokens=counts.tokens, counts=routed),
             layers=_layers(self.node, counts, self._holdings.residency.counts),
         )
+
+
+def _named(records: Iterable[StoreRecord]) -> tuple[msg.Record, ...]:
+    return tuple(msg.Record(layer=r.layer, expert=r.expert, sha256=r.sha256, bytes=r.bytes) for r in records)
 
 
 def _cache_use(residency: Residency) -> msg.CacheUse | None:

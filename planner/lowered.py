@@ -82,7 +82,6 @@ class Lowered:
         )
         return plan.model_copy(update={"summary": plan.summary.model_copy(update={"precision": summary})})
 
-
     def _beyond(self, takes_s: float, budget: float) -> str:
         """Tell of the quickest assignment that the budget does not allow; nothing where that is no quicker."""
         over = [(self.latency_s[each], rated.rise) for each, rated in self.rated.items() if each in self.latency_s]

@@ -19,9 +19,9 @@ class Arranged(NamedTuple):
 
 
 def new_copies(problem: Problem, held: Bools, wanted: Bools) -> list[tuple[int, int]]:
-    """List the (expert, node) that a placement ``[P, L, E]`` needs and another does not have."""
-    fresh = problem.held(wanted) & ~problem.held(held)
-    return [(int(expert), int(node)) for node, expert in np.argwhere(fresh.reshape(problem.num_nodes, -1))]
+    """List the (expert, place) that a placement ``[P, L, E]`` needs and whose node has no copy in another."""
+    fresh = wanted & ~problem.held(held)[problem.place_node]
+    return [(int(expert), int(place)) for place, expert in np.argwhere(fresh.reshape(problem.num_places, -1))]
 
 
 def new_trunk_bytes(problem: Problem, before: Ints, after: Ints) -> Floats:
@@ -47,20 +47,22 @@ def new_trunk_bytes(problem: Problem, before: Ints, after: Ints) -> Floats:
 
 def moved_bytes(problem: Problem, now: Arranged, then: Arranged) -> int:
     """Bytes that come to nodes: new replicas, new trunk."""
-    copies = len(new_copies(problem, now.placed, then.placed)) * problem.expert_bytes
+    copies = sum(int(problem.place_bytes[place]) for _, place in new_copies(problem, now.placed, then.placed))
     return copies + int(_new_trunk(problem, now, then).sum())
 
 
 def migration_seconds(problem: Problem, now: Arranged, then: Arranged) -> float:
     """Seconds of bringing what is new, each over the best link from a present holder; 0 where nobody has it.
 
+    From one in the same precision; where there is none, a store sends it, which is taken to be as near as a holder.
     Trunk takes as long as as many experts of its bytes.
     """
     holders = problem.held(now.placed).reshape(problem.num_nodes, -1)
-    total = 0.0
-    for expert, node in new_copies(problem, now.placed, then.placed):
+    total, seconds = 0.0, [problem.seconds_to(place) for place in range(problem.num_places)]
+    for expert, place in new_copies(problem, now.placed, then.placed):
         sources = np.flatnonzero(holders[:, expert])
-        total += float(problem.transfer_s[sources, node].min(initial=np.inf)) if len(sources) else 0.0
+        alike = sources[problem.sends(sources, int(problem.place_node[place]))]
+        total += float(seconds[place][alike if len(alike) else sources].min(initial=np.inf)) if len(sources) else 0.0
     return total + float((_new_trunk(problem, now, then) / problem.expert_bytes * problem.transfer_s).sum())
 
 

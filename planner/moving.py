@@ -82,7 +82,7 @@ def _stages(
             for action in ("replicate", "drop")
         )
         fresh = [(expert, node) for expert, node in wanted if not held[node, expert]]  # else it only changes its tier
-        yield schedule_transfers(fresh, held, roads, problem.expert_bytes, sending)
+        yield schedule_transfers(fresh, held, roads, problem.memory_bytes, sending)
         for expert, node in wanted:
             held[node, expert] = True
         kept = set(wanted)

@@ -43,7 +43,7 @@ class Problem:
     Attributes
     ----------
     expert_bytes, call_bytes
-        Bytes of one expert as it travels, in the checkpoint's precision; of one remote call, both directions.
+        Bytes of one expert in the checkpoint's precision; of one remote call, both directions.
     place_node, place_tier
         Node and tier (index into ``TIERS``) of each place, int64 ``[P]``, ordered by node, then fastest tier first:
         all tiers that a node has, wherever the trunk runs.
@@ -53,8 +53,9 @@ class Problem:
         Seconds that a call from node n to a replica at place p adds to a token, float64 ``[N, P]``.
     service_s
         Seconds of the holder's compute per evaluation, float64 ``[P]``.
-    transfer_s
-        Seconds to bring one expert from one node to another, float64 ``[N, N]``.
+    transfer_s, latency_s
+        Seconds to bring one expert in the checkpoint's precision from one node to another, and of it those that no
+        byte takes, float64 ``[N, N]``.
     compute_limit
         Highest utilisation of a node's compute, float64 ``[N]``.
     link_ends, link_rate, link_limit
@@ -106,6 +107,7 @@ class Problem:
     cost_s: Floats
     service_s: Floats
     transfer_s: Floats
+    latency_s: Floats
     compute_limit: Floats
     link_ends: Ints
     link_rate: Floats
@@ -147,6 +149,24 @@ class Problem:
     def place_bytes(self) -> Ints:
         """Bytes that one expert takes in each place, by its node's precision, int64 ``[P]``."""
         return np.asarray(self.room.record_bytes[self.place_node, self.place_tier])
+
+    @cached_property
+    def memory_bytes(self) -> Ints:
+        """Bytes that one expert takes in the memory of each node, and on the way there, int64 ``[N]``."""
+        return np.asarray(self.room.record_bytes[:, : TIERS.index("disk")].min(axis=1))
+
+    def sends(self, source: Ints, target: int) -> Bools:
+        """Whether nodes have experts as another holds them: records travel in one precision, never changed.
+
+        Those of the disk tier, which are the checkpoint's everywhere, are left out of account.
+        """
+        return np.asarray(self.memory_bytes[source] == self.memory_bytes[target])
+
+    def seconds_to(self, place: int) -> Floats:
+        """Seconds to bring one expert to a place from each node, by the bytes that it takes there, float64 ``[N]``."""
+        node, share = self.place_node[place], self.place_bytes[place] / self.expert_bytes
+        latency = self.latency_s[:, node]
+        return np.asarray(latency + (self.transfer_s[:, node] - latency) * share)
 
     @cached_property
     def slots(self) -> Ints:
@@ -301,6 +321,7 @@ def build_problem(
         cost_s=call_seconds(topology, model, paths)[:, place_node, place_tier],
         service_s=service_seconds(topology, model)[place_node, place_tier],
         transfer_s=paths.latency_s + model.expert_bytes / paths.bandwidth,
+        latency_s=paths.latency_s,
         compute_limit=np.full(len(index), topology.limits.compute),
         link_ends=paths.link_ends,
         link_rate=np.array([link.bandwidth for link in topology.links], dtype=np.float64),

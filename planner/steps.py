@@ -40,6 +40,11 @@ class Atlas:
     tiers: tuple[Tier, ...]
     ground: Ground
 
+    def bytes_at(self, place: int) -> int:
+        """Return what an expert takes in a place, and on the way there; as in a checkpoint where nobody knows it."""
+        sizes = self.problem.place_bytes
+        return int(sizes[place]) if place < len(sizes) else self.problem.expert_bytes
+
     def place(self, records: Sequence[Replica]) -> Bools:
         """Return records as an array, bool ``[P, K]``."""
         index = {
@@ -133,9 +138,7 @@ def _stages(atlas: Atlas, held: Bools, target: Bools, rooms: Rooms | None) -> tu
 def _crowded(atlas: Atlas, both: Ground, excess: Ints) -> Iterator[str]:
     for place in np.flatnonzero(excess).tolist():
         name = atlas.nodes[int(both.place_node[place])]
-        sizes = atlas.problem.place_bytes
-        size = int(sizes[place]) if place < len(sizes) else atlas.problem.expert_bytes
-        missing = format_bytes(int(excess[place]) * size)
+        missing = format_bytes(int(excess[place]) * atlas.bytes_at(place))
         yield (
             f"node {name} ({atlas.tiers[place]}): while the trunks before and after are both there, it has room for "
             f"{int(both.slots[place])} experts, and {int(excess[place])} more that no other node holds have nowhere to "
@@ -156,7 +159,7 @@ def _stage_steps(atlas: Atlas, number: int, stage: Stage, held: Bools) -> Iterat
             expert=expert % experts,
             node=atlas.nodes[node],
             tier=atlas.tiers[place],
-            bytes=atlas.problem.expert_bytes,
+            bytes=atlas.bytes_at(place),
             source=None if source == _NOBODY else atlas.nodes[source],
         )
     yield Step(stage=number, action="switch")
@@ -168,7 +171,7 @@ def _stage_steps(atlas: Atlas, number: int, stage: Stage, held: Bools) -> Iterat
             expert=expert % experts,
             node=atlas.nodes[int(ground.place_node[place])],
             tier=atlas.tiers[place],
-            bytes=atlas.problem.expert_bytes,
+            bytes=atlas.bytes_at(place),
         )
 
 
@@ -177,7 +180,12 @@ def _nearest_sources(problem: Problem, holding: Bools) -> Ints:
     total = len(holding)
     quickest = np.full((total, total), np.finfo(np.float64).max)  # nodes that left the topology come last
     quickest[: problem.num_nodes, : problem.num_nodes] = problem.transfer_s
+    for node in range(problem.num_nodes):
+        unlike = ~problem.sends(np.arange(problem.num_nodes), node)
+        quickest[: problem.num_nodes][unlike, node] = np.inf  # what is packed otherwise is no use
     sources = np.empty(holding.shape, dtype=np.int64)
+    known = np.zeros(holding.shape, dtype=bool)
     for node in range(total):
-        sources[node] = np.where(holding, quickest[node][:, None], np.inf).argmin(axis=0)
-    return np.where(holding.any(axis=0), sources, _NOBODY)
+        seconds = np.where(holding, quickest[:, node][:, None], np.inf)
+        sources[node], known[node] = seconds.argmin(axis=0), np.isfinite(seconds).any(axis=0)
+    return np.where(known, sources, _NOBODY)

@@ -104,7 +104,11 @@ def build_roads(problem: Problem, network: Network, node_rate: Floats | None = N
 
 
 def schedule_transfers(
-    wanted: Sequence[tuple[int, int]], held: Bools, roads: Roads, record_bytes: float, stores: Sequence[int] = ()
+    wanted: Sequence[tuple[int, int]],
+    held: Bools,
+    roads: Roads,
+    record_bytes: float | Ints,
+    stores: Sequence[int] = (),
 ) -> Schedule:
     """Schedule records to the nodes that want them.
 
@@ -114,18 +118,23 @@ def schedule_transfers(
         (expert, node), each once.
     held
         Who holds what before, bool ``[N, K]``.
+    record_bytes
+        Of each node's experts, ``[N]`` where these differ: then only nodes with as many bytes, and stores, send them.
     stores
         Nodes that can send any expert.
     """
+    sizes = np.broadcast_to(np.asarray(record_bytes, dtype=np.float64), (len(held),))
+    sends = sizes[:, None] == sizes[None, :]
+    sends[list(stores)] = True
     since = np.where(held, 0.0, np.inf)  # from when a node can send an expert
     since[list(stores)] = 0.0
     lacking = np.zeros(held.shape, dtype=bool)
     for expert, node in wanted:
         lacking[node, expert] = True
-    unsourced = lacking & ~np.isfinite(since).any(axis=0)
+    unsourced = lacking & ~(sends.T @ np.isfinite(since))
     lacking &= ~unsourced & ~np.isfinite(since)  # a node with a store has it already
-    board = _Board(roads, record_bytes)
-    bound = _bound(lacking, roads, record_bytes)
+    board = _Board(roads, sizes, sends)
+    bound = _bound(lacking, roads, sizes)
     transfers = []
     while lacking.any():
         expert, source, target, start, finish = board.next(lacking, since)
@@ -143,21 +152,21 @@ def schedule_transfers(
     )
 
 
-def _bound(lacking: Bools, roads: Roads, record_bytes: float) -> float:
+def _bound(lacking: Bools, roads: Roads, sizes: Floats) -> float:
     arriving = np.bincount(roads.link_target, weights=roads.link_rate, minlength=len(lacking))
     rate = np.minimum(arriving, roads.node_rate)
-    asked = lacking.sum(axis=1) * record_bytes
+    asked = lacking.sum(axis=1) * sizes
     return float((asked[asked > 0] / rate[asked > 0]).max(initial=0.0))
 
 
 class _Board:
     """When links and nodes are free."""
 
-    def __init__(self, roads: Roads, record_bytes: float) -> None:
+    def __init__(self, roads: Roads, sizes: Floats, sends: Bools) -> None:
         self.roads = roads
+        self.sizes = sizes
         with np.errstate(divide="ignore"):
-            self.pair_s = record_bytes / roads.pair_rate  # infinite where there is no way
-        self.port_s = record_bytes / roads.node_rate
+            self.pair_s = np.where(sends, sizes[None, :] / roads.pair_rate, np.inf)  # infinite where there is no way
         nodes = len(roads.node_rate)
         self.link_free = np.zeros(roads.num_links + 1)  # the last stands for no link and stays 0
         self.sends_free, self.receives_free = np.zeros(nodes), np.zeros(nodes)
@@ -195,5 +204,5 @@ class _Board:
         links = links[links < self.roads.num_links]
         self.link_free[links] = start + seconds
         self.busy_s[links] += seconds
-        self.sends_free[source] = start + self.port_s[source]
-        self.receives_free[target] = start + self.port_s[target]
+        self.sends_free[source] = start + self.sizes[target] / self.roads.node_rate[source]
+        self.receives_free[target] = start + self.sizes[target] / self.roads.node_rate[target]

@@ -161,27 +161,27 @@ def _capped(solved: Solved, now: InForce, max_bytes: int) -> Solved:
     for problem in problems:
         left = max_bytes - int(new_trunk_bytes(problem, now.problem.trunk_node, problem.trunk_node).sum())
         if left >= 0:
-            way = _way(problem, now.placed, solved.placed, left // problem.expert_bytes)
+            way = _way(problem, now.placed, solved.placed, left)
             steps += [_as_solved(solved, placed, problem) for placed in (now.placed, *way)]
     return min((step for step in steps if step is not None), key=_objective, default=solved)
 
 
 def _way(problem: Problem, now: Bools, target: Bools, budget: int) -> list[Bools]:
-    """Placements on the way, at most 32 of them, each with at most `budget` new copies."""
+    """Placements on the way, about 32 of them, each with new copies of at most `budget` bytes."""
     here = now.reshape(len(now), -1).copy()
     there = target.reshape(here.shape)
     demand = problem.caller_demand.reshape(problem.num_nodes, -1)
-    steps, done, every = [], 0, max(1, budget // 32)
+    steps, spent, told, every = [], 0, 0, max(1, budget // 32)
     wanted = np.argwhere(there & ~here)
     gain = demand[problem.place_node[wanted[:, 0]], wanted[:, 1]]
     for place, expert in wanted[np.argsort(-gain, kind="stable")].tolist():
-        if done == budget:
-            break
-        if _exchange(problem, here, there, place, expert):
-            done += 1
-            if done % every == 0 or done == budget:
+        size = int(problem.place_bytes[place])
+        if spent + size <= budget and _exchange(problem, here, there, place, expert):
+            spent += size
+            if spent - told >= every:
                 steps.append(here.reshape(now.shape).copy())
-    if done and not steps:
+                told = spent
+    if spent > told:
         steps.append(here.reshape(now.shape).copy())
     return steps
 

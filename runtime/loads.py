@@ -147,6 +147,23 @@ class Loader:
             raise ExpertUnavailable(key[0], key[1], why)
         return bytes(record)
 
+    def packed_record(self, key: CopyKey) -> bytes:
+        """Return the packed record of an expert that is held packed: from memory, or from where it lies."""
+        with self._changed:
+            copy = self._shelf.ready.get(key)
+            if copy is not None:
+                self._shelf.use(copy)
+        if copy is None:
+            assert self._packed is not None  # noqa: S101
+            record = bytearray(self._packed.bytes)
+            self._read_into(key, [memoryview(record)])
+            return bytes(record)
+        try:
+            return self._pools[copy.tier].record(copy.slot)
+        finally:
+            with self._changed:
+                self._shelf.end_use((copy,))
+
     def fill(self, copy: Copy) -> int:
         """Fill a copy from the first source that is intact; returns how many bytes were read."""
         pool = self._pools[copy.tier]

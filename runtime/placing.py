@@ -68,12 +68,19 @@ class Placer:
         self._launches = launches
         self._most = dict(shelf.budgets)
 
-    def put(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
-        """Hold a replica as `Residency.put` says. Modifies."""
-        if len(record) != self._layout.bytes:
+    def put(
+        self, key: Key, tier: Tier, record: Record, source: Source | None = None, *, is_packed: bool = False
+    ) -> None:
+        """Hold a replica as `Residency.put` and `Residency.put_packed` say. Modifies."""
+        layout = self._packed if is_packed else self._layout
+        if layout is None or (is_packed and tier == "disk"):
+            raise InvalidInput(f"layer {key[0]} expert {key[1]}: packed records are not held in {tier} here")
+        if len(record) != layout.bytes:
             raise InvalidInput(
-                f"layer {key[0]} expert {key[1]}: record of {len(record)} bytes, the layout says {self._layout.bytes}"
+                f"layer {key[0]} expert {key[1]}: record of {len(record)} bytes, the layout says {layout.bytes}"
             )
+        if source is not None and not is_packed:
+            source = self.as_held(source)
         if tier == "disk":
             self._put_file(key, record)
             return
@@ -82,7 +89,7 @@ class Placer:
             if is_held:
                 return
             if source is not None:
-                self._shelf.add_source(key, self.as_held(source))
+                self._shelf.add_source(key, source)
             self._shelf.assign(key, tier)
             if copy is None:
                 return  # the budget was lowered: it is loaded when it is asked for
@@ -91,7 +98,8 @@ class Placer:
             if copy.is_ready:
                 return
         try:
-            self._pools[tier].fill(copy.slot, record if self._packed is None else pack_record(record, self._packed))
+            made = record if self._packed is None or is_packed else pack_record(record, self._packed)
+            self._pools[tier].fill(copy.slot, made)
         except BaseException:
             self.drop(key, tier)
             raise

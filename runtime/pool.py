@@ -142,6 +142,11 @@ class SlotPool:
         for start, size, part in zip(self._starts, self._sizes, parts, strict=True):
             self._bytes[base + start : base + start + size].copy_(part.view(-1).view(torch.uint8))
 
+    def record(self, slot: int) -> bytes:
+        """Return the packed record that a slot holds; of pools of packed records."""
+        start, size = slot * self._stride, self._sizes[0]
+        return bytes(self._bytes[start : start + size].cpu().numpy().tobytes())
+
     def whole(self, slot: int) -> torch.Tensor:
         """Return all bytes of a slot, the gaps between its parts too; alike in every pool of a layout."""
         return self._bytes[slot * self._stride : (slot + 1) * self._stride]

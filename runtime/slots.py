@@ -181,6 +181,10 @@ class Residency:
         """
         self._placer.put(key, tier, record, source)
 
+    def put_packed(self, key: Key, tier: Tier, record: Record, source: Source | None = None) -> None:
+        """Hold a replica in memory from its record in the precision that experts are held in, as `put`. Modifies."""
+        self._placer.put(key, tier, record, source, is_packed=True)
+
     def place(self, key: Key, source: Source) -> None:
         """Execute `key` from a source that takes none of the budgets; counted as held on disk. Modifies."""
         self._placer.place(key, source)
@@ -355,6 +359,10 @@ class Residency:
             return self._loader.read_weights(key)
         with self.borrow(key[0], [key[1]]) as (borrowed,):
             return record_of(self.layout, borrowed.weights)
+
+    def packed_record(self, key: Key) -> bytes:
+        """Return the record of a held expert in the precision of all, for a peer; raises as `record` does."""
+        return self._loader.packed_record(key)
 
     def holds(self, key: Key) -> bool:
         """Whether `key` is held in any tier."""

@@ -66,6 +66,9 @@ class Setting(FrozenModel):
         Mean KL divergence from exact to substituted next-token distributions, both in the situation's precision; nats.
     waits_share
         Loads (or, with a plan, waiting events) per token relative to exact execution.
+    slope
+        KL divergence for each unit of cost, as shares are, that probes gave up on the text's dearest stretch; nats. 0
+        where none was made.
     """
 
     budget: Annotated[float, Field(gt=0, le=1)]
@@ -77,6 +80,7 @@ class Setting(FrozenModel):
     high: float
     divergence: Number
     waits_share: Number
+    slope: Number = 0.0
 
 
 class PrecisionCost(FrozenModel):

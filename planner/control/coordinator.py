@@ -15,7 +15,7 @@ from typing import Final
 from planner.control import machine as m
 from planner.control.journal import Journal
 from planner.control.rivals import judge as judge_rival
-from planner.control.stages import plan_nodes
+from planner.control.stages import plan_nodes, travelling_bytes
 from planner.control.state import Accept, Refuse, judge
 from planner.control.status import (
     AWAY_S,
@@ -157,7 +157,9 @@ class Coordinator:
         listed = {(record.layer, record.expert) for record in catalogue.records}
         if catalogue.node.encode() != identity or not _is_same_model(catalogue.model, self._model):
             log.warning("the catalogue of %s is of another model or under another name; it is not used", catalogue.node)
-        elif listed != set(itertools.product(*shape)):
+        elif any({(r.layer, r.expert) for r in each.records} != listed for each in catalogue.packed) or (
+            listed != set(itertools.product(*shape))
+        ):
             log.warning("the catalogue of %s does not list every expert; it is not used", catalogue.node)
         elif self._machine.catalogue is None:
             self._perform(m.CatalogueReceived(catalogue))
@@ -259,7 +261,8 @@ class Coordinator:
             return
         absent = sorted(plan_nodes(request.plan) - self._machine.present)
         text = "nothing to do" if decision.nothing_to_do else "it may be applied"
-        total = sum(step.bytes for step in request.plan.steps if step.action == "replicate")
+        plan, known = request.plan, self._machine.catalogue
+        total = sum(travelling_bytes(step, plan, known) for step in plan.steps if step.action == "replicate")
         self._socket.send(
             client,
             msg.ApplyProgress(
@@ -334,7 +337,8 @@ class Coordinator:
     def _plan_status(self) -> msg.PlanStatus:
         since = self._preparing_since
         elapsed = self._clock() - since if since is not None else None
-        return plan_status(self._machine.state, self._views, preparing_s=elapsed)
+        state, catalogue = self._machine.state, self._machine.catalogue
+        return plan_status(state, self._views, preparing_s=elapsed, catalogue=catalogue)
 
     def _status(self) -> msg.StatusReport:
         now, expected = self._clock(), promises_in_force(self._machine.state, self._views)

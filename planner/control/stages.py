@@ -9,11 +9,22 @@ Flow: steps of a stage ──► placement and paths after it ──► per node
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
-from schemas.messages import AssignedReplica, AssignedTrunkPart, Assignment, Catalogue, Hop, Record
+from schemas.messages import (
+    AssignedReplica,
+    AssignedTrunkPart,
+    Assignment,
+    Catalogue,
+    Hop,
+    PackedCatalogue,
+    Record,
+)
 from schemas.paths import layers_run, path_nodes
 from schemas.placement import Replica, Route, sorted_replicas
 from schemas.plan import Plan, Step, TrunkPath
+from schemas.precision import PackedLayout, Precision
 from schemas.topology import TIERS, Tier
 
 Placement = tuple[Replica, ...]
@@ -155,18 +166,22 @@ def assign(
     missing = sorted({replica.key for replica in after} - records.keys())
     if missing:
         raise InconsistentPlan(f"no store has layer {missing[0][0]} expert {missing[0][1]}; run agent prepare again")
+    lows = {each.node: each.precision for each in plan.precisions or ()}
+    travel = _Travel(lows, {each.layout.precision: each for each in catalogue.packed})
     hints = {(s.layer, s.expert, s.node): s.source for s in plan.steps if s.action == "replicate" and s.source}
     holders_before, holders_after = _holders(before), _holders(after)
     paths, planned, stored = paths_of(plan, epoch, paths_before), plan_nodes(plan), sorted(stores)
     ingresses, on_path = {path.ingress for path in paths}, path_nodes((*paths, *paths_before))
     routes, final = _routes(plan.routes), epoch == plan.epoch
-    precisions = {each.node: each.precision for each in plan.precisions or ()}
     nodes = {replica.node for replica in (*before, *after)} | planned | on_path | set(others)
     held: dict[str, list[AssignedReplica]] = {node: [] for node in nodes}
     for replica in after:
         hint = hints.get((replica.layer, replica.expert, replica.node))
-        candidates = ([hint] if hint else []) + holders_before.get(replica.key, []) + stored
-        held[replica.node].append(_assigned(replica, records[replica.key], candidates))
+        kind = travel.kind(replica.node, replica.tier)
+        alike = [r.node for r in holders_before.get(replica.key, []) if travel.kind(r.node, r.tier) == kind]
+        candidates = [*([hint] if hint in alike else []), *alike, *stored]
+        packed = travel.record(kind, replica.key)
+        held[replica.node].append(_assigned(replica, records[replica.key], packed, candidates))
     return {
         node: Assignment(
             cluster=plan.cluster,
@@ -175,14 +190,15 @@ def assign(
             ingress=node in ingresses,
             layout=catalogue.layout,
             replicas=tuple(held[node]),
-            routing=_routing(node, holders_after, routes, records, final=final)
+            routing=_routing(node, holders_after, routes, records, final=final, travel=travel)
             if node in on_path or node not in planned
             else (),
             paths=tuple(path for path in paths if node in path_nodes((path,))),
             trunk=tuple(_trunk_parts(node, paths, catalogue, stored)),
             quality_budget=plan.quality_budget or 0.0,
             context=plan.context,
-            precision=precisions.get(node),
+            precision=lows.get(node),
+            packed_layout=travel.layout(node),
         )
         for node in sorted(nodes)
     }
@@ -197,16 +213,60 @@ def _trunk_parts(node: str, paths: Paths, catalogue: Catalogue, stores: list[str
             yield AssignedTrunkPart(record=part, sources=sources)
 
 
-def _assigned(replica: Replica, record: Record, candidates: list[str]) -> AssignedReplica:
+def _assigned(replica: Replica, record: Record, packed: Record | None, candidates: list[str]) -> AssignedReplica:
     sources = tuple(dict.fromkeys(node for node in candidates if node != replica.node))
-    return AssignedReplica(record=record, tier=replica.tier, sources=sources)
+    return AssignedReplica(record=record, tier=replica.tier, sources=sources, packed=packed)
 
 
-def _holders(placement: Placement) -> dict[Key, list[str]]:
-    """Nodes that hold each expert, those with it in the faster tier first."""
-    holders: dict[Key, list[str]] = defaultdict(list)
+@dataclass(frozen=True)
+class _Travel:
+    """In which precision records come to nodes: to memory in the node's, where a store has them so.
+
+    Attributes
+    ----------
+    lows
+        In which nodes hold experts, where the plan says.
+    packed
+        What the store has, by precision.
+    """
+
+    lows: Mapping[str, Precision]
+    packed: Mapping[Precision, PackedCatalogue]
+
+    def kind(self, node: str, tier: Tier) -> Precision:
+        """Return the precision of a replica's record."""
+        low = self.lows.get(node, "checkpoint")
+        return low if tier != "disk" and low in self.packed else "checkpoint"
+
+    def record(self, kind: Precision, key: Key) -> Record | None:
+        """Return the packed record of an expert; None in the checkpoint's precision."""
+        return self.records[kind][key] if kind in self.packed else None
+
+    @cached_property
+    def records(self) -> Mapping[Precision, Mapping[Key, Record]]:
+        """Packed records by precision and expert."""
+        return {low: {(r.layer, r.expert): r for r in each.records} for low, each in self.packed.items()}
+
+    def layout(self, node: str) -> PackedLayout | None:
+        """Return how the packed records are laid out that come to a node; None where none do."""
+        kind = self.kind(node, "device")
+        return self.packed[kind].layout if kind in self.packed else None
+
+
+def travelling_bytes(step: Step, plan: Plan, catalogue: Catalogue | None) -> int:
+    """Return what a step brings over the network, or from a store: what the plan says, if the store has it so."""
+    lows = {each.node: each.precision for each in plan.precisions or ()}
+    packed = {each.layout.precision for each in catalogue.packed} if catalogue is not None else None
+    low = lows.get(step.node or "", "checkpoint")
+    is_whole = packed is not None and low != "checkpoint" and low not in packed
+    return plan.model.expert_bytes if is_whole and step.tier != "disk" else step.bytes
+
+
+def _holders(placement: Placement) -> dict[Key, list[Replica]]:
+    """Replicas of each expert, those in the faster tier first."""
+    holders: dict[Key, list[Replica]] = defaultdict(list)
     for replica in sorted(placement, key=lambda r: (r.layer, r.expert, TIERS.index(r.tier), r.node)):
-        holders[replica.key].append(replica.node)
+        holders[replica.key].append(replica)
     return holders
 
 
@@ -222,24 +282,28 @@ def _routes(routes: Iterable[Route]) -> Mapping[tuple[str, int, int], list[Route
 
 def _routing(
     node: str,
-    holders: Mapping[Key, list[str]],
+    holders: Mapping[Key, list[Replica]],
     routes: Mapping[tuple[str, int, int], list[Route]],
     records: Mapping[Key, Record],
     *,
     final: bool,
+    travel: _Travel,
 ) -> tuple[Hop, ...]:
     """Who computes each expert for `node`, where that is not simply itself.
 
     The plan's holders come first, then others to fall back on, `node` itself among them. Shares hold in the `final`
-    epoch alone: before that, whoever has most of them and is a holder already gets every call.
+    epoch alone: before that, whoever has most of them and is a holder already gets every call. A record is named, to be
+    cached, where a holder has it in the checkpoint's precision.
     """
     hops = []
-    for (layer, expert), holding in sorted(holders.items()):
+    for (layer, expert), replicas in sorted(holders.items()):
+        holding = [replica.node for replica in replicas]
         chosen = [r for r in routes.get((node, layer, expert), []) if r.holder in holding][: None if final else 1]
         if all(r.holder == node for r in chosen) and node in holding:
             continue
         names = tuple(dict.fromkeys([*(r.holder for r in chosen), *holding]))
         split = tuple(r.share for r in chosen) if len(chosen) > 1 else ()
-        name = records[layer, expert].sha256
+        is_whole = any(r.node != node and travel.kind(r.node, r.tier) == "checkpoint" for r in replicas)
+        name = records[layer, expert].sha256 if is_whole else ""
         hops.append(Hop(layer=layer, expert=expert, holders=names, shares=split, sha256=name))
     return tuple(hops)

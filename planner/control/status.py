@@ -8,9 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from planner.control.stages import travelling_bytes
 from planner.control.state import ClusterState
 from planner.journey import Promise, promises
-from schemas.messages import Heartbeat, Hello, NodeState, NodeStatus, PlanStatus, Served, TierBytes, TierCounts
+from schemas.messages import (
+    Catalogue,
+    Heartbeat,
+    Hello,
+    NodeState,
+    NodeStatus,
+    PlanStatus,
+    Served,
+    TierBytes,
+    TierCounts,
+)
 from schemas.plan import Plan
 from schemas.topology import Memory
 
@@ -120,14 +131,28 @@ def _state(view: AgentView, now: float) -> NodeState:
     return "up"
 
 
-def plan_status(state: ClusterState, views: Mapping[str, AgentView], *, preparing_s: float | None) -> PlanStatus:
-    """Return how far the plan is; `preparing_s` is how long its stage has been preparing."""
+def plan_status(
+    state: ClusterState,
+    views: Mapping[str, AgentView],
+    *,
+    preparing_s: float | None,
+    catalogue: Catalogue | None = None,
+) -> PlanStatus:
+    """Return how far the plan is.
+
+    Parameters
+    ----------
+    preparing_s
+        How long its stage has been preparing.
+    catalogue
+        What a store has: records that it lacks in a node's precision travel in the checkpoint's.
+    """
     plan = state.plan
     if plan is None:
         return PlanStatus(digest="", phase=state.phase, epoch=state.epoch, target=0, moved=0, to_move=0)
-    replicated = [step for step in plan.steps if step.action == "replicate"]
-    total = sum(step.bytes for step in replicated)
-    before = sum(step.bytes for step in replicated if plan.base_epoch + step.stage <= state.epoch)
+    sizes = [(s.stage, travelling_bytes(s, plan, catalogue)) for s in plan.steps if s.action == "replicate"]
+    total = sum(size for _, size in sizes)
+    before = sum(size for stage, size in sizes if plan.base_epoch + stage <= state.epoch)
     stage = [v.heartbeat.moved for v in views.values() if v.heartbeat and v.heartbeat.to_move]
     moving = sum(stage) if state.phase == "preparing" else 0
     moved = min(total, before + moving)

@@ -9,7 +9,7 @@ from schemas.base import FrozenModel
 from schemas.messages.common import Count, Digest, Endpoints, Record, TierBytes, TierCounts
 from schemas.model import HeldDtype, ModelSpec
 from schemas.outcome import ExitCode
-from schemas.precision import Precision
+from schemas.precision import PackedLayout, Precision
 from schemas.store import RecordLayout, TrunkPart
 from schemas.topology import NodeId
 
@@ -203,8 +203,15 @@ class Goodbye(FrozenModel):
     incarnation: str
 
 
+class PackedCatalogue(FrozenModel):
+    """Which records an agent's store has in a low precision, and how they are laid out."""
+
+    layout: PackedLayout
+    records: tuple[Record, ...]
+
+
 class Catalogue(FrozenModel):
-    """Which records an agent's store has, and how a record is laid out."""
+    """Which records an agent's store has, and how a record is laid out; each precision of `packed` at most once."""
 
     type: Literal["catalogue"] = "catalogue"
     node: NodeId
@@ -212,6 +219,7 @@ class Catalogue(FrozenModel):
     layout: RecordLayout
     records: tuple[Record, ...]
     trunk: tuple[TrunkPart, ...] = ()
+    packed: tuple[PackedCatalogue, ...] = ()
 
 
 class LayerUse(FrozenModel):

@@ -8,7 +8,7 @@ from schemas.base import FrozenModel
 from schemas.messages.common import Count, Digest, Peer, Record
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
-from schemas.precision import Precision
+from schemas.precision import PackedLayout, Precision
 from schemas.store import RecordLayout, Sha256, TrunkPart
 from schemas.topology import Context, NodeId, Tier
 
@@ -49,11 +49,20 @@ class Peers(FrozenModel):
 
 
 class AssignedReplica(FrozenModel):
-    """A replica that a node must have, and the nodes to pull it from, best first."""
+    """A replica that a node must have, and the nodes to pull it from, best first.
+
+    Where the node holds it in memory in a low precision and a store has it so, `packed` is what travels.
+    """
 
     record: Record
     tier: Tier
     sources: tuple[NodeId, ...] = ()
+    packed: Record | None = None
+
+    @property
+    def brought(self) -> Record:
+        """The record that travels, and by whose name the node has it."""
+        return self.packed or self.record
 
 
 class Hop(FrozenModel):
@@ -95,8 +104,9 @@ class Assignment(FrozenModel):
         Relative rise of perplexity that substitution may cost, where a calibration says how.
     context
         What KV caches were planned for at every ingress; None where the plan does not say.
-    precision
-        In which the node holds every expert in memory; None where the plan does not say.
+    precision, packed_layout
+        In which the node holds every expert in memory; None where the plan does not say. And how packed records that
+        travel are laid out.
     """
 
     cluster: str
@@ -111,6 +121,7 @@ class Assignment(FrozenModel):
     quality_budget: Annotated[float, Field(ge=0)] = 0.0
     context: Context | None = None
     precision: Precision | None = None
+    packed_layout: PackedLayout | None = None
 
 
 class Prepare(FrozenModel):

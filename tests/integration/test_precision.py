@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from runtime.alone import open_alone
 from runtime.degrading import degraded
 from runtime.engine import generate
 from runtime.loading import load_tokenizer, load_whole
+from runtime.store import prepare_store
 from schemas.plan import NodePrecision
 from tests.cluster import MODEL, PROMPTS, Cluster, make_plan, running, save, spread
 from tests.integration.conftest import NUM_TOKENS
@@ -52,7 +54,13 @@ def held(node: str, precision: str) -> tuple[NodePrecision, ...]:
     return (NodePrecision(node=node, precision=precision, expert_bytes=INT8),)  # type: ignore[arg-type]
 
 
-def test_every_node_holds_experts_in_the_precision_of_the_plan(tmp_path: Path, store: Path) -> None:
+@pytest.mark.parametrize("has_packed", [True, False])
+def test_every_node_holds_experts_in_the_precision_of_the_plan(
+    tmp_path: Path, store: Path, *, has_packed: bool
+) -> None:
+    """Records come to it packed where the store has them so, else it packs what comes."""
+    if has_packed:
+        prepare_store(MODEL, store := tmp_path / "store", dtype="float32", precisions=("int8",))
     with running(tmp_path, 2, store=store, settings={"precision": "plan"}) as cluster:
         n0, n1 = cluster.nodes
         precisions = (NodePrecision(node=n0, precision="checkpoint", expert_bytes=147456), *held(n1, "int8"))
@@ -63,6 +71,10 @@ def test_every_node_holds_experts_in_the_precision_of_the_plan(tmp_path: Path, s
         assert {name: node["precision"] for name, node in there.items()} == {n0: "checkpoint", n1: "int8"}
         assert there[n1]["experts"]["device"] == 32
         assert there[n1]["memory_used"]["device"] == 32 * INT8
+        brought = {file.stat().st_size for file in (cluster.data(n1) / "backing").iterdir()}
+        assert brought == {INT8 if has_packed else 147456}
+        if not has_packed:
+            return
         said = refused(cluster, precisions=held(n1, "int4"))
         assert "n1: holds experts in int8 for epoch 1, the plan wants them in int4; apply a plan first" in said
         assert cluster.interrupt(n1) == 0

@@ -4,6 +4,8 @@ import pytest
 
 from agent.errors import CannotPrepare
 from agent.holdings import Holdings
+from runtime.errors import InvalidInput
+from runtime.precision import pack_record, packed_layout
 from runtime.slots import Caching, Residency
 from schemas.messages import AssignedReplica, Record
 from schemas.outcome import ExitCode
@@ -102,3 +104,43 @@ def test_a_disk_without_room_is_told_before_anything_is_written(store, tmp_path,
         holdings.require_room(wanted_of((each, None)), [each])
     assert caught.value.exit_code is ExitCode.INFEASIBLE
     assert disk_bytes(tmp_path) == 0
+
+
+def test_packed_records_are_held_served_found_again_and_checked(store, tmp_path):
+    """What travels packed is named by its own sha256; damage in memory's copy or on disk is noticed as ever."""
+    whole, plain = replica(store, 0, 1, "device")
+    packed = packed_layout(store.manifest.layout, "int8")
+    record = bytes(pack_record(plain, packed))
+    name = hashlib.sha256(record).hexdigest()
+    each = whole.model_copy(update={"packed": Record(layer=0, expert=1, sha256=name, bytes=packed.bytes)})
+
+    def holdings(data, disk):
+        budgets = {"device": 3 * packed.bytes, "disk": disk * packed.bytes}
+        residency = Residency(store.manifest.layout, budgets, data / "records", precision="int8")
+        made = Holdings(residency, None, data, disk_budget=disk * packed.bytes)
+        made.open({(0, 1, "device"): each})
+        return made
+
+    first = holdings(tmp_path / "a", 0)  # memory alone
+    first.hold(each, record)
+    assert first.residency.used()["device"] == packed.bytes
+    assert (first.size(name), first.read(name, 0, packed.bytes)) == (packed.bytes, record)
+    assert first.read(name, 16, 8) == record[16:24]
+    assert first.find(each) == record
+    with pytest.raises(KeyError):
+        first.read(whole.record.sha256, 0, 8)
+    with pytest.raises(InvalidInput, match=f"record of {packed.bytes} bytes, the layout says {len(plain)}"):
+        first.residency.put((0, 2), "device", record)
+    again = holdings(tmp_path / "b", 2)  # and a backing copy, in as many bytes
+    again.hold(each, record)
+    assert again.backing_bytes == packed.bytes
+    back = holdings(tmp_path / "b", 2)
+    assert back.find(each) == record
+    with again.residency.borrow(0, [1]) as (lent,), first.residency.borrow(0, [1]) as (other,):
+        assert lent.precision == "int8"
+        assert lent.weights.gate_up.equal(other.weights.gate_up)
+    (tmp_path / "b" / "backing" / name).write_bytes(b"\0" * packed.bytes)
+    assert holdings(tmp_path / "b", 2).find(each) is None
+    again.keep({})
+    with pytest.raises(KeyError):
+        again.size(name)

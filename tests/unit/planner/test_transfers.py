@@ -97,3 +97,15 @@ def test_schedules_are_possible_and_not_below_the_bound(data, chain):
         for (_, first_end), (second_start, _) in itertools.pairwise(sorted(times)):
             assert second_start >= first_end - 1e-12, "one record at a time on a link"
     assert schedule.makespan_s >= schedule.bound_s - 1e-12
+
+
+def test_records_travel_only_between_nodes_that_hold_them_alike():
+    """Two nodes hold experts in as many bytes, the third in half: it gets none from them, but from a store."""
+    sizes, have = np.array([MIB, MIB, MIB // 2]), held(3, (0, 0), (0, 1))
+    schedule = schedule_transfers([(0, 1), (1, 2)], have, roads(), sizes)
+    assert [(one.expert, one.source, one.target) for one in schedule.transfers] == [(0, 0, 1)]
+    assert schedule.unsourced == ((1, 2),)
+    from_store = schedule_transfers([(1, 2)], have, roads(), sizes, stores=[0])
+    whole = schedule_transfers([(1, 2)], have, roads(), MIB, stores=[0])
+    assert from_store.bound_s == pytest.approx(whole.bound_s / 2)
+    assert from_store.makespan_s < whole.makespan_s

@@ -2,19 +2,29 @@
 
 import pytest
 
-from planner.control.stages import InconsistentPlan, assign, plan_nodes, require_whole_paths, stage_placements
-from tests.small_plans import CATALOGUE, TRUNK_PARTS, all_on, path, plan_through, replicas, route
+from planner.control.stages import (
+    InconsistentPlan,
+    assign,
+    plan_nodes,
+    require_whole_paths,
+    stage_placements,
+    travelling_bytes,
+)
+from schemas import messages as msg
+from schemas.plan import NodePrecision
+from schemas.precision import PackedLayout, PackedPart
+from tests.small_plans import BYTES, CATALOGUE, TRUNK_PARTS, all_on, path, plan_through, replicas, route
 
 KEY = (0, 1)
 
 
-def assignments(plan, *, epoch=None, before=(), after=None, stores=("a",), paths_before=()):
+def assignments(plan, *, epoch=None, before=(), after=None, stores=("a",), paths_before=(), packed=()):
     return assign(
         plan,
         epoch=plan.epoch if epoch is None else epoch,
         before=before,
         after=plan.placement if after is None else after,
-        catalogue=CATALOGUE.model_copy(update={"trunk": TRUNK_PARTS}),
+        catalogue=CATALOGUE.model_copy(update={"trunk": TRUNK_PARTS, "packed": packed}),
         stores=stores,
         paths_before=paths_before,
     )
@@ -158,3 +168,53 @@ def test_a_path_with_a_layer_left_out():
     gap = whole.model_copy(update={"segments": whole.segments[1:]})
     with pytest.raises(InconsistentPlan, match=r"layers 1 … 1 on b where layer 0 is next"):
         require_whole_paths(plan_through(replicas(all_on("a")), trunk=[gap]))
+
+
+PARTS = tuple(
+    PackedPart(name=name, shape=(1, 1), offset=offset, axis=1, group=1)
+    for name, offset in (("gate_up_proj", 0), ("down_proj", 5))
+)
+INT8 = msg.PackedCatalogue(
+    layout=PackedLayout(precision="int8", dtype="float32", bytes=10, parts=PARTS),
+    records=tuple(r.model_copy(update={"sha256": "f" * 62 + r.sha256[-2:], "bytes": 10}) for r in CATALOGUE.records),
+)
+
+
+def in_int8(plan, *nodes):
+    held = tuple(NodePrecision(node=node, precision="int8", expert_bytes=10) for node in nodes)
+    return plan.model_copy(update={"precisions": held}).sealed()
+
+
+def test_records_travel_packed_between_nodes_that_hold_them_so():
+    before = replicas(all_on("a", "b"))
+    after = replicas(all_on("a", "b") | {KEY: ["a", "b", "c", "d", "e/disk"]})
+    plan = in_int8(plan_through(after, before=before), "b", "c", "e")
+    given = assignments(plan, before=before, stores=("s",), packed=(INT8,))
+    new = {node: next(r for r in given[node].replicas if (r.record.layer, r.record.expert) == KEY) for node in "cde"}
+    assert new["c"].sources == ("b", "s")
+    assert (new["c"].brought.bytes, new["c"].brought.sha256[:4]) == (10, "ffff")
+    assert new["d"].sources == new["e"].sources == ("a", "s")
+    assert new["d"].packed is new["e"].packed is None, "disks hold the checkpoint's"
+    assert {node: each.precision for node, each in given.items() if node in "abcde"} == {
+        "a": None, "b": "int8", "c": "int8", "d": None, "e": "int8",
+    }  # fmt: skip
+    assert (given["b"].packed_layout, given["d"].packed_layout) == (INT8.layout, None)
+    steps = {s.node: s.model_copy(update={"bytes": 10}) for s in plan.steps if s.action == "replicate"}
+    catalogue = CATALOGUE.model_copy(update={"packed": (INT8,)})
+    assert [travelling_bytes(steps[n], plan, c) for n in "cd" for c in (catalogue, None)] == [10, 10, 10, 10]
+
+
+def test_a_store_without_packed_records_sends_whole_ones():
+    before, after = replicas(all_on("b")), replicas(all_on("b", "c"))
+    plan = in_int8(plan_through(after, before=before), "b", "c")
+    given = assignments(plan, before=before, stores=("s",))
+    assert {(r.packed, r.sources) for r in given["c"].replicas} == {(None, ("b", "s"))}
+    (step, *_) = (s.model_copy(update={"bytes": 10}) for s in plan.steps if s.action == "replicate")
+    assert travelling_bytes(step, plan, CATALOGUE) == BYTES
+
+
+def test_no_record_is_named_that_no_holder_has_in_the_checkpoint_s_precision():
+    placed = replicas({key: ["b"] for key in all_on("b")} | {KEY: ["c"]})
+    plan = in_int8(plan_through(placed, routes=[route("a", key, "b") for key in all_on("b") if key != KEY]), "b")
+    named = {(hop.layer, hop.expert): hop.sha256 for hop in assignments(plan, packed=(INT8,))["a"].routing}
+    assert [key for key, name in named.items() if name] == [KEY]
