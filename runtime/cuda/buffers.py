@@ -69,6 +69,8 @@ class Buffers:
 
     Attributes
     ----------
+    message
+        [C + N] int64, the memory of `control` and `news`, so that both are sent at once.
     control
         [2 + 2 B + 2 L B] int64: stamp, the number of the next spare of `Supply`, positions, strides, addresses; written
         before a step.
@@ -81,11 +83,12 @@ class Buffers:
         [L, B, K] int32, int32 and float32: slots of the chosen experts, -1 where nothing is computed; as they were
         when the router chose; and the router's weights.
     chosen, guessed
-        [L, B, K] int32: what `Mail.ids` and the first of `Mail.guesses` tell, for the device itself.
+        [L, B, K] and [L, A, B, K] int32: what `Mail.ids` and `Mail.guesses` tell, for the device itself.
     supply
         None where the device brings nothing by itself.
     """
 
+    message: torch.Tensor
     control: torch.Tensor
     news: torch.Tensor
     released: torch.Tensor
@@ -112,7 +115,7 @@ class Buffers:
 
     @property
     def table(self) -> torch.Tensor:
-        """The slot of every expert, -1 where it has none, [L, E] int32."""
+        """The slot of every expert, [L, E] int32; below 0 where it has none, the more the likelier it is asked for."""
         layers, _, experts = self.mail.scores.shape
         return self.news[: layers * experts].view(layers, experts)
 
@@ -144,17 +147,21 @@ def make_buffers(
         own(layers, rows, experts, dtype=torch.float32),
         own(2, layers, dtype=torch.int64),
     )
-    triples = (layers, rows, top_k)
+    triples, controls, words = (layers, rows, top_k), control_size(layers, rows), layers * experts + 2 * rows * top_k
+    message = torch.zeros(controls + -(-words // 2), dtype=torch.int64, device=device)
+    news = message[controls:].view(torch.int32)[:words]
+    news.fill_(-1)
     return Buffers(
-        control=torch.zeros(control_size(layers, rows), dtype=torch.int64, device=device),
-        news=torch.full((layers * experts + 2 * rows * top_k,), -1, dtype=torch.int32, device=device),
+        message=message,
+        control=message[:controls],
+        news=news,
         released=torch.zeros(1, dtype=torch.int64, device=device),
         slots=torch.zeros(triples, dtype=torch.int32, device=device),
         first=torch.zeros(triples, dtype=torch.int32, device=device),
         weights=torch.zeros(triples, dtype=torch.float32, device=device),
         fence=torch.zeros(1, dtype=torch.int32, device=device),
         chosen=torch.zeros(triples, dtype=torch.int32, device=device),
-        guessed=torch.zeros(triples, dtype=torch.int32, device=device),
+        guessed=torch.zeros((layers, LOOK_AHEAD, rows, top_k), dtype=torch.int32, device=device),
         mail=mail,
         supply=supply,
     )
@@ -185,7 +192,9 @@ def arrived(words: NDArray[np.int64], stamp: int) -> Chosen | None:
     >>> arrived(np.array([3 * STAMP + 7, 2 * STAMP + 1]), 3) is None
     True
     """
-    if words.flat[-1] < stamp * STAMP or (words < stamp * STAMP).any():
+    if words.flat[-1] < stamp * STAMP:
         return None
     words = words.copy()
+    if words.min() < stamp * STAMP:
+        return None
     return Chosen(words & (FOUND - 1), (words & FOUND) != 0)

@@ -112,7 +112,15 @@ class CapturedDecode:
         self._states[cache] = States(tensors, addresses, tensors[0][0].stride(0))
         return True
 
-    def run(self, dispatcher: Dispatcher, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]) -> Answer:
+    def run(
+        self,
+        dispatcher: Dispatcher,
+        inputs: torch.Tensor,
+        caches: Sequence[Any],
+        seen: Sequence[int],
+        *,
+        wants_logits: bool = True,
+    ) -> Answer:
         """Run a step that `can_run`; modifies the caches.
 
         Parameters
@@ -121,11 +129,14 @@ class CapturedDecode:
             Token ids [B] where the range begins with them, else hidden states [B, D].
         seen
             Tokens in each cache.
+        wants_logits
+            Rather than the best token of each.
 
         Returns
         -------
         Answer
-            Hidden states [B, D], normalised where the range ends at the last layer, and logits [B, V] then.
+            Hidden states [B, D], normalised where the range ends at the last layer, and logits [B, V] or best tokens
+            [B] then.
 
         Raises
         ------
@@ -139,7 +150,7 @@ class CapturedDecode:
             runner = self._runner(len(caches))
             runner.step.inputs.copy_(inputs)
             states = [self._states[cache] for cache in caches]
-            words = Words(self._stamp, seen, states)
+            words = Words(self._stamp, seen, states, wants_logits=wants_logits)
             service = self._service(dispatcher, runner)
             self.services[service] += 1
             tally = Tally(self.residency, dispatcher, self.first_layer, caches)
@@ -182,13 +193,14 @@ class CapturedDecode:
         return answer
 
     def _run_fetched(self, runner: Runner, words: Words, dispatcher: Dispatcher, tally: Tally) -> Answer:
-        caching, rows = self.residency.caching, len(words.seen)
-        spares = self._spares[rows]
+        caching, spares = self.residency.caching, self._spares[len(words.seen)]
+        looks_ahead = caching is not None and caching.prefetch
         step = DeviceStep(
             self._bringer, self.table, self.hosted, runner, spares, dispatcher=dispatcher, tally=tally,
-            stamp=words.stamp, first_layer=self.first_layer, looks_ahead=caching is not None and caching.prefetch,
-            pending=self._pending,
+            stamp=words.stamp, first_layer=self.first_layer, looks_ahead=looks_ahead, pending=self._pending,
         )  # fmt: skip
+        if looks_ahead:
+            self._pending.append(self._weigh)
         try:
             step.begin()
             words = words._replace(spare=spares.position)
@@ -200,6 +212,12 @@ class CapturedDecode:
         finally:
             step.close()
         return answer
+
+    def _weigh(self) -> None:
+        """Let guesses be begun in the order in which the eviction policy would keep them."""
+        if (eviction := self.inside.shelf.eviction) is not None:
+            with self.inside.changed:
+                self.table.weigh(eviction)
 
     def _news(self, runner: Runner) -> Any:
         """Return the slot table, where it has changed."""

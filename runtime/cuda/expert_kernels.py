@@ -48,11 +48,11 @@ def _route(
     is_place = places < TOP
     at = row * TOP + places
     word = tl.load(stamp).to(tl.int64) * STAMP + chosen.to(tl.int64)
-    if ahead == 1:
-        tl.store(own_guesses + at, chosen, mask=is_place)
     if ahead > 0:
+        guess = (ahead - 1) * tl.num_programs(0) * TOP + at
+        tl.store(own_guesses + guess, chosen, mask=is_place)
         if IS_TOLD:
-            tl.store(seen_guesses + (ahead - 1) * tl.num_programs(0) * TOP + at, word, mask=is_place)
+            tl.store(seen_guesses + guess, word, mask=is_place)
     else:
         if IS_NORMALISED:
             best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)

@@ -1,8 +1,8 @@
 """The kernels with which a device brings the experts that a layer lacks, by itself, from pinned host memory.
 
 Decides nothing that `reference` does not say: which spare goes to which expert. They run beside the layer's other
-kernels, on a stream of their own: `fetch` what a layer lacks; then `ahead` what the next one will probably lack, until
-its router runs. What of that came true is continued where it stopped. Axes as in `supply`.
+kernels, on a stream of their own: `fetch` what a layer lacks; then `ahead` what the next one will probably lack, and
+the one after it, until the next router runs. What of that came true is continued where it stopped. Axes as in `supply`.
 """
 
 from typing import Any, Final
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers
-from runtime.cuda.supply import CHUNK, GUESSES, PARTS, WHOLE, Supply
+from runtime.cuda.supply import CHUNK, FAR, GUESSES, NEAR, PARTS, WHOLE, Supply
 from runtime.errors import RuntimeFault
 
 _SPIN_LIMIT: Final = 1 << 24  # some 30 s: a host that died must not hold the device for ever
@@ -118,51 +118,119 @@ def _fetch(
 
 
 @triton.jit
-def _ahead(
-    guessed, table, hosted, spares, before, after, limits, ahead_ids, ahead_slots, progress, source, target, routed,
-    stamp, told, layer, layers,
-    ROWS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, WORDS: tl.constexpr,
-    CHUNKS: tl.constexpr, GUESSES: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, STAMP: tl.constexpr,
+def _likely(
+    guessed, table, hosted, spares, known, used, most,
+    ROWS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, MOST: tl.constexpr,
+    KNOWN: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
     places = tl.arange(0, BLOCK)
     inside = places < ROWS * TOP
-    now = tl.load(stamp).to(tl.int64)
-    used = tl.load(before)
-    most = tl.load(limits + layer)
     ids = tl.load(guessed + (places % ROWS) * TOP + places // ROWS, mask=inside, other=-1)  # every row's best first
     slot_now = tl.load(table + ids, mask=inside, other=0)
     lies = tl.load(hosted + ids, mask=inside, other=-1, volatile=True)
     can = inside & (slot_now < 0) & (lies >= 0)
-    same = (ids[:, None] == ids[None, :]) & can[None, :] & (places[None, :] < places[:, None])
+    for number in tl.static_range(KNOWN):
+        can = can & (ids != tl.load(known + number))
+    before = places[None, :] < places[:, None]
+    same = (ids[:, None] == ids[None, :]) & can[None, :] & before
     can = can & (tl.sum(same.to(tl.int32), axis=1) == 0)
-    rank = tl.cumsum(can.to(tl.int64), axis=0) - 1
-    can = can & (rank < GUESSES) & (used + rank < most)
+    is_better = (slot_now[None, :] < slot_now[:, None]) | ((slot_now[None, :] == slot_now[:, None]) & before)
+    rank = tl.sum((is_better & can[None, :]).to(tl.int64), axis=1)
+    can = can & (rank < MOST) & (used + rank < most)
     entry = tl.load(spares + (used + rank) % RING, mask=can, other=0, volatile=True)
     is_old = can & ((entry >> 32) != used + rank + 1)  # the limit may have come before the spares that it is for
-    can = can & (rank < tl.min(tl.where(is_old, rank, GUESSES), axis=0))
-    slot = (entry & 0xFFFFFFFF).to(tl.int32)
+    can = can & (rank < tl.min(tl.where(is_old, rank, MOST), axis=0))
+    return ids, lies, (entry & 0xFFFFFFFF).to(tl.int32), rank, can
+
+
+@triton.jit
+def _note(
+    ids, slot, rank, can, ahead_ids, ahead_slots, told, now, part, MOST: tl.constexpr, STAMP: tl.constexpr
+):  # fmt: skip
     if part == 0:
-        tl.store(after, used + tl.sum(can.to(tl.int64), axis=0))
-        for number in tl.static_range(GUESSES):
+        for number in tl.static_range(MOST):
             mine = can & (rank == number)
             expert = tl.max(tl.where(mine, ids, -1), axis=0)
             tl.store(ahead_ids + number, expert)
             tl.store(ahead_slots + number, tl.max(tl.where(mine, slot, -1), axis=0))
             tl.store(told + number, now * STAMP + expert + 1)
-    wanted = now * layers + layer + 2
-    seen = tl.load(routed, volatile=True)
-    for turn in range(GUESSES):
-        its = can & (rank == turn)
-        chunk = part * 0
-        if tl.sum(its.to(tl.int32), axis=0) > 0:
-            to = tl.sum(tl.where(its, slot, 0), axis=0).to(tl.int64) * WORDS
-            lay = tl.sum(tl.where(its, lies, 0), axis=0).to(tl.int64) * WORDS
-            while (chunk < CHUNKS) & (seen < wanted):
-                seen = tl.load(routed, volatile=True)
-                _copy_chunk(source + lay, target + to, chunk, part, WORDS, PARTS, CHUNK)
-                chunk += 1
-        tl.store(progress + turn * PARTS + part, chunk)
+
+
+@triton.jit
+def _copy_some(
+    source, target, lies, slot, begin, is_wanted, routed, until, progress, part,
+    WORDS: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    chunk = begin
+    if is_wanted:
+        lay = lies.to(tl.int64) * WORDS
+        to = slot.to(tl.int64) * WORDS
+        seen = tl.load(routed, volatile=True)
+        while (chunk < CHUNKS) & (seen < until):
+            seen = tl.load(routed, volatile=True)
+            _copy_chunk(source + lay, target + to, chunk, part, WORDS, PARTS, CHUNK)
+            chunk += 1
+    tl.store(progress + part, chunk)
+
+
+@triton.jit
+def _ahead(
+    guessed, table, hosted, spares, before, after, limits, ahead_ids, ahead_slots, progress, source, target, routed,
+    stamp, told, layer, layers,
+    ROWS: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    STAMP: tl.constexpr, EXPERTS: tl.constexpr, HAS_FAR: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    now = tl.load(stamp).to(tl.int64)
+    used = tl.load(before)
+    most = tl.load(limits + layer)
+    until = now * layers + layer + 2
+    ids, lies, slot, rank, can = _likely(
+        guessed, table, hosted, spares, ahead_ids + NEAR, used, most, ROWS, TOP, BLOCK, RING, NEAR, FAR
+    )
+    _note(ids, slot, rank, can, ahead_ids, ahead_slots, told, now, part, NEAR, STAMP)
+    used += tl.sum(can.to(tl.int64), axis=0)
+    far_at = NEAR + FAR + NEAR  # behind what is guessed of the next layer
+    if HAS_FAR:
+        far_ids, far_lies, far_slot, far_rank, far_can = _likely(
+            guessed + ROWS * TOP, table + EXPERTS, hosted + EXPERTS, spares, ahead_ids, used, most,
+            ROWS, TOP, BLOCK, RING, FAR, 0,
+        )  # fmt: skip
+        _note(
+            far_ids, far_slot, far_rank, far_can, ahead_ids + far_at, ahead_slots + far_at, told + NEAR, now, part,
+            FAR, STAMP,
+        )  # fmt: skip
+        used += tl.sum(far_can.to(tl.int64), axis=0)
+    if part == 0:
+        tl.store(after, used)
+        if not HAS_FAR:
+            for number in tl.static_range(FAR):
+                tl.store(told + NEAR + number, now * STAMP)
+    for number in tl.static_range(FAR):  # what was begun a layer ago, and still seems to be asked for
+        expert = tl.load(ahead_ids + NEAR + number)
+        is_likely = (expert >= 0) & (tl.max((ids == expert).to(tl.int32), axis=0) > 0)
+        begun = progress + (NEAR + number) * PARTS
+        _copy_some(
+            source, target, tl.load(hosted + tl.maximum(expert, 0), volatile=True),
+            tl.load(ahead_slots + NEAR + number), tl.load(begun + part), is_likely, routed, until, begun, part,
+            WORDS, CHUNKS, PARTS, CHUNK,
+        )  # fmt: skip
+    for turn in tl.static_range(NEAR):
+        mine = can & (rank == turn)
+        _copy_some(
+            source, target, tl.sum(tl.where(mine, lies, 0), axis=0), tl.sum(tl.where(mine, slot, 0), axis=0), part * 0,
+            tl.sum(mine.to(tl.int32), axis=0) > 0, routed, until, progress + turn * PARTS, part,
+            WORDS, CHUNKS, PARTS, CHUNK,
+        )  # fmt: skip
+    if HAS_FAR:
+        for turn in tl.static_range(FAR):
+            mine = far_can & (far_rank == turn)
+            _copy_some(
+                source, target, tl.sum(tl.where(mine, far_lies, 0), axis=0),
+                tl.sum(tl.where(mine, far_slot, 0), axis=0), part * 0, tl.sum(mine.to(tl.int32), axis=0) > 0, routed,
+                until, progress + (far_at + turn) * PARTS, part, WORDS, CHUNKS, PARTS, CHUNK,
+            )  # fmt: skip
 
 
 def bring(buffers: Buffers, layer: int) -> Any:
@@ -179,7 +247,7 @@ def bring(buffers: Buffers, layer: int) -> Any:
 
 
 def bring_ahead(buffers: Buffers, layer: int) -> None:
-    """Begin to bring what the next layer will probably lack, until it knows."""
+    """Begin to bring what the next layers will probably lack, until the next one knows."""
     supply = _supply(buffers)
     if supply.side is None:
         _launch_ahead(buffers, supply, layer)
@@ -224,13 +292,14 @@ def _launch_fetch(buffers: Buffers, supply: Supply, layer: int) -> None:
 
 
 def _launch_ahead(buffers: Buffers, supply: Supply, layer: int) -> None:
-    _, rows, top = buffers.slots.shape
+    layers, rows, top = buffers.slots.shape
     after = layer + 1
     _ahead[(PARTS,)](
         buffers.guessed[layer], buffers.table[after], supply.hosted[after], supply.spares,
         supply.taken[2 * layer :], supply.taken[2 * layer + 1 :], supply.limits, supply.ahead_ids[after],
         supply.ahead_slots[after], supply.progress[after], supply.source, supply.target, supply.routed,
-        buffers.stamp, supply.told[layer], layer, len(buffers.slots),
+        buffers.stamp, supply.told[layer], layer, layers,
         ROWS=rows, TOP=top, BLOCK=triton.next_power_of_2(rows * top), RING=supply.ring, WORDS=supply.words,
-        CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, STAMP=STAMP, num_warps=4,
+        CHUNKS=supply.chunks, NEAR=NEAR, FAR=FAR, PARTS=PARTS, CHUNK=CHUNK, STAMP=STAMP,
+        EXPERTS=supply.hosted.shape[1], HAS_FAR=after + 1 < layers, num_warps=4,
     )  # fmt: skip

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 from runtime.copies import Copy
 from runtime.cuda.bringing import Bringer
 from runtime.cuda.buffers import Chosen
 from runtime.cuda.runners import Runner, supply_of
-from runtime.cuda.supply import Spares
+from runtime.cuda.supply import NEAR, Spares
 from runtime.cuda.table import HostTable, SlotTable, lacking
 from runtime.cuda.tally import Tally
 from runtime.dispatch import Dispatcher
@@ -40,14 +40,21 @@ def spare_slots(slots: int, most: int) -> int:
     return max(slots // _SHARE, min(most, slots // 12))
 
 
+class _Guess(NamedTuple):
+    """The slot that a guess is brought to, and its place among those of its layer."""
+
+    slot: int
+    place: int
+
+
 @dataclass
 class _Layer:
-    """What a layer got: experts it had lacked and guesses, with the slots that they were brought to."""
+    """What a layer got: experts it had lacked, with the slots that they were brought to, and guesses."""
 
     index: int
     chosen: Chosen
     brought: dict[int, int] = field(default_factory=dict)
-    guesses: dict[int, int] = field(default_factory=dict)
+    guesses: dict[int, _Guess] = field(default_factory=dict)
 
 
 class DeviceStep:
@@ -100,6 +107,7 @@ class DeviceStep:
         self._most = rows * top_k
         self._level = spare_slots(bringer.inside.pool.slots, self._most)
         self._open: _Layer | None = None
+        self._far: dict[int, _Guess] = {}  # begun for the layer after the next to choose
         self._counting: deque[Callable[[], object]] = deque()
         self.loads = 0
 
@@ -117,8 +125,7 @@ class DeviceStep:
             self._bringer.end_sources()  # the device has come past whatever was copied in the step before
         layer = _Layer(index, chosen)
         if index:
-            begun = self._runner.begun(index - 1, self._stamp)
-            layer.guesses = dict(zip(begun, self._spares.take(len(begun)), strict=True))
+            layer.guesses, self._far = self._guesses_of(index)
             self._settle()
         self._open = layer
         absent = lacking(chosen)
@@ -129,21 +136,30 @@ class DeviceStep:
         self._pending.append(partial(self._tally.observe, index, chosen.experts, gates))
         self._pending.append(partial(self._bringer.prepare, self._first + index, self._most))
 
+    def _guesses_of(self, index: int) -> tuple[dict[int, _Guess], dict[int, _Guess]]:
+        """Return what was begun for a layer, and by the one before it for the one after; in the order of spares."""
+        near, far = self._far, dict[int, _Guess]()
+        for place, expert in enumerate(self._runner.begun(index - 1, self._stamp)):
+            if expert is not None:
+                (near if place < NEAR else far)[expert] = _Guess(self._spares.take(1)[0], place)
+        return near, far
+
     def finish(self) -> None:
         """Follow the end of a step; the device may still run what comes behind its last experts. Modifies."""
         self._settle()
-        self.close()
         while self._counting:
             self._counting.popleft()()
         while len(self._pending) > 4 * self._layers:  # else there is time for it in the next step
             self._pending.popleft()()
 
     def close(self) -> None:
-        """Give back spares, and of a step that failed what was not settled; the device is behind it. Modifies."""
+        """Give back spares, and of a step that failed what was not settled; no layer takes any more. Modifies."""
         shelf, left = self._bringer.inside.shelf, self._spares.recall()
         if self._open is not None:
-            left += [*self._open.brought.values(), *self._open.guesses.values()]
+            left += [*self._open.brought.values(), *(each.slot for each in self._open.guesses.values())]
             self._open = None
+        left += [each.slot for each in self._far.values()]
+        self._far = {}
         with self._bringer.inside.changed:
             for slot in left:
                 shelf.vacate("device", slot)
@@ -223,9 +239,14 @@ class DeviceStep:
             self._runner.tell_hosted()
 
     def _replenish(self, layer: _Layer) -> None:
-        """Let there be spares again, where few are left: of layers that this step has passed. Modifies."""
+        """Let there be spares again, where few are left: of layers that this step has passed. Modifies.
+
+        Before the last layer as many as the next step begins with: it begins as soon as that layer has chosen.
+        """
+        if layer.index == self._layers - 1:
+            return
         short = self._level - len(self._spares)
-        if short and 2 * short >= self._level:
+        if short and (2 * short >= self._level or layer.index == self._layers - 2):
             number, rooms = self._first + layer.index, self._bringer.rooms
             with self._bringer.inside.changed:
                 rooms.replenish(number, short, set(layer.chosen.experts.ravel().tolist()))
@@ -258,7 +279,8 @@ class DeviceStep:
     def _settle_guesses(self, layer: _Layer, shares: Sequence[float]) -> None:
         """Note what came of guesses, of which such shares were there in time; the lock is held. Modifies."""
         number, counts = self._first + layer.index, self._bringer.residency.counts
-        for (expert, slot), share in zip(layer.guesses.items(), shares, strict=False):
+        for expert, (slot, place) in layer.guesses.items():
+            share = shares[place]
             is_true = bool((layer.chosen.experts == expert).any())
             if share:
                 self._bringer.inside.shelf.slack.observe_guesses(1, int(is_true))

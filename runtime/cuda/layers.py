@@ -143,10 +143,20 @@ def lanes_of(pool: SlotPool, parts: StepParts) -> Lanes:
 
 
 class Answer(NamedTuple):
-    """Hidden states [B, D], normalised at the end of the model, and the logits [B, V] that are there then."""
+    """Hidden states [B, D], normalised at the end of the model; logits [B, V] and best tokens [B] int64 there.
+
+    Where the best tokens are all that is asked for, the others are those of whatever step is run last.
+    """
 
     hidden: torch.Tensor
-    logits: torch.Tensor | None
+    logits: torch.Tensor | None = None
+    best: torch.Tensor | None = None
+
+    def own(self, *, wants_logits: bool) -> "Answer":
+        """Return it in memory of its own, as far as somebody may ask for it."""
+        if self.logits is None or self.best is None:
+            return Answer(self.hidden.clone())
+        return self._replace(logits=self.logits.clone() if wants_logits else self.logits, best=self.best.clone())
 
 
 class Step:
@@ -198,9 +208,10 @@ class Step:
         if service == "device":
             ops.join_all(self._buffers)
         if not trunk.has_head:
-            return Answer(total if delta is None else total + delta, None)
+            return Answer(total if delta is None else total + delta)
         normed, _ = ops.add_norm(total, delta, *_scale(inner.norm))
-        return Answer(normed, functional.linear(normed, trunk.model.lm_head.weight, trunk.model.lm_head.bias))
+        logits = functional.linear(normed, trunk.model.lm_head.weight, trunk.model.lm_head.bias)
+        return Answer(normed, logits, logits.argmax(-1))
 
     def _experts(
         self,

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
-from runtime.cuda.supply import CHUNK, GUESSES, PARTS, WHOLE, Supply
+from runtime.cuda.supply import CHUNK, GUESSES, NEAR, PARTS, WHOLE, Supply
 from runtime.errors import DeviceLost, RuntimeFault
 
 
@@ -101,8 +101,7 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
         likely = guess.topk(shape.top_k, dim=-1).indices
         if is_told:
             mail.guesses[layer, ahead] = buffers.stamp * STAMP + likely
-        if ahead == 0:
-            buffers.guessed[layer] = likely
+        buffers.guessed[layer, ahead] = likely
     if (supply := buffers.supply) is not None:
         supply.routed[0] = int(buffers.stamp) * len(buffers.slots) + layer + 1
         supply.limits[layer] = supply.spares[-1]
@@ -152,22 +151,46 @@ def bring(buffers: Buffers, layer: int) -> None:
 
 
 def bring_ahead(buffers: Buffers, layer: int) -> None:
-    """Begin to bring what the next layer will probably lack: as if there were time for more and for less, in turns."""
+    """Begin to bring what the next layers will probably lack: as if there were time for more and for less, in turns."""
     supply, after = _supply(buffers), layer + 1
-    used, limit, count = int(supply.taken[2 * layer]), int(supply.limits[layer]), 0
-    supply.ahead_ids[after], supply.ahead_slots[after], supply.progress[after] = -1, -1, 0
+    used, limit = int(supply.taken[2 * layer]), int(supply.limits[layer])
     supply.told[layer] = buffers.stamp * STAMP
-    for expert in dict.fromkeys(buffers.guessed[layer].T.reshape(-1).tolist()):
-        is_missing = buffers.table[after, expert] < 0 <= supply.hosted[after, expert]
-        if not is_missing or count == GUESSES or used + count >= limit:
-            continue
-        slot, chunks = _spare(supply, used + count), (int(buffers.stamp) + layer + count) % 3 * supply.chunks // 2
-        _copy_chunks(supply, after, expert, slot, range(chunks))
-        supply.ahead_ids[after, count], supply.ahead_slots[after, count] = expert, slot
-        supply.progress[after, count] = chunks
-        supply.told[layer, count] += expert + 1
-        count += 1
-    supply.taken[2 * layer + 1] = used + count
+    near = _likely(buffers, layer, 0)
+    for number in range(NEAR, GUESSES):  # what was begun a layer ago, and still seems to be asked for
+        expert, begun = int(supply.ahead_ids[after, number]), int(supply.progress[after, number, 0])
+        if expert in near:
+            near.remove(expert)
+            _copy_chunks(supply, after, expert, int(supply.ahead_slots[after, number]), range(begun, supply.chunks))
+            supply.progress[after, number] = supply.chunks
+    used = _begin(buffers, layer, after, near, range(NEAR), used, limit)
+    if after + 1 < len(buffers.slots):
+        used = _begin(buffers, layer, after + 1, _likely(buffers, layer, 1), range(NEAR, GUESSES), used, limit)
+    supply.taken[2 * layer + 1] = used
+
+
+def _likely(buffers: Buffers, layer: int, ahead: int) -> list[int]:
+    """Return the experts that a layer behind the next so many will probably lack, the likeliest first."""
+    after, supply = layer + 1 + ahead, _supply(buffers)
+    guesses = dict.fromkeys(buffers.guessed[layer, ahead].T.reshape(-1).tolist())
+    missing = [each for each in guesses if buffers.table[after, each] < 0 <= supply.hosted[after, each]]
+    return sorted(missing, key=lambda expert: int(buffers.table[after, expert]))
+
+
+def _begin(  # noqa: PLR0917
+    buffers: Buffers, layer: int, target: int, experts: list[int], places: range, used: int, limit: int
+) -> int:
+    """Begin to bring as many experts as there are places for and spares; returns how many spares are used then."""
+    supply, numbers = _supply(buffers), list(places)
+    supply.ahead_ids[target, numbers], supply.ahead_slots[target, numbers] = -1, -1
+    supply.progress[target, numbers] = 0
+    for number, expert in zip(numbers[: max(0, limit - used)], experts, strict=False):
+        slot, chunks = _spare(supply, used), (int(buffers.stamp) + layer + used) % 3 * supply.chunks // 2
+        _copy_chunks(supply, target, expert, slot, range(chunks))
+        supply.ahead_ids[target, number], supply.ahead_slots[target, number] = expert, slot
+        supply.progress[target, number] = chunks
+        supply.told[layer, number] += expert + 1
+        used += 1
+    return used
 
 
 def join(event: None) -> None:

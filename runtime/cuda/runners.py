@@ -49,12 +49,16 @@ class States:
 
 
 class Words(NamedTuple):
-    """What a step is told: its number, tokens before it and states of each of its sessions, and the next spare."""
+    """What a step is told: its number, tokens before it and states of each of its sessions, and the next spare.
+
+    `wants_logits`: else the best token of each is all that is asked for.
+    """
 
     stamp: int
     seen: Sequence[int]
     states: Sequence[States]
     spare: int = 0
+    wants_logits: bool = True
 
     def write(self, control: Ints, *, with_addresses: bool) -> None:
         """Write `Buffers.control`, which is modified; addresses may be there already."""
@@ -99,8 +103,8 @@ class Runner(Protocol):
         """Return what the layer so far behind one that has chosen will probably choose, [B, K]."""
         ...
 
-    def begun(self, layer: int, stamp: int) -> list[int]:
-        """Return the experts of the next layer that the device has begun to bring in a layer."""
+    def begun(self, layer: int, stamp: int) -> list[int | None]:
+        """Return the experts that the device has begun to bring in a layer, by their places among `GUESSES`."""
         ...
 
     def ended(self, layer: int, stamp: int) -> list[float]:
@@ -138,10 +142,13 @@ class Graphs:
         # what is sent is read later, behind copies that take their time: each message has memory of its own, and there
         # are no more messages under way than two for each layer of a step, and of the one before
         messages = 4 * len(buffers.slots) + 8
-        self._control = torch.zeros((2, buffers.control.numel()), dtype=torch.int64).pin_memory()
+        self._begins = torch.zeros((2, buffers.message.numel()), dtype=torch.int64).pin_memory()
         self._news = torch.zeros((messages, buffers.news.numel()), dtype=torch.int32).pin_memory()
         self._numbers = torch.zeros(messages, dtype=torch.int64).pin_memory()
-        self._controls, self._messages = self._control.numpy(), self._news.numpy()
+        controls = buffers.control.numel()
+        self._controls, self._messages = self._begins[:, :controls].numpy(), self._news.numpy()
+        self._tables = self._begins[:, controls:].view(torch.int32).numpy()
+        self._is_told = False
         self._written: list[list[int]] = [[], []]
         self._next = 0
         self._seen: Ints = buffers.mail.ids.numpy()
@@ -165,15 +172,22 @@ class Graphs:
         words.write(self._controls[turn], with_addresses=self._written[turn] != states)
         self._written[turn] = states
         if service not in self._graphs:
-            self._capture(self._control[turn], service)
-        buffers.control.copy_(self._control[turn], non_blocking=True)
+            self._capture(self._controls[turn], service)
+        size = 8 * len(self._controls[turn])
         if news is not None:
-            buffers.news.copy_(self._news[self._message(news)], non_blocking=True)
-        if service == "device":  # behind what it was told between steps
-            torch.cuda.current_stream().wait_stream(self._copies.stream)
+            self._tables[turn, : len(news)] = news
+            size += 4 * len(news)
+        stream = torch.cuda.current_stream()
+        self._copies.send(
+            buffers.message.data_ptr(), self._begins.data_ptr() + turn * 8 * self._begins.shape[1], size,
+            stream=stream.cuda_stream,
+        )  # fmt: skip
+        if self._is_told:  # what is in host memory; spares have numbers by which they are known
+            stream.wait_stream(self._copies.stream)
+            self._is_told = False
         graph, output = self._graphs[service]
         graph.replay()
-        answer = Answer(*(None if each is None else each.clone() for each in output))  # type: ignore[arg-type]
+        answer = output.own(wants_logits=words.wants_logits)
         try:
             for layer in range(len(buffers.slots)):
                 serve(layer)
@@ -197,7 +211,7 @@ class Graphs:
         torch.cuda.synchronize()
         self.buffers.released.zero_()
 
-    def _capture(self, control: torch.Tensor, service: Service) -> None:
+    def _capture(self, control: Ints, service: Service) -> None:
         """Capture a graph, after a run that compiles its kernels and computes nothing that lasts.
 
         That run has the positions of the step to come, whose keys and values it writes as the step will, and a
@@ -206,7 +220,7 @@ class Graphs:
         buffers = self.buffers
         before = buffers.news.clone()
         buffers.news.zero_()
-        buffers.control.copy_(control)
+        buffers.control.copy_(torch.from_numpy(control))
         side = torch.cuda.Stream(buffers.control.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -248,7 +262,7 @@ class Graphs:
                 raise DeviceLost(f"layer {layer} of a step did not come to an end in {_PATIENCE_S:.0f} s")
             time.sleep(0)  # another thread's turn
 
-    def begun(self, layer: int, stamp: int) -> list[int]:
+    def begun(self, layer: int, stamp: int) -> list[int | None]:
         """Return the experts that were begun ahead."""
         return begun_of(self._await(self._told[layer], layer, stamp).experts)
 
@@ -265,7 +279,7 @@ class Graphs:
 
     def tell_hosted(self) -> None:
         """Let the device know what is in host memory."""
-        supply = supply_of(self.buffers)
+        supply, self._is_told = supply_of(self.buffers), True
         self._copies.send(supply.hosted.data_ptr(), supply.own_hosted.data_ptr(), supply.hosted.nbytes)
 
     def flush(self) -> None:
@@ -322,7 +336,7 @@ class Eager:
             raise DeviceLost(f"layer {layer} has not chosen yet")
         return found
 
-    def begun(self, layer: int, stamp: int) -> list[int]:
+    def begun(self, layer: int, stamp: int) -> list[int | None]:
         """Return the experts that were begun ahead."""
         return begun_of(self._read(supply_of(self.buffers).told[layer], layer, stamp).experts)
 
@@ -353,13 +367,13 @@ class Eager:
         self.buffers.released[0] = number
 
 
-def begun_of(words: Ints) -> list[int]:
+def begun_of(words: Ints) -> list[int | None]:
     """Return the experts that `Supply.told` names.
 
     >>> begun_of(np.array([8, 0]))
-    [7]
+    [7, None]
     """
-    return [word - 1 for word in words.tolist() if word]
+    return [word - 1 if word else None for word in words.tolist()]
 
 
 def shares_of(words: Ints) -> list[float]:

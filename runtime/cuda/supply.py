@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-GUESSES: Final = 2
+NEAR: Final = 2
 """Experts of the next layer that are begun ahead at most: a layer's time is not enough for more."""
+FAR: Final = 1
+"""Experts of the layer after that one likewise, behind those, where the next one seems to lack nothing more."""
+GUESSES: Final = NEAR + FAR
+"""What is begun ahead for one layer: by the layer before it, and by the one before that."""
 PARTS: Final = 16
 """Programs that share the copy of a record: enough for the link, few beside those that compute."""
 CHUNK: Final = 1024
@@ -49,13 +53,13 @@ class Supply:
     routed
         [1] int64: the last layer whose router runs, as stamp * L + layer + 1; what is begun ahead stops then.
     ahead_ids, ahead_slots, progress
-        [L, G] int32 twice, and [L, G, P] int32: experts guessed of each layer, -1 where none, the spares they are
-        brought to, and the chunks that have come of each, by program.
+        [L, G] int32 twice, and [L, G, P] int32: experts guessed of each layer, -1 where none, `NEAR` by the layer
+        before it and then `FAR`, the spares they are brought to, and the chunks that have come of each, by program.
     source, target
         Words of 8 bytes: slots of host memory and of the device, `words` each.
     told, ended
-        [L, G] int64, pinned, the host's to read: guesses begun in a layer, expert + 1, or 0; and what had come of those
-        of a layer when it ran, in parts of `WHOLE`. Words as in `Mail`.
+        [L, G] int64, pinned, the host's to read: guesses begun in a layer, expert + 1, or 0, those of the next layer
+        first; and what had come of those of a layer when it ran, in parts of `WHOLE`. Words as in `Mail`.
     """
 
     spares: torch.Tensor
@@ -182,9 +186,11 @@ class Spares:
         return [self._slots.popleft() for _ in range(count)]
 
     def recall(self) -> list[int]:
-        """Take back what no step has taken; while none runs. Modifies."""
+        """Take back what no step has taken; while none runs. Modifies.
+
+        Their numbers are used no more, so that a device that still knows them does not take them for others.
+        """
         slots = list(self._slots)
-        for number in range(self.position, self.end):
-            self._ring[number % len(self._ring)] = 0
+        self.position = self.end
         self._slots.clear()
         return slots

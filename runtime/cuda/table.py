@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from runtime.copies import Copy, CopyKey
 from runtime.cuda.buffers import Chosen
+from runtime.policy.eviction import Eviction
 from runtime.shelf import Shelf
 from schemas.topology import Tier
 
 ABSENT: Final = -1
+_SCALE: Final = 1 << 24  # of hopes
 
 
 class SlotTable:
@@ -30,10 +32,13 @@ class SlotTable:
     ----------
     is_new
         It has changed since it was taken.
+    hopes
+        [L, E] int32, 0 or more: how likely each is asked for, of any scale.
     """
 
     def __init__(self, first_layer: int, layers: int, experts: int, tier: Tier = "device") -> None:
         self.slots: NDArray[np.int32] = np.full((layers, experts), ABSENT, dtype=np.int32)
+        self.hopes = np.zeros_like(self.slots)
         self.is_new = True
         self._held = 0
         self._first = first_layer
@@ -56,9 +61,18 @@ class SlotTable:
         return self._held == self.slots.size
 
     def take(self) -> NDArray[np.int32]:
-        """Return the table for the device, [L * E]. Modifies."""
+        """Return the table for the device, [L * E]: where an expert has no slot, `ABSENT` less its hope. Modifies."""
         self.is_new = False
-        return self.slots.ravel()
+        return np.where(self.slots < 0, ABSENT - self.hopes, self.slots).ravel()
+
+    def weigh(self, eviction: Eviction) -> None:
+        """Let hopes be what keeping each expert is worth now. Modifies."""
+        first = self._first * self.slots.shape[1]
+        worth = eviction.worth(np.arange(first, first + self.slots.size), self._first)
+        least, most = float(worth.min()), float(worth.max())
+        if least < most < np.inf:
+            self.hopes = ((worth - least) * (_SCALE / (most - least))).astype(np.int32).reshape(self.slots.shape)
+            self.is_new = True
 
     def fill(self, shelf: Shelf) -> None:
         """Note all that there is. Modifies."""

@@ -118,7 +118,8 @@ class HostStep:
 
         Only while the device waits for the link anyway, or where more than two steps' worth has come together.
         """
-        is_free = self._bringer.busy_until - perf_counter() > _LEISURE_S or len(self._pending) > 6 * self._layers
+        is_busy = self._bringer.busy_until - perf_counter() > _LEISURE_S
+        is_free = is_busy or not self._is_lacking or len(self._pending) > 6 * self._layers
         work = self._counting or self._pending
         if not is_free or not (work or self._make_room):
             return False

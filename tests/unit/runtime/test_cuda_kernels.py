@@ -165,27 +165,28 @@ def test_what_was_waited_for_is_taken_from_the_host(kernels: Any) -> None:
 WORDS = PARTS * CHUNK + 3200  # two chunks of each program, the last of some of them empty
 
 
-def supplied(*, spare: list[int]) -> tuple[Buffers, Spares]:
-    """Two layers; row 0 of the first lacks experts 5 and 2, row 1 lacks 5, and has 7 in slot 1."""
+def supplied(*, spare: list[int], layers: int = 2) -> tuple[Buffers, Spares]:
+    """Two layers or more; row 0 of the first lacks experts 5 and 2, row 1 lacks 5, and has 7 in slot 1."""
     source, target = (
         torch.randint(1, 1 << 40, (n * WORDS,), generator=torch.Generator().manual_seed(n)) for n in (6, 9)
     )
     if DEVICE.type == "cuda":
         source, target = source.pin_memory(), target.to(DEVICE)
-    supply = make_supply(DEVICE, source, target, 8 * WORDS, layers=2, experts=EXPERTS)
-    buffers = make_buffers(DEVICE, layers=2, rows=2, experts=EXPERTS, top_k=2, supply=supply)
+    supply = make_supply(DEVICE, source, target, 8 * WORDS, layers=layers, experts=EXPERTS)
+    buffers = make_buffers(DEVICE, layers=layers, rows=2, experts=EXPERTS, top_k=2, supply=supply)
     buffers.control[0], buffers.control[1] = 4, 0
     buffers.table[0, 7] = 1
     buffers.table[1, 3] = 0
     buffers.chosen[0] = torch.tensor([[5, 2], [7, 5]])
     buffers.first[0] = buffers.slots[0] = torch.tensor([[-1, -1], [1, -1]])
-    buffers.guessed[0] = torch.tensor([[3, 8], [9, 4]])
+    buffers.guessed[0, 0] = torch.tensor([[3, 8], [9, 4]])
+    buffers.table[1, 8:10] = torch.tensor([-2, -3], dtype=torch.int32)
     supply.hosted[0, :6] = torch.arange(6)
     supply.hosted[1, 6:] = torch.arange(6)
     spares = Spares(supply.own_spares.numpy()[:-1])
     spares.append(spare)
     supply.spares.copy_(supply.own_spares)
-    supply.limits[0] = spares.end
+    supply.limits[:] = spares.end
     return buffers, spares
 
 
@@ -221,7 +222,7 @@ def test_a_device_brings_what_a_layer_lacks(kernels: Any, guessed: int | None) -
         strict=True,
     ):
         assert torch.equal(a, b)
-    assert ours.ended[0].tolist() == [4 * STAMP, 4 * STAMP + (0 if guessed is None else WHOLE // 2)]
+    assert ours.ended[0].tolist() == [4 * STAMP, 4 * STAMP + (0 if guessed is None else WHOLE // 2), 4 * STAMP]
 
 
 @pytest.mark.parametrize("is_late", [True, False])
@@ -237,14 +238,48 @@ def test_a_device_brings_ahead_until_the_next_router_runs(kernels: Any, is_late:
         synchronize()
         made.append(supply)
     ours, theirs = made
-    assert theirs.ahead_ids[1].tolist() == [9, 8]  # every row's best first; 3 is in a slot, 4 not in host memory
+    assert theirs.ahead_ids[1].tolist() == [9, 8, -1]  # the likeliest first; 3 is in a slot, 4 not in host memory
     for a, b in ((ours.ahead_ids, theirs.ahead_ids), (ours.ahead_slots, theirs.ahead_slots), (ours.told, theirs.told)):
         assert torch.equal(a, b)
     assert torch.equal(ours.taken[:2], theirs.taken[:2])
     lying, source = ours.target.view(-1, WORDS).cpu(), ours.source.view(-1, WORDS).cpu()
-    assert (ours.progress[1] == (0 if is_late else 2)).all()
+    assert (ours.progress[1, :2] == (0 if is_late else 2)).all()
     for slot, host in ((8, 3), (6, 2)):
         assert torch.equal(lying[slot], source[host]) != is_late
+
+
+@pytest.mark.parametrize("is_still_likely", [True, False])
+def test_a_device_goes_on_with_what_it_began_for_the_layer_after_the_next(kernels: Any, is_still_likely: bool) -> None:
+    made = []
+    for each in (kernels, reference):
+        buffers, _ = supplied(spare=[8, 6, 3], layers=3)
+        supply = buffers.supply
+        assert supply is not None
+        buffers.control[0] = 6
+        supply.hosted[2, 4:6] = torch.tensor([1, 5])
+        buffers.guessed[0, 0] = 3  # which is in a slot
+        buffers.guessed[0, 1], buffers.guessed[1, 0] = 4, 4 if is_still_likely else 5
+        supply.routed[0] = 6 * 3 + 2  # there is no time for it
+        each.bring_ahead(buffers, 0)
+        each.join_all(buffers)
+        synchronize()
+        assert (supply.progress[2, 2] == 0).all()
+        supply.routed[0] = 6 * 3 + 1
+        supply.taken[2] = supply.taken[1]
+        each.bring_ahead(buffers, 1)
+        each.join_all(buffers)
+        synchronize()
+        made.append(supply)
+    ours, theirs = made
+    assert theirs.ahead_ids.tolist() == [[-1] * 3, [-1] * 3, [-1 if is_still_likely else 5, -1, 4]]
+    assert theirs.ahead_slots[2].tolist() == [-1 if is_still_likely else 6, -1, 8]
+    assert theirs.told.tolist() == [[6 * STAMP] * 2 + [6 * STAMP + 5], ours.told[1].tolist(), [0] * 3]
+    for a, b in ((ours.ahead_ids, theirs.ahead_ids), (ours.ahead_slots, theirs.ahead_slots), (ours.told, theirs.told)):
+        assert torch.equal(a, b)
+    assert torch.equal(ours.taken, theirs.taken)
+    assert (ours.progress[2, 2] == (2 if is_still_likely else 0)).all()
+    slot, host = (8, 1) if is_still_likely else (6, 5)
+    assert torch.equal(ours.target.view(-1, WORDS)[slot].cpu(), ours.source.view(-1, WORDS)[host].cpu())
 
 
 def test_guesses_leave_spares_behind_their_limit(kernels: Any) -> None:
@@ -254,5 +289,5 @@ def test_guesses_leave_spares_behind_their_limit(kernels: Any) -> None:
         buffers.supply.limits[0] = 1
         each.bring_ahead(buffers, 0)
         synchronize()
-        assert buffers.supply.ahead_ids[1].tolist() == [9, -1]
+        assert buffers.supply.ahead_ids[1].tolist() == [9, -1, -1]
         assert buffers.supply.taken[1] == 1
