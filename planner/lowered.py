@@ -5,7 +5,7 @@ solvers: whoever calls says how a problem is solved.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
@@ -15,7 +15,8 @@ from planner.errors import InfeasibleProblem, PlannerError
 from planner.inputs import Inputs
 from planner.lowering import WORTH, Assignment, Rated, choose_precisions
 from planner.precision import expected_rise, is_within, over_budget, rise_text
-from planner.problem import Problem
+from planner.problem import Bools, Problem
+from planner.solve import import_solvers
 from planner.solvers.base import SolveLimits
 from schemas.outcome import ExitCode
 from schemas.plan import Plan, PrecisionSummary
@@ -101,8 +102,10 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
     CannotChoose
         There is no budget, or no calibration that measured a precision.
     """
-    begun, budget = time.monotonic(), inputs.topology.quality.budget
-    ladders = _ladders(inputs, before)
+    ladders, budget = _ladders(inputs, before), inputs.topology.quality.budget
+    each_s = max(_SEARCH_SHARE / _expected(ladders), _LEAST_SHARE) * limits.time_s
+    import_solvers()
+    begun = time.monotonic()
     nodes = [node.id for node in inputs.topology.nodes]
     found: dict[Assignment, Solved] = {}
 
@@ -112,7 +115,8 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
     def rate(assignment: Assignment) -> Rated:
         there = with_precisions(assignment)
         try:
-            solved = solve(there.problem(), replace(limits, time_s=_LEAST_SHARE * limits.time_s, tail=0.0))
+            start = None if there.topology.trunk.mode == "move" else _start(found, assignment)
+            solved = solve(there.problem(), replace(limits, time_s=each_s, tail=0.0, start=start))
         except PlannerError:
             return Rated(inf, 0.0)
         found[assignment] = solved
@@ -134,6 +138,21 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
         rated=rated,
         latency_s={each: one.judgement.predicted_latency_s for each, one in found.items()},
     )
+
+
+def _expected(ladders: Sequence[Sequence[Precision]]) -> int:
+    """Return about how many assignments are tried: all alike, then each node a step up and down."""
+    return max(map(len, ladders)) + sum(2 for ladder in ladders if len(ladder) > 1)
+
+
+def _start(found: Mapping[Assignment, Solved], assignment: Assignment) -> Bools | None:
+    """Return the best placement that was found with no fewer bits at any node: it fits here, too."""
+    wider = [
+        solved
+        for other, solved in found.items()
+        if all(PRECISIONS.index(a) <= PRECISIONS.index(b) for a, b in zip(other, assignment, strict=True))
+    ]
+    return min(wider, key=_objective).placed if wider else None
 
 
 def _ladders(inputs: Inputs, before: Plan | None) -> list[tuple[Precision, ...]]:

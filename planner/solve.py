@@ -139,7 +139,7 @@ def _move(
         if watch is not None:
             watch(Standing(seconds, incumbent, bound))
 
-    _import_solvers()
+    import_solvers()
     tools = Tools(quick=quick, improve=improve, ask=ask, keep=keep, departure=departure)
     if solver != "auto" or not _suits_joint(problem, objective):
         return search_paths(problem, tools, objective=objective, limits=limits, report=told)
@@ -152,7 +152,7 @@ def _move(
     return found if not tiny else _or_exact(problem, found, limits, tools, in_process=in_process)
 
 
-def _import_solvers() -> None:
+def import_solvers() -> None:
     """Import what a search asks over and over, before its clock runs."""
     import planner.solvers.decomposition.solver
     import planner.solvers.latency.solver
