@@ -97,8 +97,7 @@ class Desk(NamedTuple):
         for copy in kept:
             shelf.use(copy)
         missing = [key for key in wanted if shelf.is_wanting(key)]
-        spare = sum(map(shelf.unused, shelf.cached_in)) + sum(copy.tier in shelf.cached_in for copy in shelf.evictable)
-        rooms = shelf.rooms(layer - 1, min(most, len(missing), spare))
+        rooms = shelf.rooms(layer - 1, min(most, len(missing)), spare=True)
         made = [shelf.occupy(key, *room) for key, room in zip(missing, rooms, strict=False)]
         for copy in made:
             copy.is_guess = True

@@ -244,14 +244,17 @@ class Shelf:
             self.choose(copy.key)
             self.settle(copy)
 
-    def rooms(self, layer: int, count: int) -> list[tuple[Tier, int]]:
-        """Take up to so many slots for cached copies, by eviction where none is free."""
+    def rooms(self, layer: int, count: int, *, spare: bool = False) -> list[tuple[Tier, int]]:
+        """Take up to so many slots for cached copies, by eviction where none is free: `spare` guesses for others."""
         rooms: list[tuple[Tier, int]] = []
         for tier in self.cached_in:
             rooms += self.take(tier, count - len(rooms))
-        if len(rooms) + sum(copy.tier in self.cached_in for copy in self.evictable) < count:
+        short = count - len(rooms)
+        victims = self.worst(layer, short, self.cached_in)
+        if len(victims) < short and not spare and not self.is_frozen:
             self.forget_guesses(*self.guesses)
-        for copy in self.worst(layer, count - len(rooms), self.cached_in):
+            victims = self.worst(layer, short, self.cached_in)
+        for copy in victims:
             self.evict(copy)
             rooms += self.take(copy.tier, 1)
         return rooms

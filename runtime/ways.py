@@ -80,13 +80,22 @@ class LocalWays:
         by_size = sorted(absent, key=lambda position: -tokens[position])
         if not self.processor.is_known and self._shelf.can_cache:
             return [each for each in by_size if self.in_host(absent[each]) is not None][-1:]  # one will do to find out
-        ways = [self.of(absent[position], tokens[position]) for position in by_size]
         busy = {"processor": self.launch_s * len(tokens)}
+        if self._is_link_first(absent, busy["processor"], tokens[by_size[-1]]):
+            self.processor.pass_over(tokens[by_size[-1]])
+            self._due.difference_update(absent.values())
+            return []
+        ways = [self.of(absent[position], tokens[position]) for position in by_size]
         chosen = [position for position, way in zip(by_size, choose(ways, busy), strict=True) if way]
         if len(ways[-1]) > 1 and by_size[-1] not in chosen:
             self.processor.pass_over(tokens[by_size[-1]])
         self._due.difference_update(absent.values())
         return chosen
+
+    def _is_link_first(self, absent: Mapping[int, CopyKey], busy_s: float, fewest: int) -> bool:
+        """Whether all is loaded before the processor would have computed the expert that takes it least."""
+        in_place_s = busy_s + (self.processor.seconds(fewest) or 0.0)
+        return self._shelf.can_cache and sum(self.load(key).seconds for key in absent.values()) <= in_place_s
 
     def observe_launch(self, seconds: float) -> None:
         """Note what the processor took to have an expert computed by the device. Modifies."""

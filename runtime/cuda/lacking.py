@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 
+_WITH_GUESS: Final = 3  # parts of what is told
+
 
 class Told(NamedTuple):
     """What the host has read of a layer.
@@ -41,14 +43,14 @@ class Told(NamedTuple):
         [T, K] int64 and float32, best first.
     sizes
         [E] int64: rows of each expert.
-    likely
-        What the next layer will probably ask for, the likeliest first.
+    guess
+        [T, K] int32: what the router of the next layer makes of the same; None where that is not wanted.
     """
 
-    experts: Ints
+    experts: NDArray[np.int32]
     weights: NDArray[np.float32]
     sizes: Ints
-    likely: list[int]
+    guess: NDArray[np.int32] | None
 
 
 class Rows(NamedTuple):
@@ -114,21 +116,13 @@ class LackingExperts:
         order = self._ops.arrange(choice.experts, ends)
         active = choice.normed.new_empty((len(order), self._lanes.ffn))
         answers = choice.normed.new_empty((len(order), self._lanes.hidden))
-        self._keep_books()
-        told, began = self._understood(number, read()), perf_counter()
+        words, began = read(), perf_counter()
+        sizes = np.bincount(words[0].ravel(), minlength=self._experts)
+        told = Told(words[0], words[1].view(np.float32), sizes, words[2] if len(words) == _WITH_GUESS else None)
         self._compute(number, told, choice.normed, Rows(order, ends, active, answers))
         combined: torch.Tensor = self._ops.combine(answers, choice.weights)
         self._books = partial(self._count, number, told, began, perf_counter())
         return combined
-
-    def _understood(self, number: int, words: NDArray[np.int32]) -> Told:
-        """Return what a layer's words, [2 or 3, T, K], say."""
-        experts, likely = words[0].astype(np.int64), list[int]()
-        if len(words) > 2:
-            guess = np.bincount(words[2].ravel(), minlength=self._experts)
-            likely = self._crowds.expect(number + 1, len(experts), guess)
-        sizes = np.bincount(experts.ravel(), minlength=self._experts)
-        return Told(experts, words[1].view(np.float32), sizes, likely)
 
     def _keep_books(self) -> None:
         """Learn and count what the layer before did. Modifies."""
@@ -138,14 +132,12 @@ class LackingExperts:
 
     def _compute(self, number: int, told: Told, normed: torch.Tensor, rows: Rows) -> None:
         """Have a layer's experts computed, whenever they come."""
-        sizes, experts, ahead = told.sizes, np.flatnonzero(told.sizes), None
-        if told.likely:
-            most = most_ahead(self._residency.slack.load_s)
-            ahead = Ahead(number + 1, lambda: told.likely, most, is_judged=True)
-        tiers = self._dispatcher.counts.tier_rows
+        sizes, experts = told.sizes, np.flatnonzero(told.sizes)
+        tiers, ahead = self._dispatcher.counts.tier_rows, self._ahead(number + 1, told)
         waves = self._residency.waves(number, experts.tolist(), sizes=sizes[experts].tolist(), ahead=ahead)
         with closing(waves):
             for wave in waves:
+                self._keep_books()  # the link has been told what to load
                 for position, copy in wave.copies:
                     tier = copy.found if wave.is_new else copy.tier
                     tiers[tier] = tiers.get(tier, 0) + int(sizes[experts[position]])
@@ -157,6 +149,17 @@ class LackingExperts:
                 there = sent(slots, normed.device)
                 self._ops.gate_up(normed, rows.order, rows.ends, there, self._lanes, rows.active)
                 self._ops.down(rows.active, rows.order, rows.ends, there, self._lanes, rows.answers)
+
+    def _ahead(self, number: int, told: Told) -> Ahead | None:
+        """Return what the next layer will probably ask for: worked out when this layer's own loads are begun."""
+        if told.guess is None:
+            return None
+        guess, tokens = told.guess, len(told.experts)
+
+        def likely() -> list[int]:
+            return self._crowds.expect(number, tokens, np.bincount(guess.ravel(), minlength=self._experts))
+
+        return Ahead(number, likely, most_ahead(self._residency.slack.load_s), is_judged=True)
 
     def _compute_in_place(
         self, told: Told, experts: Ints, copies: Sequence[tuple[int, Copy]], normed: torch.Tensor, answers: torch.Tensor
@@ -170,7 +173,7 @@ class LackingExperts:
 
     def _count(self, number: int, told: Told, began: float, ended: float) -> None:
         counts = self._dispatcher.counts
-        self._residency.observe_ranked(number, told.experts, told.weights)
+        self._residency.observe_ranked(number, told.experts.astype(np.int64), told.weights)
         self._crowds.learn(number, len(told.experts), told.sizes)
         rows = counts.count_sizes(number, told.sizes, tokens=len(told.experts))
         counts.local_calls += 1

@@ -22,45 +22,47 @@ _NOBODY: Final = 1 << 30
 @triton.jit
 def _turn(
     qkv, cos, sin, q_norm, k_norm, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_head = (heads < Q_HEADS + KV_HEADS)[:, None]
     size: tl.constexpr = 2 * HALF
     cols = tl.arange(0, HALF)
-    place = qkv + row * (Q_HEADS + 2 * KV_HEADS) * size + head * size
-    first = tl.load(place + cols)
-    second = tl.load(place + HALF + cols)
+    place = qkv + row * (Q_HEADS + 2 * KV_HEADS) * size + heads[:, None] * size + cols[None, :]
+    first = tl.load(place, mask=is_head, other=0.0)
+    second = tl.load(place + HALF, mask=is_head, other=0.0)
     dtype = first.dtype
     if HAS_NORM:
         a = first.to(tl.float32)
         b = second.to(tl.float32)
-        scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / size + eps)
-        norm = k_norm
-        if head < Q_HEADS:
-            norm = q_norm
-        first = ((a * scale).to(dtype).to(tl.float32) * tl.load(norm + cols).to(tl.float32)).to(dtype)
-        second = ((b * scale).to(dtype).to(tl.float32) * tl.load(norm + HALF + cols).to(tl.float32)).to(dtype)
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / size + eps)[:, None]
+        is_query = (heads < Q_HEADS)[:, None]
+        norm = tl.where(is_query, tl.load(q_norm + cols)[None, :], tl.load(k_norm + cols)[None, :]).to(tl.float32)
+        first = ((a * scale).to(dtype).to(tl.float32) * norm).to(dtype)
+        norm = tl.where(is_query, tl.load(q_norm + HALF + cols)[None, :], tl.load(k_norm + HALF + cols)[None, :])
+        second = ((b * scale).to(dtype).to(tl.float32) * norm.to(tl.float32)).to(dtype)
     a = first.to(tl.float32)
     b = second.to(tl.float32)
-    angle = row * size
-    cos_a = tl.load(cos + angle + cols).to(tl.float32)
-    cos_b = tl.load(cos + angle + HALF + cols).to(tl.float32)
-    sin_a = tl.load(sin + angle + cols).to(tl.float32)
-    sin_b = tl.load(sin + angle + HALF + cols).to(tl.float32)
-    tl.store(place + cols, ((a * cos_a).to(dtype).to(tl.float32) + (-b * sin_a).to(dtype).to(tl.float32)).to(dtype))
-    tl.store(
-        place + HALF + cols, ((b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)).to(dtype)
-    )
+    angle = row * size + cols
+    cos_a = tl.load(cos + angle).to(tl.float32)[None, :]
+    cos_b = tl.load(cos + angle + HALF).to(tl.float32)[None, :]
+    sin_a = tl.load(sin + angle).to(tl.float32)[None, :]
+    sin_b = tl.load(sin + angle + HALF).to(tl.float32)[None, :]
+    first = ((a * cos_a).to(dtype).to(tl.float32) + (-b * sin_a).to(dtype).to(tl.float32)).to(dtype)
+    second = ((b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)).to(dtype)
+    tl.store(place, first, mask=is_head)
+    tl.store(place + HALF, second, mask=is_head)
 
 
 def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads) -> torch.Tensor:
     """Norm and rotate queries and keys, [T, H + 2 G, d] in place; returns it."""
     has_norm = norms is not None
     q_norm, k_norm, eps = norms if has_norm else (qkv, qkv, 0.0)
-    _turn[(len(qkv), heads.queries + heads.kv)](
+    block = min(16, triton.next_power_of_2(heads.queries + heads.kv))
+    _turn[(len(qkv), triton.cdiv(heads.queries + heads.kv, block))](
         qkv, cos, sin, q_norm, k_norm, eps, Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2,
-        HAS_NORM=has_norm, num_warps=1,
+        BLOCK=block, HAS_NORM=has_norm, num_warps=4,
     )  # fmt: skip
     return qkv.view(len(qkv), -1, heads.size)
 

@@ -37,14 +37,15 @@ from tests.bench.cuda_models import (
     spoil_guesses,
     write_hollow,
 )
-from tests.bench.cuda_split import prompts_of_model, prompts_of_segment, split_of
+from tests.bench.cuda_split import drawn_prompts, prompts_of_model, prompts_of_segment, split_of
 from tests.families import FAMILIES, make_checkpoint
 
 TRACE = Path("../shared/data/traces/qwen.route.csv")
 WRONG_GUESSES = (0.15, 0.22)  # RUNTIME.md: of real routers one layer ahead, 81 to 89 % come true; two ahead, fewer
 STAGES = ("families", "resident", "capped", "large", "prompts")
 _PROFILED = 32
-_LONG_PROMPT = 512
+_PROMPTS = (512, 2048)
+_TURNS = 9
 _PROMPT = [5, 17, 99, 3, 42, 7, 12, 80]
 
 
