@@ -2,8 +2,8 @@
 
 Stages: ``families`` (the same greedy tokens as transformers with all experts on the device), ``resident`` (a token when
 every expert has a slot, against transformers), ``capped`` (a quarter of the experts has slots, routing of a recorded
-trace), ``large`` (experts of 352 MB, bound by the link), ``prompts`` (of 512 tokens, with all experts on the device and
-with a quarter). Figures are of one run on the machine that is named first.
+trace), ``large`` (experts of 352 MB, bound by the link), ``prompts`` (of 512 and 2048 tokens, with all experts on the
+device and with a quarter). Figures are of one run on the machine that is named first.
 """
 
 import gc
@@ -372,32 +372,42 @@ def substitution(shape: Shape) -> Importance:
     return Importance(MassBudget((0.2,) * shape.layers), Controller(allowance), is_whole=False)
 
 
-def prompts(shape: Shape, device: str) -> dict[str, Any]:
-    """Time prompts, against transformers, when every expert is on the device and when a quarter has slots."""
-    found: dict[str, Any] = {}
-    ids = torch.randint(0, 1000, (_LONG_PROMPT,), generator=torch.Generator().manual_seed(1)).to(device)
+def prompts(shape: Shape, device: str) -> dict[int, dict[str, float]]:
+    """Time prompts, each another one, when every expert is on the device and when a quarter has slots."""
+    found: dict[int, dict[str, float]] = {tokens: {} for tokens in _PROMPTS}
+    drawn = {tokens: drawn_prompts(tokens, 3 + _TURNS, device) for tokens in _PROMPTS}
     with cleared():
         model = whole_model(shape, device)
         for name in ("grouped_mm", "eager"):
             model.set_experts_implementation(name)
-            found[f"transformers {name}"] = prompts_of_model(model, ids, 8)
+            for tokens, each in drawn.items():
+                prompts_of_model(model, each[:2])
+                found[tokens][f"transformers {name}"] = prompts_of_model(model, each[3:])
         del model
     with tempfile.TemporaryDirectory() as directory:
         path = write_hollow(shape, Path(directory), shape.top_k)
         for share in (1.0, 0.25):
             with cleared():
                 segment = open_shape(path, device, forced=None, share=share)
-                if share == 1:
-                    fill_slots(segment)
-                before, turns = sum(segment.residency.counts.load_bytes), 5
-                took = prompts_of_segment(segment, ids, turns)
-                found[f"ours, {share:.0%} of the experts in slots"] = took
-                if share < 1:
-                    num_bytes = (sum(segment.residency.counts.load_bytes) - before) / (turns + 2)
-                    found["bytes over the link alone"] = 1e3 * num_bytes / link_rate(segment)
+                fill_slots(segment)  # and host memory, where it is a quarter
+                for tokens, each in drawn.items():
+                    _time_prompts(segment, share, each, found[tokens])
                 del segment
-    _print_ms(found, "transformers grouped_mm", "a prompt")
+    for tokens, figures in found.items():
+        click.echo(f"  {tokens} tokens")
+        _print_ms(figures, "transformers grouped_mm", "a prompt")
     return found
+
+
+def _time_prompts(segment: Segment, share: float, drawn: list[torch.Tensor], found: dict[str, float]) -> None:
+    """Time all prompts but the first three; adds to `found`."""
+    prompts_of_segment(segment, drawn[:3])
+    counts = segment.residency.counts
+    before = sum(counts.load_bytes)
+    found[f"ours, {share:.0%} of the experts in slots"] = prompts_of_segment(segment, drawn[3:])
+    if share < 1:
+        num_bytes = (sum(counts.load_bytes) - before) / (len(drawn) - 3)
+        found["  its bytes over the link alone"] = 1e3 * num_bytes / link_rate(segment)
 
 
 def _print_ms(found: dict[str, float], against: str, of_what: str = "a token") -> None:
