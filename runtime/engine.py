@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 from uuid import uuid4
@@ -224,6 +225,52 @@ class Segment:
         finally:
             self.board.end(dispatcher.routing)
 
+    def go_on(self, session_id: str, token: int, most: int) -> list[int]:
+        """Run the next token of a session, and behind it the best one each time. Modifies the session.
+
+        A CUDA device takes its own choice without anybody having read it; steps are as `step`'s, combined as partial
+        sums, but that the host needs no time between them.
+
+        Parameters
+        ----------
+        most
+            Tokens to run at most; there are fewer where they take long.
+
+        Returns
+        -------
+        list of int
+            The best token behind each that was run; none, and nothing is run, where `step` must run them one by one.
+
+        Raises
+        ------
+        UnknownSession, ContextFull
+        ExpertUnavailable
+            The session cannot go on: close it.
+        """
+        session, mine = self._session(session_id), Passage()
+        dispatcher, captured = self._begin(None, "partial"), self.captured
+        try:
+            is_whole = self.trunk.has_embedding and self.trunk.has_head and self.importance is None
+            if captured is None or not is_whole or not captured.can_run(dispatcher, [session.cache]):
+                return []
+            count = captured.at_once(most)
+            with self._lock:
+                session.require(count)
+                between = session.begin(count, mine, nullcontext)
+            has_failed = True
+            try:
+                between.before.await_end(nullcontext)
+                inputs = torch.tensor([token], dtype=torch.int64, device=self.trunk.device)
+                run = partial(captured.run_on, dispatcher, inputs, session.cache, between.start, count)
+                best: list[int] = self._forward(dispatcher, lambda: run()[None], "best")[0].tolist()
+                session.seen += count
+                has_failed = False
+                return best
+            finally:
+                mine.end(failed=has_failed)
+        finally:
+            self.board.end(dispatcher.routing)
+
     def step_batch(
         self, session_ids: Sequence[str], inputs: torch.Tensor, *, caller: ExpertCaller | None = None
     ) -> torch.Tensor:
@@ -314,16 +361,25 @@ class Segment:
         return self.importance.run(self._taps, forward, tokens=len(sessions), can_sample=self.trunk.has_head)
 
     def _forward(
-        self, dispatcher: Dispatcher, layers: Callable[[], torch.Tensor], keep: Keep, *, is_counted: bool = True
+        self,
+        dispatcher: Dispatcher,
+        layers: Callable[[], torch.Tensor],
+        keep: Keep | Literal["best"],
+        *,
+        is_counted: bool = True,
     ) -> torch.Tensor:
-        """Run `layers`, which returns [B, T, D], and the head where the range has it; count the step."""
+        """Run `layers`, which returns [B, T, D], and the head where the range has it; count the step.
+
+        With ``best`` it returns the tokens [1, T] that came behind T, each of which was a step.
+        """
         began, counts = perf_counter(), dispatcher.counts
         active = self.trunk.dispatch.set(dispatcher.run)
         try:
             with torch.inference_mode():
                 hidden = layers()
-                counts.tokens, counts.steps = hidden.shape[0] * hidden.shape[1], 1
-                if self.trunk.has_head:
+                counts.tokens = hidden.shape[0] * hidden.shape[1]
+                counts.steps = counts.tokens if keep == "best" else 1
+                if self.trunk.has_head and keep != "best":
                     hidden = self._head(hidden, keep, dispatcher.logits)
         finally:
             self.trunk.dispatch.reset(active)
@@ -383,7 +439,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_tokens` tokens that follow a prompt, in a session of their own.
 
-    The model's stop token is yielded too and ends it. Closing the iterator frees the session.
+    The model's stop token is yielded too and ends it. Closing the iterator frees the session. Where a device goes on by
+    itself tokens come some at once, and some may have been run behind a stop token.
 
     Parameters
     ----------
@@ -408,13 +465,20 @@ def generate(
         chunks = [ids[chunk] for chunk in prefill_chunks(len(prompt_ids), chunk_of(ids.device))]
         for chunk in chunks[:-1]:
             segment.step(session_id, chunk, caller=caller, combine=combine, keep="none")
-        inputs = chunks[-1]
-        for position in range(len(prompt_ids), len(prompt_ids) + max_tokens):
-            logits = segment.step(session_id, inputs, caller=caller, combine=combine)
-            token = sample(logits[-1], sampling, position)
-            yield token
-            if token in stops:
-                return
-            inputs = torch.tensor([token], dtype=torch.int64, device=segment.trunk.device)
+        inputs, position, tokens = chunks[-1], len(prompt_ids), list[int]()
+        goes_on = sampling.temperature == 0 and combine == "partial" and caller is None
+        last = position + max_tokens
+        while position < last:
+            most = min(last - position, 2 * len(tokens))  # the first ones soon
+            tokens = segment.go_on(session_id, tokens[-1], most) if goes_on and tokens else []
+            if not tokens:
+                logits = segment.step(session_id, inputs, caller=caller, combine=combine)
+                tokens = [sample(logits[-1], sampling, position)]
+            for token in tokens:
+                yield token
+                if token in stops:
+                    return
+            position += len(tokens)
+            inputs = torch.tensor(tokens[-1:], dtype=torch.int64, device=segment.trunk.device)
     finally:
         segment.close(session_id)

@@ -11,8 +11,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,6 +23,7 @@ from runtime.cuda import reference
 from runtime.cuda.bringing import Bringer
 from runtime.cuda.buffers import make_buffers
 from runtime.cuda.fetched import DeviceStep
+from runtime.cuda.following import Beside
 from runtime.cuda.layers import Answer, Step, StepParts, lanes_of, step_parts
 from runtime.cuda.runners import Eager, Graphs, Runner, Serve, States, Words
 from runtime.cuda.supply import Service, Spares, Supply, make_supply
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 LARGE_BYTES: Final = 32 << 20
 """Larger records are brought by the host: a device's copy engine takes 7 % less time for one than its kernels (54.6 and
 50.7 GB/s on an H200), which is more than the 60 us that the host takes to begin from some 46 MB on."""
+MOST_AT_ONCE: Final = 16
+"""Tokens that are run one behind the other while nobody else may run any; and so many may come behind a stop token."""
+_PATIENCE_S: Final = 0.05
 MOST_ROWS: Final = 8  # more tokens at once are better computed as products of matrices
 
 
@@ -112,15 +117,7 @@ class CapturedDecode:
         self._states[cache] = States(tensors, addresses, tensors[0][0].stride(0))
         return True
 
-    def run(
-        self,
-        dispatcher: Dispatcher,
-        inputs: torch.Tensor,
-        caches: Sequence[Any],
-        seen: Sequence[int],
-        *,
-        wants_logits: bool = True,
-    ) -> Answer:
+    def run(self, dispatcher: Dispatcher, inputs: torch.Tensor, caches: Sequence[Any], seen: Sequence[int]) -> Answer:
         """Run a step that `can_run`; modifies the caches.
 
         Parameters
@@ -129,14 +126,11 @@ class CapturedDecode:
             Token ids [B] where the range begins with them, else hidden states [B, D].
         seen
             Tokens in each cache.
-        wants_logits
-            Rather than the best token of each.
 
         Returns
         -------
         Answer
-            Hidden states [B, D], normalised where the range ends at the last layer, and logits [B, V] or best tokens
-            [B] then.
+            Hidden states [B, D], normalised where the range ends at the last layer, and logits [B, V] then.
 
         Raises
         ------
@@ -145,24 +139,92 @@ class CapturedDecode:
         ExpertUnavailable, ExpertLost
             As `Residency.lend`.
         """
-        with self._lock:
-            self._stamp += 1
-            runner = self._runner(len(caches))
-            runner.step.inputs.copy_(inputs)
+        with self._lock, self._alone():
+            step = self._launch(dispatcher, inputs, caches, seen)
+            answer = step.follow()
+            step.finish()
+            return answer
+
+    def at_once(self, most: int) -> int:
+        """Return how many tokens `run_on` may run, so that whoever waits for the lock does not wait for long."""
+        return max(1, min(most, MOST_AT_ONCE, int(_PATIENCE_S / max(self._last[0], 1e-6))))
+
+    def run_on(self, dispatcher: Dispatcher, inputs: torch.Tensor, cache: Any, seen: int, count: int) -> torch.Tensor:
+        """Run a token [1] of a session whose steps `can_run`, and behind it the best one each time, `count` in all.
+
+        Each step is launched as soon as the last layer of the one before has chosen. Modifies the cache; raises as
+        `run` does.
+
+        Returns
+        -------
+        torch.Tensor
+            The best token behind each, [count] int64.
+        """
+        best: list[torch.Tensor] = []
+        with self._lock, self._alone():
+            step = self._launch(dispatcher, inputs, [cache], [seen], wants_logits=False)
+            for number in range(1, count + 1):
+                before = step
+                best.append(step.follow().tokens())
+                if number < count:
+                    step = self._launch(dispatcher, best[-1], [cache], [seen + number], wants_logits=False)
+                try:
+                    before.finish()
+                except BaseException:
+                    step.abandon()
+                    raise
+        return torch.cat(best)
+
+    def _launch(
+        self,
+        dispatcher: Dispatcher,
+        inputs: torch.Tensor,
+        caches: Sequence[Any],
+        seen: Sequence[int],
+        *,
+        wants_logits: bool = True,
+    ) -> "_Launched":
+        """Launch a step, which is to be followed. Modifies."""
+        self._stamp += 1
+        runner = self._runner(len(caches))
+        runner.step.inputs.copy_(inputs)
+        service = self._service(dispatcher, runner)
+        self.services[service] += 1
+        host = self._following(service, runner, dispatcher, caches)
+        with self.inside.changed:
+            self.inside.shelf.freeze(host=service == "device")
+        try:
             states = [self._states[cache] for cache in caches]
-            words = Words(self._stamp, seen, states, wants_logits=wants_logits)
-            service = self._service(dispatcher, runner)
-            self.services[service] += 1
-            tally = Tally(self.residency, dispatcher, self.first_layer, caches)
-            with self._alone(host=service == "device"):
-                if service == "device":
-                    return self._run_fetched(runner, words, dispatcher, tally)
-                return self._run_waited(runner, words, dispatcher, tally, service)
+            words = Words(self._stamp, seen, states, host.begin(), wants_logits)
+            began = perf_counter()
+            runner.launch(words, self._news(runner), service=service)
+        except BaseException:
+            host.close()
+            raise
+        return _Launched(runner, host, self._noting(host.serve, dispatcher), partial(self._note, runner, words, began))
+
+    def _following(
+        self, service: Service, runner: Runner, dispatcher: Dispatcher, caches: Sequence[Any]
+    ) -> HostStep | DeviceStep:
+        """Return what the host does beside a step."""
+        caching, pending = self.residency.caching, self._pending
+        looks_ahead = caching is not None and caching.prefetch
+        if service != "device":
+            looks_ahead = looks_ahead and service == "host" and self.inside.shelf.slack.pays
+        tally = Tally(self.residency, dispatcher, self.first_layer, caches)
+        beside = Beside(
+            self._bringer, self.table, runner, dispatcher, tally, self._stamp, self.first_layer, looks_ahead, pending
+        )
+        if service != "device":
+            return HostStep(beside, self._router)
+        if looks_ahead:
+            pending.append(self._weigh)
+        return DeviceStep(beside, self.hosted, self._spares[len(caches)])
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
         """Let no step run and nobody give slots up meanwhile; yields whether every expert has a slot."""
-        with self._lock, self._alone(host=False):
+        with self._lock, self._alone():
             yield self.table.is_whole
 
     def _service(self, dispatcher: Dispatcher, runner: Runner) -> Service:
@@ -175,43 +237,6 @@ class CapturedDecode:
         room = self.inside.host_pool.slots - self.inside.shelf.bound("host")
         _, rows, top_k = runner.buffers.slots.shape
         return "device" if fits(room, rows, top_k, self.parts.router.experts) else "host"
-
-    def _run_waited(
-        self, runner: Runner, words: Words, dispatcher: Dispatcher, tally: Tally, service: Service
-    ) -> Answer:
-        caching = self.residency.caching
-        is_ahead = caching is not None and caching.prefetch and service == "host" and self.inside.shelf.slack.pays
-        step = HostStep(
-            self._bringer, self.table, runner, dispatcher, tally, stamp=words.stamp, first_layer=self.first_layer,
-            looks_ahead=is_ahead, router=self._router, pending=self._pending,
-        )  # fmt: skip
-        began = perf_counter()
-        serve = self._noting(step.serve, dispatcher)
-        answer = runner.run(words, self._news(runner), service=service, serve=serve)
-        self._ended(runner, words, perf_counter() - began, step.loads)
-        step.finish()
-        return answer
-
-    def _run_fetched(self, runner: Runner, words: Words, dispatcher: Dispatcher, tally: Tally) -> Answer:
-        caching, spares = self.residency.caching, self._spares[len(words.seen)]
-        looks_ahead = caching is not None and caching.prefetch
-        step = DeviceStep(
-            self._bringer, self.table, self.hosted, runner, spares, dispatcher=dispatcher, tally=tally,
-            stamp=words.stamp, first_layer=self.first_layer, looks_ahead=looks_ahead, pending=self._pending,
-        )  # fmt: skip
-        if looks_ahead:
-            self._pending.append(self._weigh)
-        try:
-            step.begin()
-            words = words._replace(spare=spares.position)
-            began = perf_counter()
-            serve = self._noting(step.serve, dispatcher)
-            answer = runner.run(words, self._news(runner), service="device", serve=serve)
-            self._ended(runner, words, perf_counter() - began, step.loads)
-            step.finish()
-        finally:
-            step.close()
-        return answer
 
     def _weigh(self) -> None:
         """Let guesses be begun in the order in which the eviction policy would keep them."""
@@ -228,11 +253,11 @@ class CapturedDecode:
         return self.parts.trunk.model.model.layers[index].mlp.gate
 
     @contextmanager
-    def _alone(self, *, host: bool) -> Iterator[None]:
-        """Let nobody else give slots up, of host memory neither where the device reads there."""
+    def _alone(self) -> Iterator[None]:
+        """Let nobody else give slots up."""
         shelf, changed = self.inside.shelf, self.inside.changed
         with changed:
-            shelf.freeze(host=host)
+            shelf.freeze()
         try:
             yield
         finally:
@@ -267,9 +292,9 @@ class CapturedDecode:
         self._spares[rows] = Spares(supply.own_spares.numpy()[:-1])
         return supply
 
-    def _ended(self, runner: Runner, words: Words, seconds: float, loads: int) -> None:
+    def _note(self, runner: Runner, words: Words, began: float, loads: int) -> None:
         """Note a step that the host has followed to its last layer. Modifies."""
-        self._last, self._unread = (seconds, loads), (runner, words.stamp)
+        self._last, self._unread = (perf_counter() - began, loads), (runner, words.stamp)
 
     def _noting(self, serve: Serve, dispatcher: Dispatcher) -> Serve:
         """Let waits of the step before be counted when the first layer of this one has chosen."""
@@ -301,3 +326,31 @@ class CapturedDecode:
             if step_s > total_s:
                 slack.observe_layer(step_s / len(waited), total_s / len(waited))
         waited_ns.fill(0)
+
+
+class _Launched(NamedTuple):
+    """A step that was launched, and what the host does beside it; `note` takes the loads that it waited for."""
+
+    runner: Runner
+    host: HostStep | DeviceStep
+    serve: Serve
+    note: Callable[[int], None]
+
+    def follow(self) -> Answer:
+        """Follow it until its last layer has chosen; the books are as the next step needs them then. Modifies."""
+        try:
+            answer = self.runner.follow(self.serve)
+            self.note(self.host.loads)
+            self.host.settle()
+        finally:
+            self.host.close()
+        return answer
+
+    def finish(self) -> None:
+        """Count what has not been counted yet. Modifies."""
+        self.host.finish()
+
+    def abandon(self) -> None:
+        """Let it come to its end, whatever it lacks. Modifies."""
+        self.runner.abandon()
+        self.host.close()

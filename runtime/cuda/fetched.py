@@ -5,21 +5,18 @@ spares run out, or a record is not in host memory yet: the device waits in that 
 launched → layer by layer, what was chosen, begun ahead and ended is read → copies given out. Axes: B tokens, K top-k.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Final, NamedTuple
 
 from runtime.copies import Copy
-from runtime.cuda.bringing import Bringer
 from runtime.cuda.buffers import Chosen
-from runtime.cuda.runners import Runner, supply_of
+from runtime.cuda.following import Beside, Following
+from runtime.cuda.runners import supply_of
 from runtime.cuda.supply import NEAR, Spares
-from runtime.cuda.table import HostTable, SlotTable, lacking
-from runtime.cuda.tally import Tally
-from runtime.dispatch import Dispatcher
+from runtime.cuda.table import HostTable, lacking
 from runtime.errors import ExpertUnavailable
 from schemas.topology import Tier
 
@@ -57,66 +54,35 @@ class _Layer:
     guesses: dict[int, _Guess] = field(default_factory=dict)
 
 
-class DeviceStep:
+class DeviceStep(Following):
     """What the host does while one step runs.
 
     Parameters
     ----------
     spares
         Empty; modified.
-    pending
-        Bookkeeping of steps before that can wait; modified.
-
-    Attributes
-    ----------
-    loads
-        That layers waited for.
     """
 
-    def __init__(
-        self,
-        bringer: Bringer,
-        table: SlotTable,
-        hosted: HostTable,
-        runner: Runner,
-        spares: Spares,
-        *,
-        dispatcher: Dispatcher,
-        tally: Tally,
-        stamp: int,
-        first_layer: int,
-        looks_ahead: bool,
-        pending: deque[Callable[[], None]],
-    ) -> None:
-        self._bringer = bringer
-        self._table = table
+    def __init__(self, beside: Beside, hosted: HostTable, spares: Spares) -> None:
+        super().__init__(beside)
         self._hosted = hosted
-        self._runner = runner
-        supply = supply_of(runner.buffers)
+        supply = supply_of(beside.runner.buffers)
         self._own_hosted, self._own_spares = supply.own_hosted.numpy(), supply.own_spares.numpy()
         self._offered = -1, -1
-        self._gates = runner.buffers.mail.weights.numpy()
+        self._gates = beside.runner.buffers.mail.weights.numpy()
         self._spares = spares
-        self._dispatcher = dispatcher
-        self._tally = tally
-        self._stamp = stamp
-        self._first = first_layer
-        self._looks_ahead = looks_ahead
-        self._pending = pending
-        self._layers, rows, top_k = runner.buffers.slots.shape
-        self._most = rows * top_k
-        self._level = spare_slots(bringer.inside.pool.slots, self._most)
+        self._most = self._rows * self._top_k
+        self._level = spare_slots(self._bringer.inside.pool.slots, self._most)
         self._open: _Layer | None = None
         self._far: dict[int, _Guess] = {}  # begun for the layer after the next to choose
-        self._counting: deque[Callable[[], object]] = deque()
-        self.loads = 0
 
-    def begin(self) -> None:
+    def begin(self) -> int:
         """Let the device have spares, and know what is in host memory. Modifies."""
         with self._bringer.inside.changed:
             self._spares.append(self._bringer.rooms.take(self._first + self._layers - 1, self._level))
         self._tell_hosted()
         self._offer()
+        return self._spares.position
 
     def serve(self, index: int) -> None:
         """Follow what the device does in a layer that has chosen, and help where it needs that."""
@@ -144,11 +110,13 @@ class DeviceStep:
                 (near if place < NEAR else far)[expert] = _Guess(self._spares.take(1)[0], place)
         return near, far
 
-    def finish(self) -> None:
-        """Follow the end of a step; the device may still run what comes behind its last experts. Modifies."""
+    def settle(self) -> None:
+        """Note what came of the last layer. Modifies."""
         self._settle()
-        while self._counting:
-            self._counting.popleft()()
+
+    def finish(self) -> None:
+        """Count what has not been counted yet. Modifies."""
+        super().finish()
         while len(self._pending) > 4 * self._layers:  # else there is time for it in the next step
             self._pending.popleft()()
 
@@ -181,12 +149,7 @@ class DeviceStep:
             self._bring_to_host(number, absent)
             self._tell_hosted()
         layer.brought = dict(zip(fresh, self._spares.take(len(fresh)), strict=True))
-        self.loads += len(absent)
-        if self._dispatcher.timeline is not None:
-            took = len(absent) * self._bringer.residency.slack.load_s
-            num_bytes = len(absent) * self._bringer.residency.layout.bytes
-            about = f"layer {number}: {len(absent)} experts"
-            self._dispatcher.timeline.add("loads", about, began, began + took, bytes=num_bytes)
+        self._note_loads(number, len(absent), began)
 
     def _make_room(self, number: int, chosen: Chosen, count: int) -> None:
         """Let the device, which waits, have more spares: slots of any layer. Modifies."""

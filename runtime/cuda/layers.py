@@ -15,6 +15,7 @@ from torch.nn import functional
 from runtime.cuda.buffers import LOOK_AHEAD, Buffers
 from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
 from runtime.cuda.supply import Service
+from runtime.errors import RuntimeFault
 from runtime.loading import Trunk
 from runtime.pool import SlotPool
 from runtime.skeleton import RoutedExperts
@@ -151,6 +152,12 @@ class Answer(NamedTuple):
     hidden: torch.Tensor
     logits: torch.Tensor | None = None
     best: torch.Tensor | None = None
+
+    def tokens(self) -> torch.Tensor:
+        """Return the best tokens."""
+        if self.best is None:
+            raise RuntimeFault("layers without the model's head choose no tokens")
+        return self.best
 
     def own(self, *, wants_logits: bool) -> "Answer":
         """Return it in memory of its own, as far as somebody may ask for it."""

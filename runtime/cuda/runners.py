@@ -8,6 +8,7 @@ is missing, or why.
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -76,8 +77,8 @@ class Runner(Protocol):
     buffers: Buffers
     step: Step
 
-    def run(self, words: Words, news: NDArray[np.int32] | None, *, service: Service, serve: Serve) -> Answer:
-        """Run a step; what it launches comes behind what was launched before. Modifies the sessions' states.
+    def launch(self, words: Words, news: NDArray[np.int32] | None, *, service: Service) -> None:
+        """Launch a step, behind what was launched before; it is to be followed. Modifies the sessions' states.
 
         Parameters
         ----------
@@ -85,6 +86,14 @@ class Runner(Protocol):
             Of `Buffers`, where the slot table has changed.
         service
             Who brings what layers lack.
+        """
+        ...
+
+    def follow(self, serve: Serve) -> Answer:
+        """Follow the step that was launched until its last layer has chosen.
+
+        Parameters
+        ----------
         serve
             Called with each layer when it is about to choose; it asks for what is `chosen` and may `release` it.
 
@@ -93,6 +102,10 @@ class Runner(Protocol):
         Answer
             In memory of its own.
         """
+        ...
+
+    def abandon(self) -> None:
+        """Let the step that was launched come to its end without the experts that it lacks."""
         ...
 
     def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
@@ -149,6 +162,7 @@ class Graphs:
         self._controls, self._messages = self._begins[:, :controls].numpy(), self._news.numpy()
         self._tables = self._begins[:, controls:].view(torch.int32).numpy()
         self._is_told = False
+        self._launched: tuple[Answer, Service]
         self._written: list[list[int]] = [[], []]
         self._next = 0
         self._seen: Ints = buffers.mail.ids.numpy()
@@ -158,15 +172,17 @@ class Graphs:
         self._told: Ints = nothing if supply is None else supply.told.numpy()
         self._ended: Ints = nothing if supply is None else supply.ended.numpy()
 
-    def run(self, words: Words, news: NDArray[np.int32] | None, *, service: Service, serve: Serve) -> Answer:
-        """Run a step."""
-        device = self.buffers.control.device
-        if torch.cuda.current_device() == device.index:
-            return self._run(words, news, service, serve)
-        with torch.cuda.device(device):
-            return self._run(words, news, service, serve)
+    def launch(self, words: Words, news: NDArray[np.int32] | None, *, service: Service) -> None:
+        """Launch a step."""
+        with self._here():
+            self._launched = self._launch(words, news, service), service
 
-    def _run(self, words: Words, news: NDArray[np.int32] | None, service: Service, serve: Serve) -> Answer:
+    def _here(self) -> AbstractContextManager[object]:
+        """Let the device be the current one."""
+        device = self.buffers.control.device
+        return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+    def _launch(self, words: Words, news: NDArray[np.int32] | None, service: Service) -> Answer:
         buffers, turn = self.buffers, words.stamp % 2
         states = [each.number for each in words.states]
         words.write(self._controls[turn], with_addresses=self._written[turn] != states)
@@ -187,16 +203,21 @@ class Graphs:
             self._is_told = False
         graph, output = self._graphs[service]
         graph.replay()
-        answer = output.own(wants_logits=words.wants_logits)
+        return output.own(wants_logits=words.wants_logits)
+
+    def follow(self, serve: Serve) -> Answer:
+        """Follow a step."""
+        answer, service = self._launched
         try:
-            for layer in range(len(buffers.slots)):
-                serve(layer)
+            with self._here():
+                for layer in range(len(self.buffers.slots)):
+                    serve(layer)
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         self._copies.fences.read_all()
         if service == "host":
-            torch.cuda.current_stream().wait_stream(self._copies.stream)
+            torch.cuda.current_stream(self.buffers.control.device).wait_stream(self._copies.stream)
         return answer
 
     def _message(self, words: NDArray[np.int32]) -> int:
@@ -205,7 +226,7 @@ class Graphs:
         self._messages[number, : len(words)] = words
         return number
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Let a step come to its end without the experts that it lacks."""
         self._release(0, _FOR_EVER)
         torch.cuda.synchronize()
@@ -310,15 +331,24 @@ class Eager:
 
     def __init__(self, step: Step, buffers: Buffers) -> None:
         self.step, self.buffers = step, buffers
+        self._launched: Callable[[Serve], Answer]
 
-    def run(self, words: Words, news: NDArray[np.int32] | None, *, service: Service, serve: Serve) -> Answer:
-        """Run a step."""
+    def launch(self, words: Words, news: NDArray[np.int32] | None, *, service: Service) -> None:
+        """Write what a step is told: it is run while it is followed."""
         buffers = self.buffers
         words.write(buffers.control.numpy(), with_addresses=True)
         if news is not None:
             buffers.news.copy_(torch.from_numpy(news))
         tensors = [list(layer) for layer in zip(*(each.tensors for each in words.states), strict=True)]
-        return self.step.run(buffers.key_values._replace(tensors=tensors), service=service, lacking=serve)
+        kv = buffers.key_values._replace(tensors=tensors)
+        self._launched = lambda serve: self.step.run(kv, service=service, lacking=serve)
+
+    def follow(self, serve: Serve) -> Answer:
+        """Run a step."""
+        return self._launched(serve)
+
+    def abandon(self) -> None:
+        """Do nothing: no step runs but one that is followed."""
 
     def chosen(self, layer: int, stamp: int, idle: Idle) -> Chosen:
         """Return what a layer has chosen."""

@@ -5,7 +5,6 @@ layer by layer, what was chosen is read, answered where the device waits for it,
 Axes: B tokens, K top-k.
 """
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -16,12 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.copies import Copy
-from runtime.cuda.bringing import Bringer
 from runtime.cuda.buffers import LOOK_AHEAD
-from runtime.cuda.runners import Runner
+from runtime.cuda.following import Beside, Following
 from runtime.cuda.table import ABSENT, SlotTable, answer_slots, lacking
-from runtime.cuda.tally import Tally
-from runtime.dispatch import Dispatcher
 
 _LEISURE_S: Final = 1e-4
 
@@ -38,51 +34,20 @@ def news_of(
     return np.concatenate([table.take(), slots, gates.view(np.int32)])
 
 
-class HostStep:
+class HostStep(Following):
     """What the host does while one step runs.
 
     Parameters
     ----------
-    pending
-        Bookkeeping of steps before that can wait; modified.
     router
         Returns the router of a layer.
-
-    Attributes
-    ----------
-    loads
-        That layers waited for.
     """
 
-    def __init__(
-        self,
-        bringer: Bringer,
-        table: SlotTable,
-        runner: Runner,
-        dispatcher: Dispatcher,
-        tally: Tally,
-        *,
-        stamp: int,
-        first_layer: int,
-        looks_ahead: bool,
-        router: Callable[[int], Any],
-        pending: deque[Callable[[], None]],
-    ) -> None:
-        self._bringer = bringer
-        self._table = table
-        self._runner = runner
-        self._dispatcher = dispatcher
-        self._tally = tally
-        self._stamp = stamp
-        self._first = first_layer
-        self._looks_ahead = looks_ahead
+    def __init__(self, beside: Beside, router: Callable[[int], Any]) -> None:
+        super().__init__(beside)
         self._router = router
-        self._layers, self._rows, self._top_k = runner.buffers.slots.shape
-        self._is_lacking = bool(bringer.inside.shelf.lacking)
-        self._pending = pending
-        self._counting: deque[Callable[[], None]] = deque()
+        self._is_lacking = bool(self._bringer.inside.shelf.lacking)
         self._make_room: Callable[[], None] | None = None
-        self.loads = 0
 
     def serve(self, index: int) -> None:
         """Bring what a layer that has chosen lacks, and what those after will; count it when there is time."""
@@ -106,9 +71,8 @@ class HostStep:
             self._pending.append(partial(self._bringer.prepare, number, most))
 
     def finish(self) -> None:
-        """Count what has not been counted yet of a step that is over; the device still runs its end. Modifies."""
-        while self._counting:
-            self._counting.popleft()()
+        """Count what has not been counted yet. Modifies."""
+        super().finish()
         until = perf_counter() + _LEISURE_S
         while self._pending and perf_counter() < until:
             self._pending.popleft()()
@@ -148,12 +112,7 @@ class HostStep:
         brought = self._bringer.bring(number, chosen, wanted) if wanted else []
         news = news_of(self._table, self._rows * self._top_k, answer_slots(slots, chosen), gates)
         self._runner.release(news, self._stamp * self._layers + index + 1)
-        self.loads += len(brought)
-        timeline, residency = self._dispatcher.timeline, self._bringer.residency
-        if timeline is not None and brought:
-            about = f"layer {number}: {len(brought)} experts"
-            took = len(brought) * residency.slack.load_s
-            timeline.add("loads", about, began, began + took, bytes=len(brought) * residency.layout.bytes)
+        self._note_loads(number, len(brought), began)
         return chosen, gates, brought
 
     def _count(self, index: int, experts: Ints, brought: list[Copy]) -> None:

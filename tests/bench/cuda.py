@@ -21,7 +21,7 @@ import torch
 
 from runtime.alone import Alone
 from runtime.cuda.copies import DeviceCopies
-from runtime.engine import Segment
+from runtime.engine import Segment, generate
 from runtime.importance import Importance
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import MassBudget
@@ -142,16 +142,23 @@ def timed(step: Callable[[int], Any], count: int, *, skip: int = 8) -> list[floa
     return took[skip:]
 
 
-def of_segment(segment: Segment, device: str, *, first: int = 0) -> Callable[[int], int]:
-    """Return what decodes the tokens from number `first` on in a fresh session, after a prompt of 32 tokens."""
-    segment.open("bench", 2048)
-    segment.step("bench", torch.arange(32, device=device))
+def decoding(segment: Segment, count: int, forced: Forced | None = None) -> Iterator[int]:
+    """Return the tokens that `generate` makes of a prompt of 32 tokens, the prompt read: `count` steps are left."""
+    prompt = range(32) if forced is None else range(len(forced.experts) - 32, len(forced.experts))
+    tokens = generate(segment, list(prompt), max_tokens=count + 1, stop_ids=frozenset())
+    assert next(tokens) == 0 or forced is None  # a forced head says the next of the trace's tokens
+    return tokens
 
-    def step(number: int) -> int:
-        logits = segment.step("bench", torch.tensor([first + number], device=device))
-        return int(logits[-1].argmax())
 
-    return step
+def of_steps(segment: Segment, count: int, forced: Forced | None = None) -> float:
+    """Return the mean milliseconds of a step of `generate`, behind the prompt."""
+    tokens = decoding(segment, count, forced)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    made = list(tokens)
+    took = 1e3 * (time.perf_counter() - began) / count
+    assert forced is None or made == [(number + 1) % len(forced.experts) for number in range(count)]
+    return took
 
 
 def of_model(model: Any, device: str) -> Callable[[int], int]:
@@ -192,14 +199,13 @@ def resident(shape: Shape, device: str) -> dict[str, Any]:
         path = write_hollow(shape, Path(directory), shape.top_k)
         segment = open_shape(path, device, forced=None, share=1.0)
         fill_slots(segment)
-        found["ours"] = statistics.median(timed(of_segment(segment, device), 100))
+        of_steps(segment, 8)
+        found["ours"] = of_steps(segment, 100)
         captured, segment.captured = segment.captured, None
-        segment.close("bench")
-        found["ours, operation by operation"] = statistics.median(timed(of_segment(segment, device), 20))
+        of_steps(segment, 8)
+        found["ours, operation by operation"] = of_steps(segment, 20)
         segment.captured = captured
-        segment.close("bench")
         found["ours, head left out"] = headless(segment, device)
-        segment.close("bench")
         del segment, captured
     _print_ms(found, "transformers grouped_mm")
     return found
@@ -207,15 +213,16 @@ def resident(shape: Shape, device: str) -> dict[str, Any]:
 
 def headless(segment: Segment, device: str) -> float:
     """Time a step without vocabulary: layers alone."""
-    step = of_segment(segment, device)
-    step(0)
+    segment.open("bench", 128)
+    segment.step("bench", torch.arange(32, device=device))
     times = []
-    for number in range(1, 60):
+    for number in range(60):
         torch.cuda.synchronize()
         began = time.perf_counter()
         segment.step("bench", torch.tensor([number], device=device), keep="none")
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - began))
+    segment.close("bench")
     return statistics.median(times[8:])
 
 
@@ -237,7 +244,8 @@ def capped(shape: Shape, device: str, trace: Path, *, with_accelerate: bool) -> 
         with cleared():
             segment = open_shape(path, device, forced=forced, share=1.0)
             fill_slots(segment)
-            found["resident_ms"] = statistics.mean(timed(of_segment(segment, device), len(forced.experts)))
+            of_steps(segment, 8, forced)
+            found["resident_ms"] = of_steps(segment, len(forced.experts), forced)
             _print_head(found["resident_ms"])
             del segment
         for name, options in {
@@ -260,42 +268,36 @@ def capped(shape: Shape, device: str, trace: Path, *, with_accelerate: bool) -> 
 
 def under_load(segment: Segment, device: str, forced: Forced, resident_ms: float) -> dict[str, Any]:
     """Run the trace once to fill slots and host memory, and time it the second time."""
-    warm = of_segment(segment, device)
-    for number in range(len(forced.experts)):
-        warm(number)
-    segment.close("bench")
-    step = of_segment(segment, device)
-    counts = segment.residency.counts
-    skip = 8
-    for number in range(skip):
-        step(number)
+    of_steps(segment, len(forced.experts), forced)
+    counts, tokens = segment.residency.counts, decoding(segment, count := len(forced.experts), forced)
+    torch.cuda.synchronize()
     loads, bytes_before, waited = sum(counts.loads), sum(counts.load_bytes), sum(counts.waited_s)
     begun_before, true_before = sum(counts.prefetched), sum(counts.prefetch_hits)
-    before = segment.counters.snapshot()
-    took = timed(lambda number: step(skip + number), len(forced.experts) - skip, skip=0)
-    after, tokens = segment.counters.snapshot(), len(took)
+    before, began = segment.counters.snapshot(), time.perf_counter()
+    made = list(tokens)
+    mean = 1e3 * (time.perf_counter() - began) / count
+    assert made == [(number + 1) % count for number in range(count)]
+    after = segment.counters.snapshot()
     routed = (after.routed - before.routed).sum()
     link = link_rate(segment)
-    num_bytes = (sum(counts.load_bytes) - bytes_before) / tokens
+    num_bytes = (sum(counts.load_bytes) - bytes_before) / count
     link_ms = 1e3 * num_bytes / link
-    mean = statistics.mean(took)
-    waited_ms = 1e3 * (sum(counts.waited_s) - waited) / tokens
+    waited_ms = 1e3 * (sum(counts.waited_s) - waited) / count
     loads = sum(counts.loads) - loads
     ahead = sum(counts.prefetched) - begun_before, sum(counts.prefetch_hits) - true_before
-    numbers = range(len(forced.experts) - _PROFILED, len(forced.experts))
     assert segment.captured is not None
+    profiled = decoding(segment, _PROFILED, forced)
     return {
         "ms": mean,
-        "split": split_of(step, numbers, ms=mean, waited_ms=waited_ms),
+        "split": split_of(lambda: list(profiled), _PROFILED, ms=mean, waited_ms=waited_ms),
         "services": dict(segment.captured.services),
-        "median_ms": statistics.median(took),
-        "loads_per_token": loads / tokens,
+        "loads_per_token": loads / count,
         "hit_rate": 1 - loads / routed,
         "bytes_per_token": num_bytes,
         "link_bytes_per_s": link,
         "link_ms": link_ms,
-        "prefetched_per_token": ahead[0] / tokens,
-        "prefetch_hits_per_token": ahead[1] / tokens,
+        "prefetched_per_token": ahead[0] / count,
+        "prefetch_hits_per_token": ahead[1] / count,
         "waited_ms": waited_ms,
         "against_floor": mean / max(resident_ms, link_ms),
         "floor_ms": max(resident_ms, link_ms),
@@ -347,7 +349,8 @@ def large(shape: Shape, device: str, trace: Path) -> dict[str, Any]:
         with cleared():
             segment = open_shape(path, device, forced=forced, share=1.0)
             fill_slots(segment)
-            found["resident_ms"] = statistics.median(timed(of_segment(segment, device), 60))
+            of_steps(segment, 8, forced)
+            found["resident_ms"] = of_steps(segment, 60, forced)
             _print_head(found["resident_ms"])
             del segment
         for share in (0.25, 0.5):

@@ -184,6 +184,9 @@ def fill_trunk(model: Any, forced: Forced | None) -> None:
         embedding = model.model.embed_tokens.weight
         embedding[:CODES].zero_()
         embedding[torch.arange(CODES), torch.arange(CODES)] = 8.0
+        codes = torch.arange(tokens)
+        model.lm_head.weight[:, :CODES] = 0
+        model.lm_head.weight[(codes + 1) % tokens, codes] = 8.0  # the next token is the trace's next
         for index, layer in enumerate(model.model.layers):
             layer.self_attn.o_proj.weight[:CODES] = 0
             router = layer.mlp.gate.weight
