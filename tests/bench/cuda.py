@@ -44,6 +44,7 @@ TRACE = Path("../shared/data/traces/qwen.route.csv")
 WRONG_GUESSES = (0.15, 0.22)  # RUNTIME.md: of real routers one layer ahead, 81 to 89 % come true; two ahead, fewer
 STAGES = ("families", "resident", "capped", "large", "prompts")
 _PROFILED = 32
+_LARGE_TOKENS = 64
 _PROMPTS = (512, 2048)
 _TURNS = 9
 _PROMPT = [5, 17, 99, 3, 42, 7, 12, 80]
@@ -340,32 +341,40 @@ def accelerated(shape: Shape, device: str, forced: Forced) -> float:
 
 
 def large(shape: Shape, device: str, trace: Path) -> dict[str, Any]:
-    """Time tokens of experts so large that the link is all that counts."""
+    """Time tokens of experts so large that the link is all that counts; host memory is filled once for each eviction."""
     found: dict[str, Any] = {}
-    source = read_forced(trace, shape.layers)
-    forced = grouped(source, shape.layers, shape.experts)
+    whole = grouped(read_forced(trace, shape.layers), shape.layers, shape.experts)
+    forced = Forced(whole.experts[:_LARGE_TOKENS], whole.weights[:_LARGE_TOKENS])
+    arms: dict[str, dict[str, Importance | None]] = {
+        "lru": {"lru": None},
+        "rates": {"rates": None, "rates, substitution": substitution(shape)},
+    }
     with tempfile.TemporaryDirectory() as directory:
         path = write_hollow(shape, Path(directory), shape.top_k)
         with cleared():
             segment = open_shape(path, device, forced=forced, share=1.0)
             fill_slots(segment)
             of_steps(segment, 8, forced)
-            found["resident_ms"] = of_steps(segment, 60, forced)
+            found["resident_ms"] = of_steps(segment, len(forced.experts), forced)
             _print_head(found["resident_ms"])
             del segment
-        for share in (0.25, 0.5):
-            arms: dict[str, dict[str, Any]] = {
-                "lru": {"eviction": "lru", "prefetch": False},
-                "rates": {},
-                "rates, substitution": {"importance": substitution(shape)},
-            }
-            for name, options in arms.items():
-                with cleared():
-                    segment = open_shape(path, device, forced=forced, share=share, **options)
-                    spoil_guesses(segment, forced, WRONG_GUESSES)
-                    arm = found[f"{share:.0%} {name}"] = under_load(segment, device, forced, found["resident_ms"])
-                    _print_arm(f"{share:.0%} {name}", arm)
-                    del segment
+        for eviction, variants in arms.items():
+            with cleared():
+                segment = open_shape(
+                    path, device, forced=forced, share=0.5, eviction=eviction, prefetch=eviction != "lru"
+                )
+                spoil_guesses(segment, forced, WRONG_GUESSES)
+                for share in (0.5, 0.25):
+                    segment.residency.set_budget("device", round(share * segment.trunk.spec.total_expert_bytes))
+                    for name, segment.importance in variants.items():
+                        arm = found[f"{share:.0%} {name}"] = under_load(segment, device, forced, found["resident_ms"])
+                        _print_arm(f"{share:.0%} {name}", arm)
+                del segment
+    for share in ("50%", "25%"):
+        ratios = (
+            f"{each}: {found[f'{share} lru']['ms'] / found[f'{share} {each}']['ms']:.2f}" for each in arms["rates"]
+        )
+        click.echo(f"  lru's time over that of, {share}: {' · '.join(ratios)}")
     return found
 
 

@@ -13,7 +13,7 @@ from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.layers import step_parts
 from runtime.cuda.runners import States
 from runtime.engine import Segment, generate
-from runtime.errors import DamagedRecord, ExpertLost
+from runtime.errors import ContextFull, DamagedRecord, ExpertLost
 from runtime.importance import Importance
 from runtime.loading import load_trunk
 from runtime.models import open_model
@@ -158,6 +158,35 @@ def test_a_device_brings_experts_for_several_sessions(checkpoint: Any) -> None:
     assert batched(segment, 10) == want
     assert segment.captured is not None
     assert segment.captured.services["device"] == 10
+
+
+@pytest.mark.parametrize("slots", [None, 12])
+def test_a_device_goes_on_with_its_own_choice(checkpoint: Any, slots: int | None) -> None:
+    path = checkpoint("qwen3_moe")
+    want = list(generate(opened(path, is_captured=False), PROMPT, max_tokens=12, stop_ids=frozenset()))
+    segment = opened(path) if slots is None else apart(path, slots=slots)
+    segment.open("a", len(PROMPT) + 12)
+    made = [int(segment.step("a", torch.tensor(PROMPT))[-1].argmax())]
+    made += segment.go_on("a", made[-1], 4)
+    assert len(made) == 5
+    made.append(int(segment.step_batch(["a"], torch.tensor(made[-1:])).argmax()))
+    made += segment.go_on("a", made[-1], 6)
+    assert made == want
+    counts = segment.counters.snapshot()
+    assert (counts.steps, counts.tokens, counts.rows) == (12, len(PROMPT) + 11, (len(PROMPT) + 11) * 4 * 2)
+    assert segment.residency.inside.shelf.is_frozen is False
+    with pytest.raises(ContextFull):
+        segment.go_on("a", made[-1], 2)
+    stop = want.index(want[6])
+    assert list(generate(segment, PROMPT, max_tokens=12, stop_ids=frozenset({want[6]}))) == want[: stop + 1]
+
+
+def test_steps_that_others_choose_for_are_run_one_by_one(checkpoint: Any) -> None:
+    segment = opened(checkpoint("qwen3_moe"), is_captured=False)
+    segment.open("a", 8)
+    segment.step("a", torch.tensor(PROMPT))
+    assert segment.go_on("a", 3, 2) == []
+    assert segment.step("a", torch.tensor([3])).shape[0] == 1
 
 
 def in_turns(segment: Segment, count: int) -> list[int]:
