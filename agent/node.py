@@ -150,6 +150,7 @@ class Node:
             layers=spec.num_decoder_layers,
             endpoints=lambda: self._registration.peers,
             make_caller=self._make_caller,
+            device=self._computing.torch_device,
             is_device_fault=self._note_fault,
             stopped=lambda: self._is_silent,
         )

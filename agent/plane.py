@@ -70,7 +70,7 @@ class SessionPlane:
         Decoder layers of the model.
     make_caller
         Called once in each worker thread.
-    is_device_fault
+    device, is_device_fault
         See `Segments`.
     """
 
@@ -85,6 +85,7 @@ class SessionPlane:
         endpoints: Callable[[], Mapping[str, Endpoints]],
         make_caller: Callable[[], PeerCaller],
         stopped: Callable[[], bool],
+        device: str = "cpu",
         is_device_fault: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         self._socket = socket
@@ -106,6 +107,7 @@ class SessionPlane:
             me,
             layers=layers,
             outside=_Outside(self._links),
+            device=device,
             frame_bytes=limits.call_bytes,
             is_device_fault=is_device_fault,
         )

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Literal, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from agent.tracing import PutTrace, Traces
 from agent.waiting import Port
 from runtime.engine import Sampling, Segment, prefill_chunks, sample
 from runtime.errors import ContextFull, ExpertUnavailable, KvBudgetExceeded, RuntimeFault, UnknownSession
+from runtime.sampling import chunk_of
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
 from schemas.sessions import (
@@ -72,6 +74,8 @@ class Segments:
     ----------
     layers
         Decoder layers of the model.
+    device
+        What layers are run on here.
     frame_bytes
         The largest message that other nodes take.
     is_device_fault
@@ -84,13 +88,15 @@ class Segments:
         *,
         layers: int,
         outside: Outside,
+        device: str = "cpu",
         frame_bytes: int = MOST_TRACE_BYTES,
         is_device_fault: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         self.offer = Offer()
         self.traffic = Traffic()
         self.fronts = Fronts()
-        self.registry = Registry(me.node, layers=layers, cut=prefill_chunks)
+        alone = partial(prefill_chunks, most=chunk_of(torch.device(device)))
+        self.registry = Registry(me.node, layers=layers, cut=prefill_chunks, cut_alone=alone)
         self._me = me
         self._outside = outside
         self._is_device_fault = is_device_fault

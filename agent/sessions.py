@@ -166,12 +166,16 @@ class Registry:
         This node.
     layers
         Decoder layers of the model.
+    cut, cut_alone
+        Cut prompts: of paths through several nodes, which work at the same time, and of those that are this node's
+        alone; the same if None.
     """
 
-    def __init__(self, node: str, *, layers: int, cut: Cut) -> None:
+    def __init__(self, node: str, *, layers: int, cut: Cut, cut_alone: Cut | None = None) -> None:
         self._node = node
         self._layers = layers
         self._cut = cut
+        self._cut_alone = cut_alone or cut
         self._entries: dict[tuple[str, int], Entry] = {}
         self._line: deque[Entry] = deque()  # each entry with steps in line once, in the order of their turn
         self._was_prefill = False
@@ -280,7 +284,8 @@ class Registry:
         ordered = entry.opened.combine == "ordered"
         prompt = header.count - (entry.opened.resumed if ordered else 0)
         singles = (slice(place, place + 1) for place in range(prompt, header.count))
-        for piece in (*self._cut(prompt), *singles):
+        cut = self._cut if len(entry.opened.path.segments) > 1 else self._cut_alone
+        for piece in (*cut(prompt), *singles):
             yield Step(piece.start, piece.stop - piece.start, payload[piece])
 
     def alive(self, sender: Sender, session: str, now: float) -> tuple[int, bool]:

@@ -329,3 +329,12 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_prompt_of_this_node_alone_is_cut_otherwise():
+    for nodes, counts in (("bc", [64, 36]), ("b", [100])):
+        there = Registry("b", layers=2 * len(nodes), cut=cut, cut_alone=lambda count: [slice(0, count)])
+        there.open(A, opening(prompt=100, nodes=nodes), 0.0, epoch=1, ranges=RANGES)
+        take(there, A, ids(100))
+        (entry,) = there.snapshot()
+        assert [step.count for step in entry.in_line] == counts
