@@ -25,7 +25,7 @@ from runtime.reads import READ_WAYS, ReadWay
 from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
-from schemas.precision import Precision
+from schemas.precision import PRECISIONS, Precision
 from schemas.topology import DEFAULT_COORDINATOR_PORT
 from schemas.tracing import MOST, TracePart
 from schemas.units import format_bytes, parse_bytes
@@ -46,13 +46,19 @@ def cli() -> None:
     "--device-budget", metavar="SIZE",
     help="Take no more of the device than this, 600MiB say, whatever the plan gives; see agent budget.",
 )  # fmt: skip
-def run(config: Path, verbose: bool, device_budget: str | None) -> None:
+@click.option(
+    "--precision", type=click.Choice([*PRECISIONS, "plan"]),
+    help="Hold experts so, whatever the config says; plan: as the first plan that gives it some wants them.",
+)  # fmt: skip
+def run(config: Path, verbose: bool, device_budget: str | None, precision: str | None) -> None:
     """Run this node's agent until it is stopped."""
     from agent.settings import load_settings
 
     settings = load_settings(config)
     if device_budget is not None:
         settings = settings.model_copy(update={"device_budget": _size(device_budget)})
+    if precision is not None:
+        settings = settings.model_copy(update={"precision": precision})
     stop = threading.Event()
     _on_signal(lambda *_: sys.exit(ExitCode.DONE))  # nothing runs yet, and to import torch takes a while
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # read once, when torch is imported

@@ -360,10 +360,11 @@ def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
         return
     added, dropped = change["added"], change["dropped"]
     if change["same_placement"]:
-        others = (f", other {what}" for what in ("routes", "paths") if not change[f"same_{what}"])
+        others = (f", other {what}" for what in ("routes", "paths", "precisions") if not change[f"same_{what}"])
         click.echo("same placement" + "".join(others))
         return
     paths = "" if change["same_paths"] else ", tokens take other paths"
+    paths += "" if change["same_precisions"] else ", nodes hold experts in other precisions"
     click.echo(f"{len(added)} replicas added, {len(dropped)} dropped, {change['kept']} kept{paths}")
     console(sys.stdout).print(difference_table(before, after))
     for sign, records in (("+", added), ("-", dropped)):

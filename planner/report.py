@@ -201,6 +201,7 @@ def difference(first: Plan, second: Plan) -> dict[str, Any]:
         "same_placement": before == after,
         "same_routes": first.routes == second.routes,
         "same_paths": first.trunk == second.trunk,
+        "same_precisions": (first.precisions or ()) == (second.precisions or ()),
         "added": records(after - before),
         "dropped": records(before - after),
         "kept": len(before & after),

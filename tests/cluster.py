@@ -152,8 +152,8 @@ class Cluster:
     def start_coordinator(self) -> None:
         self._start("coordinator", *PLANNER, "serve", str(self.topology), *self._flags)
 
-    def start_agent(self, node: str) -> None:
-        self._start(node, *self._agent, "run", "--config", str(self.path / f"{node}.yaml"), *self._flags)
+    def start_agent(self, node: str, *options: str) -> None:
+        self._start(node, *self._agent, "run", "--config", str(self.path / f"{node}.yaml"), *self._flags, *options)
 
     def _start(self, name: str, *command: str) -> None:
         log = self.path / f"{name}.log"

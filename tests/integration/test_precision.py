@@ -78,8 +78,7 @@ def test_every_node_holds_experts_in_the_precision_of_the_plan(
         said = refused(cluster, precisions=held(n1, "int4"))
         assert "n1: holds experts in int8 for epoch 1, the plan wants them in int4; apply a plan first" in said
         assert cluster.interrupt(n1) == 0
-        cluster.write_config(n1, precision="int8")
-        cluster.start_agent(n1)
+        cluster.start_agent(n1, "--precision", "int8")
         cluster.wait_up([n1])
         said = refused(cluster, precisions=held(n1, "checkpoint"))
         assert "n1 can hold experts in int8, the plan wants them in checkpoint there; set precision in the" in said
