@@ -90,6 +90,11 @@ class Inputs:
         """Return the inputs with nodes in the precisions that a plan was made for."""
         return self.with_precisions({each.node: each.precision for each in plan.precisions or ()})
 
+    def keeping(self, plan: Plan) -> "Inputs":
+        """Return the inputs with nodes in the precisions of a plan in force, where the topology says none."""
+        said = {node.id for node in self.topology.nodes if node.precision is not None}
+        return self.with_precisions({p.node: p.precision for p in plan.precisions or () if p.node not in said})
+
     def entering(self) -> list[Trace]:
         """Trace of each ingress, in the order of nodes."""
         return [self.traces[node.ingress.workload] for node in self.topology.nodes if node.ingress]

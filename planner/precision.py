@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from planner.errors import Violation
-from planner.feasibility import shares_of
 from planner.objective import Routing
 from planner.problem import Floats, Problem
 from schemas.calibration import Calibration, load_calibration
@@ -69,8 +68,12 @@ def expected_rise(
     if not costs.knows(precisions):
         return None
     nll = np.stack([costs.nll_per_row[each] for each in precisions])[problem.place_node]  # [P, L]
-    per_call = np.einsum("nple,pl->nle", shares_of(routing, problem.num_places), nll)
-    callers = per_call[problem.trunk_node, np.arange(problem.layers)]  # [I, L, E]
+    layers = np.arange(problem.layers)
+    if routing.share is None:
+        per_call = nll[routing.holder, layers[None, :, None]]  # [N, L, E]
+    else:
+        per_call = np.einsum("nple,pl->nle", routing.share, nll)
+    callers = per_call[problem.trunk_node, layers]  # [I, L, E]
     return np.asarray(np.expm1((problem.share * callers).sum(axis=(1, 2))))
 
 

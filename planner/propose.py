@@ -77,6 +77,7 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
         chosen = lower_precisions(inputs, request.limits, before, partial(_in_process, request))
         inputs, request = chosen.inputs, replace(request, limits=chosen.limits)
     if before is not None:
+        inputs = inputs.keeping(before)
         require_same(inputs, before)
     problem = replace(inputs.problem(), balance=request.balance)
     now = None if before is None else in_force(before, problem)

@@ -33,6 +33,7 @@ from runtime.recorder import read_texts, record_trace
 from runtime.store import prepare_store
 from schemas.checkpoint import read_checkpoint
 from schemas.messages import StatusReport, StatusRequest
+from schemas.model import HeldDtype
 from schemas.plan import load_plan, write_plan
 from tests.bench.emulated import load_average
 from tests.bench.site import Scene, Site
@@ -218,11 +219,18 @@ def show(name: str, seen: Seen, base: Seen) -> None:
 
 
 def write_scene(
-    path: Path, model: Path, traces: Path, *, fill: float, latency_ms: float, budget: str | None = None
+    path: Path,
+    model: Path,
+    traces: Path,
+    *,
+    fill: float,
+    latency_ms: float,
+    budget: str | None = None,
+    dtype: HeldDtype = "float32",
 ) -> Scene:
     """Write topology and configs of the three nodes; their traces are there."""
     path.mkdir()
-    spec, nodes = read_checkpoint(model).model_spec.held_as("float32"), []
+    spec, nodes = read_checkpoint(model).model_spec.held_as(dtype), []
     context = {"tokens": 2 * _WINDOW, "sessions": 1}
     beside = spec.trunk_bytes + spec.kv_bytes(tokens=2 * _WINDOW, sessions=1)
     for node, share in SHARES.items():
@@ -230,7 +238,7 @@ def write_scene(
         memory = {"device": f"{beside + slots * spec.expert_bytes} B", "host": "0 B", "disk": "0 B"}
         ingress = {"workload": node, "tokens_per_s": 1}
         nodes.append({"id": node, "memory": memory, "compute": {"expert_us": 100.0}, "ingress": ingress})
-        config = {"node": node, "memory": memory, "dtype": "float32", "context": context, "peer_cache": False}
+        config = {"node": node, "memory": memory, "dtype": dtype, "context": context, "peer_cache": False}
         if len(nodes) == 1:
             config["store"] = "store"
         (path / f"{node}.yaml").write_text(yaml.safe_dump(config))
@@ -239,7 +247,7 @@ def write_scene(
         for a, b in itertools.combinations(SHARES, 2)
     ]
     document = {
-        "cluster": "waits", "model": str(model), "dtype": "float32", "nodes": nodes, "links": links, "context": context,
+        "cluster": "waits", "model": str(model), "dtype": dtype, "nodes": nodes, "links": links, "context": context,
         "workloads": {node: str(traces / f"{node}.safetensors") for node in SHARES},
         **({"quality": {"budget": budget}} if budget else {}),
     }  # fmt: skip

@@ -191,8 +191,12 @@ def test_unknown_cost_is_a_warning(planner, shop):
     assert "what that costs in quality is not known" in ran.out
 
 
-def test_another_precision_than_the_plan_in_force_is_told(planner, shop):
+def test_what_nodes_hold_under_the_plan_in_force_is_kept_and_anything_else_is_told(planner, shop, tmp_path):
     assert planner("solve", shop.write(), "--precision", "int8", "-o", "plan.json").code == 0
+    for options in ((), ("--precision", "auto", "--time-limit", "5")):
+        ran = planner("solve", shop.write(), "--current", "plan.json", "-o", "next.json", *options)
+        assert ran.code == 0, ran.err
+        assert {each.precision for each in load_plan(tmp_path / "next.json").precisions} == {"int8"}
     ran = planner("solve", shop.write(), "--precision", "checkpoint", "--current", "plan.json")
     assert ran.code == 2
     assert "node a holds experts in int8 under the current plan, the topology says checkpoint" in ran.err
