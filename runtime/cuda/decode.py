@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
@@ -140,9 +139,10 @@ class CapturedDecode:
             As `Residency.lend`.
         """
         with self._lock, self._alone():
-            step = self._launch(dispatcher, inputs, caches, seen)
-            answer = step.follow()
-            step.finish()
+            step = self._prepare(dispatcher, caches, seen)
+            self._launch(step, inputs)
+            answer = step.follow(is_last=True)
+            step.host.finish()
             return answer
 
     def at_once(self, most: int) -> int:
@@ -162,46 +162,48 @@ class CapturedDecode:
         """
         best: list[torch.Tensor] = []
         with self._lock, self._alone():
-            step = self._launch(dispatcher, inputs, [cache], [seen], wants_logits=False)
+            step = self._prepare(dispatcher, [cache], [seen], wants_logits=False)
+            self._launch(step, inputs)
             for number in range(1, count + 1):
-                before = step
-                best.append(step.follow().tokens())
-                if number < count:
-                    step = self._launch(dispatcher, best[-1], [cache], [seen + number], wants_logits=False)
+                after = None
+                if number < count:  # whatever can be done before is done before the device waits for it
+                    after = self._prepare(dispatcher, [cache], [seen + number], wants_logits=False)
+                best.append(step.follow(is_last=after is None).tokens())
+                if after is not None:
+                    self._launch(after, None)
                 try:
-                    before.finish()
+                    step.host.finish()
                 except BaseException:
-                    step.abandon()
+                    if after is not None:
+                        after.abandon()
                     raise
+                step = after or step
         return torch.cat(best)
 
-    def _launch(
-        self,
-        dispatcher: Dispatcher,
-        inputs: torch.Tensor,
-        caches: Sequence[Any],
-        seen: Sequence[int],
-        *,
-        wants_logits: bool = True,
-    ) -> "_Launched":
-        """Launch a step, which is to be followed. Modifies."""
+    def _prepare(
+        self, dispatcher: Dispatcher, caches: Sequence[Any], seen: Sequence[int], *, wants_logits: bool = True
+    ) -> "_Step":
+        """Make up a step, while another may run. Modifies."""
         self._stamp += 1
         runner = self._runner(len(caches))
-        runner.step.inputs.copy_(inputs)
         service = self._service(dispatcher, runner)
-        self.services[service] += 1
         host = self._following(service, runner, dispatcher, caches)
+        words = Words(self._stamp, seen, [self._states[cache] for cache in caches], wants_logits=wants_logits)
+        return _Step(runner, host, service, words, self._noting(host.serve, dispatcher), self._note)
+
+    def _launch(self, step: "_Step", inputs: torch.Tensor | None) -> None:
+        """Launch a step, which is to be followed; without inputs it takes the best tokens of the last one. Modifies."""
+        if inputs is not None:
+            step.runner.step.inputs.copy_(inputs)
+        self.services[step.service] += 1
         with self.inside.changed:
-            self.inside.shelf.freeze(host=service == "device")
+            self.inside.shelf.freeze(host=step.service == "device")
         try:
-            states = [self._states[cache] for cache in caches]
-            words = Words(self._stamp, seen, states, host.begin(), wants_logits)
-            began = perf_counter()
-            runner.launch(words, self._news(runner), service=service)
+            words = step.words._replace(spare=step.host.begin())
+            step.runner.launch(words, self._news(step.service, step.runner), service=step.service)
         except BaseException:
-            host.close()
+            step.host.close()
             raise
-        return _Launched(runner, host, self._noting(host.serve, dispatcher), partial(self._note, runner, words, began))
 
     def _following(
         self, service: Service, runner: Runner, dispatcher: Dispatcher, caches: Sequence[Any]
@@ -244,9 +246,11 @@ class CapturedDecode:
             with self.inside.changed:
                 self.table.weigh(eviction)
 
-    def _news(self, runner: Runner) -> Any:
+    def _news(self, service: Service, runner: Runner) -> Any:
         """Return the slot table, where it has changed."""
-        return news_of(self.table, runner.buffers.slots[0].numel()) if self.table.is_new else None
+        if not self.table.is_new:
+            return None
+        return news_of(self.table, runner.buffers.slots[0].numel()) if service == "host" else self.table.take()
 
     def _router(self, index: int) -> Any:
         """Return the router of a layer of the range."""
@@ -292,9 +296,9 @@ class CapturedDecode:
         self._spares[rows] = Spares(supply.own_spares.numpy()[:-1])
         return supply
 
-    def _note(self, runner: Runner, words: Words, began: float, loads: int) -> None:
+    def _note(self, runner: Runner, stamp: int, seconds: float, loads: int) -> None:
         """Note a step that the host has followed to its last layer. Modifies."""
-        self._last, self._unread = (perf_counter() - began, loads), (runner, words.stamp)
+        self._last, self._unread = (seconds, loads), (runner, stamp)
 
     def _noting(self, serve: Serve, dispatcher: Dispatcher) -> Serve:
         """Let waits of the step before be counted when the first layer of this one has chosen."""
@@ -328,27 +332,30 @@ class CapturedDecode:
         waited_ns.fill(0)
 
 
-class _Launched(NamedTuple):
-    """A step that was launched, and what the host does beside it; `note` takes the loads that it waited for."""
+class _Step(NamedTuple):
+    """A step, and what the host does beside it; `note` takes its runner, number, seconds, and loads it waited for."""
 
     runner: Runner
     host: HostStep | DeviceStep
+    service: Service
+    words: Words
     serve: Serve
-    note: Callable[[int], None]
+    note: Callable[[Runner, int, float, int], None]
 
-    def follow(self) -> Answer:
+    def follow(self, *, is_last: bool) -> Answer:
         """Follow it until its last layer has chosen; the books are as the next step needs them then. Modifies."""
+        began, goes_on = perf_counter(), False
         try:
             answer = self.runner.follow(self.serve)
-            self.note(self.host.loads)
+            self.note(self.runner, self.words.stamp, perf_counter() - began, self.host.loads)
             self.host.settle()
+            goes_on = not is_last
         finally:
-            self.host.close()
+            if not goes_on:
+                self.host.close()
+        if is_last:
+            self.runner.end()
         return answer
-
-    def finish(self) -> None:
-        """Count what has not been counted yet. Modifies."""
-        self.host.finish()
 
     def abandon(self) -> None:
         """Let it come to its end, whatever it lacks. Modifies."""

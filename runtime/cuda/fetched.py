@@ -60,7 +60,7 @@ class DeviceStep(Following):
     Parameters
     ----------
     spares
-        Empty; modified.
+        Those that the step before has left; modified.
     """
 
     def __init__(self, beside: Beside, hosted: HostTable, spares: Spares) -> None:
@@ -68,7 +68,6 @@ class DeviceStep(Following):
         self._hosted = hosted
         supply = supply_of(beside.runner.buffers)
         self._own_hosted, self._own_spares = supply.own_hosted.numpy(), supply.own_spares.numpy()
-        self._offered = -1, -1
         self._gates = beside.runner.buffers.mail.weights.numpy()
         self._spares = spares
         self._most = self._rows * self._top_k
@@ -78,8 +77,10 @@ class DeviceStep(Following):
 
     def begin(self) -> int:
         """Let the device have spares, and know what is in host memory. Modifies."""
-        with self._bringer.inside.changed:
-            self._spares.append(self._bringer.rooms.take(self._first + self._layers - 1, self._level))
+        short = self._level - len(self._spares)  # some may be left of the step before
+        if short > 0:
+            with self._bringer.inside.changed:
+                self._spares.append(self._bringer.rooms.take(self._first + self._layers - 1, short))
         self._tell_hosted()
         self._offer()
         return self._spares.position
@@ -113,6 +114,7 @@ class DeviceStep(Following):
     def settle(self) -> None:
         """Note what came of the last layer. Modifies."""
         self._settle()
+        self._table.is_new = True  # the device has changed its own
 
     def finish(self) -> None:
         """Count what has not been counted yet. Modifies."""
@@ -219,8 +221,8 @@ class DeviceStep(Following):
     def _offer(self) -> None:
         """Let the device have what spares are new, guesses but for those that the next layer may lack."""
         limit = self._spares.end - min(self._most, self._level // 3) if self._looks_ahead else 0
-        if (limit, self._spares.end) != self._offered:
-            self._offered = limit, self._spares.end
+        if (limit, self._spares.end) != self._spares.offered:
+            self._spares.offered = limit, self._spares.end
             self._own_spares[-1] = limit
             self._runner.offer()
 

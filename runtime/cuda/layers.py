@@ -177,7 +177,8 @@ class Step:
     Attributes
     ----------
     inputs
-        What goes in: tokens [B] int64, or hidden states [B, D] where the range does not begin with tokens.
+        What goes in: tokens [B] int64, or hidden states [B, D] where the range does not begin with tokens. A step of a
+        whole model leaves the best tokens behind each here.
     """
 
     def __init__(self, parts: StepParts, lanes: Lanes, buffers: Buffers, ops: Any) -> None:
@@ -218,7 +219,10 @@ class Step:
             return Answer(total if delta is None else total + delta)
         normed, _ = ops.add_norm(total, delta, *_scale(inner.norm))
         logits = functional.linear(normed, trunk.model.lm_head.weight, trunk.model.lm_head.bias)
-        return Answer(normed, logits, logits.argmax(-1))
+        best = logits.argmax(-1)
+        if trunk.has_embedding:
+            self.inputs.copy_(best)
+        return Answer(normed, logits, best)
 
     def _experts(
         self,

@@ -104,6 +104,10 @@ class Runner(Protocol):
         """
         ...
 
+    def end(self) -> None:
+        """Note that no step follows at once: what overwrites slots from now on comes behind those launched."""
+        ...
+
     def abandon(self) -> None:
         """Let the step that was launched come to its end without the experts that it lacks."""
         ...
@@ -215,10 +219,13 @@ class Graphs:
         except BaseException:
             self.abandon()
             raise
-        self._copies.fences.read_all()
         if service == "host":
             torch.cuda.current_stream(self.buffers.control.device).wait_stream(self._copies.stream)
         return answer
+
+    def end(self) -> None:
+        """Let copies from now on come behind what was launched."""
+        self._copies.fences.read_all()
 
     def _message(self, words: NDArray[np.int32]) -> int:
         """Write words into the next message; returns its number."""
@@ -239,7 +246,7 @@ class Graphs:
         table in which every expert is in slot 0, so that it waits for nobody.
         """
         buffers = self.buffers
-        before = buffers.news.clone()
+        before, inputs = buffers.news.clone(), self.step.inputs.clone()
         buffers.news.zero_()
         buffers.control.copy_(torch.from_numpy(control))
         side = torch.cuda.Stream(buffers.control.device)
@@ -253,6 +260,7 @@ class Graphs:
             output = self.step.run(buffers.key_values, service=service)
         self._graphs[service] = graph, output
         buffers.news.copy_(before)
+        self.step.inputs.copy_(inputs)
         buffers.mail.ids.zero_()
         buffers.mail.guesses.zero_()
         if buffers.supply is not None:
@@ -338,7 +346,7 @@ class Eager:
         buffers = self.buffers
         words.write(buffers.control.numpy(), with_addresses=True)
         if news is not None:
-            buffers.news.copy_(torch.from_numpy(news))
+            buffers.news[: len(news)] = torch.from_numpy(news)
         tensors = [list(layer) for layer in zip(*(each.tensors for each in words.states), strict=True)]
         kv = buffers.key_values._replace(tensors=tensors)
         self._launched = lambda serve: self.step.run(kv, service=service, lacking=serve)
@@ -346,6 +354,9 @@ class Eager:
     def follow(self, serve: Serve) -> Answer:
         """Run a step."""
         return self._launched(serve)
+
+    def end(self) -> None:
+        """Do nothing: the step is over."""
 
     def abandon(self) -> None:
         """Do nothing: no step runs but one that is followed."""

@@ -150,6 +150,8 @@ class Spares:
     ----------
     position
         Spares that the device has taken so far.
+    offered
+        The limit of guesses and the end that the device has heard of last.
 
     Examples
     --------
@@ -162,6 +164,7 @@ class Spares:
 
     def __init__(self, ring: Ints) -> None:
         self.position = 0
+        self.offered = -1, -1
         self._ring = ring
         self._slots: deque[int] = deque()
 

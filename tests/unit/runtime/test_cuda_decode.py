@@ -131,7 +131,7 @@ def test_an_expert_that_is_lost_ends_the_step_and_nothing_else(
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-@pytest.mark.parametrize(("slots", "host"), [(24, None), (24, 9), (7, None), (3, 9)])
+@pytest.mark.parametrize(("slots", "host"), [(14, None), (24, 9), (7, None), (3, 9)])
 def test_a_device_that_brings_experts_by_itself(checkpoint: Any, family: str, slots: int, host: int | None) -> None:
     path = checkpoint(family)
     want = list(generate(opened(path, is_captured=False), PROMPT, max_tokens=30, stop_ids=frozenset()))
@@ -147,8 +147,8 @@ def test_a_device_that_brings_experts_by_itself(checkpoint: Any, family: str, sl
     on_device = [copy for copy in held.copies.values() if copy.tier == "device"]
     assert used["device"] == len(on_device) * segment.residency.layout.bytes
     assert len({copy.slot for copy in on_device} | set(held.free["device"])) == slots
-    if slots == 24 and host is None and family == "qwen3_moe":
-        assert sum(tiers.prefetched) > 0
+    if slots == 14:
+        assert sum(tiers.prefetched) >= sum(tiers.prefetch_hits) > 0
 
 
 def test_a_device_brings_experts_for_several_sessions(checkpoint: Any) -> None:
