@@ -5,7 +5,8 @@ written through `order`, which lists the rows by expert. Imported only where the
 Axes: T tokens, K top-k, R = T K rows, E experts, D hidden, F ffn, H query and G key heads, d of a head.
 """
 
-from typing import Any, Final, NamedTuple
+from functools import cache
+from typing import Any, Final
 
 import torch
 import triton
@@ -13,10 +14,12 @@ import triton.language as tl
 
 from runtime.cuda.kernels import add_norm
 from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.cuda.tiles import down_tiles, gate_up_tiles
 
 __all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "turn"]
 
 _NOBODY: Final = 1 << 30
+_LEAST_MEMORY: Final = 64 << 10  # of devices that say nothing
 
 
 @triton.jit
@@ -148,24 +151,13 @@ def arrange(chosen: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return order
 
 
-class Tiles(NamedTuple):
-    """How a product of experts is cut: rows, columns and depth of a program's part, its warps, and loads ahead."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def _tiles(rows: int, experts: int) -> tuple[Tiles, Tiles]:
-    """Return those of gate and up, whose columns are two each, and of down."""
-    each = rows // experts
-    if each <= 16:
-        return Tiles(16, 64, 128, 4, 4), Tiles(16, 64, 128, 4, 4)
-    if each <= 64:
-        return Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4)
-    return Tiles(128, 64, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
+@cache
+def _memory(device: torch.device) -> int:
+    """Return the bytes that the threads of a program may share."""
+    if device.type == "cpu":  # Triton's interpreter
+        return _LEAST_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", _LEAST_MEMORY))
 
 
 @triton.jit
@@ -260,7 +252,7 @@ def gate_up(
 ) -> None:
     """Compute what goes into the down projections, [R, F] by expert, of experts that have a slot, [E] int32."""
     rows, experts = len(order), len(ends)
-    tiles = _tiles(rows, experts)[0]
+    tiles = gate_up_tiles(rows, experts, itemsize=x.itemsize, memory=_memory(x.device))
     is_even = not (lanes.hidden % tiles.depth or lanes.ffn % tiles.columns)
     _gate_up[(triton.cdiv(lanes.ffn, tiles.columns), rows // tiles.rows + min(rows, experts))](
         x, order, ends, slots, lanes.memory, out, lanes.stride, lanes.gate_up, lanes.hidden, lanes.ffn,
@@ -274,7 +266,7 @@ def down(
 ) -> None:
     """Compute the experts' answers, [R, D] in the order of the rows, of experts that have a slot."""
     rows, experts = len(order), len(ends)
-    tiles = _tiles(rows, experts)[1]
+    tiles = down_tiles(rows, experts, itemsize=active.itemsize, memory=_memory(active.device))
     is_even = not (lanes.ffn % tiles.depth or lanes.hidden % tiles.columns)
     _down[(triton.cdiv(lanes.hidden, tiles.columns), rows // tiles.rows + min(rows, experts))](
         active, order, ends, slots, lanes.memory, out, lanes.stride, lanes.down, lanes.hidden, lanes.ffn,
