@@ -44,6 +44,7 @@ diverge by a seventh less, there and on new text, whose perplexity is the same w
 _CONFIDENT: Final = 1.96  # standard errors on either side: 95 %
 _FEWEST: Final = 8  # pieces
 _TRIES, _NEAR = 4, 0.9  # runs for a budget, and how much of it is enough
+_REACH: Final = 2.0  # times the largest scale that was run: the fit says little beyond
 
 Progress = Callable[[int, int], None]
 Prices = tuple[tuple[float, ...], ...]
@@ -229,13 +230,14 @@ class _Curve:
         return best, next((point for point in points if point.scale > best.scale), None)
 
     def scale_of(self, rise: float) -> float:
-        """Return the scale at which NLL is expected to rise by this much."""
+        """Return the scale at which NLL is expected to rise by this much, as far as runs reach."""
         points = sorted((run.divergence, scale) for scale, run in self._runs if run.divergence > 0)
         if len(points) < 2:
             return self._runs[-1][0]
         diverged, scales = np.log(np.array(points)).T
         power, offset = np.polyfit(diverged, scales, 1)
-        return float(np.exp(power * math.log(self._divergence_of(rise)) + offset))
+        wanted = float(np.exp(power * math.log(self._divergence_of(rise)) + offset))
+        return min(wanted, _REACH * max(scale for scale, _ in self._runs))
 
     def _divergence_of(self, rise: float) -> float:
         """Invert the fit ``rise = a D + b D^2``, a and b not negative, to all runs."""
@@ -279,7 +281,7 @@ def _setting(plain: Run, curve: _Curve, budget: float, held: float) -> Setting:
         if best.rise.mean >= _NEAR * allowed:
             break
         if dear is None:
-            scale = best.scale * min(max(curve.scale_of(allowed) / max(best.scale, 1e-12), 1.2), 2.0)
+            scale = best.scale * min(max(curve.scale_of(allowed) / max(best.scale, 1e-12), 1.2), _REACH)
         else:
             way = (allowed - best.rise.mean) / (dear.rise.mean - best.rise.mean)
             scale = best.scale + (dear.scale - best.scale) * min(max(0.9 * way, 0.1), 0.9)

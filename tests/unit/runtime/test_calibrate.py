@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,6 +135,12 @@ def test_budgets_pay_for_the_precision_in_which_experts_are_held(bench, caplog):
     assert setting.low <= setting.rise <= 0.6
     with pytest.raises(InvalidInput, match=r"holding every expert in int4 costs .* alone; give a budget above that"):
         calibrate(bench, model="demo", situation=held, budgets=[1e-9])
+
+
+def test_a_budget_that_cannot_be_spent_is_not_refused(bench):
+    roomy = replace(bench, supply=Supply(4, 16, 15))
+    found = calibrate(roomy, model="demo", situation=Situation(capacity=15), budgets=[0.02])
+    assert max(found.settings[0].shares) < 1, "no more is allowed than text was run with"
 
 
 def test_too_little_text_is_refused_with_how_much_is_needed(bench):
