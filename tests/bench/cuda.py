@@ -37,7 +37,7 @@ from tests.bench.cuda_models import (
     spoil_guesses,
     write_hollow,
 )
-from tests.bench.cuda_split import drawn_prompts, prompts_of_model, prompts_of_segment, split_of
+from tests.bench.cuda_split import distance_of_ways, drawn_prompts, prompts_of_model, prompts_of_segment, split_of
 from tests.families import FAMILIES, make_checkpoint
 
 TRACE = Path("../shared/data/traces/qwen.route.csv")
@@ -47,6 +47,7 @@ _PROFILED = 32
 _LARGE_TOKENS = 64
 _PROMPTS = (512, 2048)
 _TURNS = 9
+_BY_ROUNDING = 0.1  # some tokens get other experts, whose scores are nearly the same
 _PROMPT = [5, 17, 99, 3, 42, 7, 12, 80]
 
 
@@ -404,6 +405,11 @@ def prompts(shape: Shape, device: str) -> dict[int, dict[str, float]]:
                 fill_slots(segment)  # and host memory, where it is a quarter
                 for tokens, each in drawn.items():
                     _time_prompts(segment, share, each, found[tokens])
+                    distance = distance_of_ways(segment, each[0])
+                    click.echo(
+                        f"  {tokens} tokens, {share:.0%} in slots: logits {distance:.2%} from transformers' layers'"
+                    )
+                    assert distance < _BY_ROUNDING
                 del segment
     for tokens, figures in found.items():
         click.echo(f"  {tokens} tokens")

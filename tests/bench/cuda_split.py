@@ -56,6 +56,17 @@ def prompts_of_segment(segment: Segment, prompts: Sequence[torch.Tensor]) -> flo
     return median_ms(run, prompts)
 
 
+def distance_of_ways(segment: Segment, ids: torch.Tensor) -> float:
+    """Return how far the logits behind a prompt are from those of transformers' own layers, as a share of their norm."""
+    made, own = [], segment.prompts
+    for segment.prompts in (own, None):
+        segment.open("prompt", len(ids) + 1)
+        made.append(segment.step("prompt", ids)[-1].float())
+        segment.close("prompt")
+    segment.prompts = own
+    return float((made[0] - made[1]).norm() / made[1].norm())
+
+
 def prompts_of_model(model: Any, prompts: Sequence[torch.Tensor]) -> float:
     """Return the median milliseconds of a prompt through transformers."""
 
