@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from runtime.errors import InvalidInput
 from runtime.forcing import WARMUP, Bench, Run
 from runtime.policy.eviction import Floats
+from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, MassBudget
 from runtime.pricing import expert_prices
 from runtime.rounding import held_in
@@ -36,6 +37,7 @@ BUDGETS: Final = (0.0025, 0.005, 0.01, 0.02)
 WINDOW: Final = 256
 _PROBE: Final = 0.02  # share given to one layer alone, to see what it costs
 _PROBE_PIECES: Final = 16
+_PROBE_EVERY: Final = 8  # tokens between those that are run once more
 _SCALES: Final = (0.5, 1.0, 2.0)  # around the first guess
 STAND_IN: Final = 0.65
 """Part of its score that a stand-in is weighted by: at as many loads, perplexity of tinymoe-base's calibration text
@@ -118,7 +120,10 @@ def calibrate(
     layers, experts = bench.supply.layers, bench.supply.experts
     count, window = bench.pieces.shape[0], bench.pieces.shape[1] - 1
     require_pieces(bench.pieces)
-    done, total = 0, 2 + (layers if situation.is_whole else 1) + len(_SCALES) + len(budgets)
+    done, total = (
+        0,
+        2 + (layers if situation.is_whole else 1) + len(_SCALES) + len(budgets) * (1 if situation.is_whole else 2),
+    )
 
     def report() -> None:
         nonlocal done
@@ -209,15 +214,22 @@ class _Curve:
 
     def measure(self, scale: float) -> Run:
         """Run the text at a scale. Modifies."""
-        policy = policy_of(
-            self.shares(scale),
-            is_whole=self._situation.is_whole,
-            prices=self._prices,
-            stand_in=_stand_in(self._situation),
-        )
-        run = self._bench.run(policy)
+        run = self._bench.run(self._policy(scale))
         self._runs.append((scale, run))
         return run
+
+    def slope(self, scale: float) -> float:
+        """Return what probes at a scale cause for each unit of cost on the dearest stretch of the text, nats."""
+        if self._situation.is_whole:
+            return 0.0
+        account = Controller(Allowance(1.0, (), (), slope=math.inf, probe_every=_PROBE_EVERY))
+        return max(self._bench.run(self._policy(scale), account=account).slopes)
+
+    def _policy(self, scale: float) -> MassBudget:
+        situation = self._situation
+        return policy_of(
+            self.shares(scale), is_whole=situation.is_whole, prices=self._prices, stand_in=_stand_in(situation)
+        )
 
     def around(self, allowed: float) -> tuple["_Point", "_Point | None"]:
         """Return the largest scale whose rise is within what is allowed, and the next larger one that was run."""
@@ -305,4 +317,5 @@ def _told(budget: float, allowed: float, point: _Point, curve: _Curve, rise: Ris
         high=math.expm1(rise.mean + interval),
         divergence=run.divergence,
         waits_share=float(run.waits.sum() / max(curve.exact.waits.sum(), 1e-12)),
+        slope=curve.slope(point.scale),
     )

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.policy.eviction import FAST, STEADY_FAST_SHARE, STEADY_SLOW, Bools, Floats, Ints
-from runtime.policy.routing import Choice, Exact, Routing
+from runtime.policy.quality import Controller
+from runtime.policy.routing import Choice, Exact, MassBudget, Probed, Routing
 from runtime.policy.uses import Estimates, Uses
 from runtime.routers import RouterRule, rank_experts, router_rule, routers_of
 
@@ -156,12 +157,15 @@ class Run:
         Loads, or waiting events, per token and layer [L].
     lost
         Lost share of top-K mass per token by layer [L].
+    slopes
+        KL divergence for each unit of cost that probes gave up, by forward; empty where nothing was probed.
     """
 
     nll: Floats
     divergence: float
     waits: Floats
     lost: Floats
+    slopes: tuple[float, ...] = ()
 
 
 class Kept(NamedTuple):
@@ -188,7 +192,15 @@ class Bench:
     on_run: Callable[[], None] = lambda: None
     _exact: list[Kept] = field(default_factory=list)
 
-    def run(self, policy: Routing, *, stride: int = 1, keep: bool = False, is_lru: bool = False) -> Run:
+    def run(
+        self,
+        policy: Routing,
+        *,
+        stride: int = 1,
+        keep: bool = False,
+        is_lru: bool = False,
+        account: Controller | None = None,
+    ) -> Run:
         """Run the text.
 
         Parameters
@@ -199,6 +211,9 @@ class Bench:
             Whether to keep the predictions, as those that later runs diverge from.
         is_lru
             Evict what was least recently used.
+        account
+            Told of probes, by which it scales what the policy may give up, from forward to forward: `policy` is a
+            `MassBudget` then. What is given up is not paid from it.
         """
         text, rule = self.pieces[::stride], router_rule(self.model.config)
         choosers = [
@@ -208,11 +223,15 @@ class Bench:
         routers = routers_of(self.model)
         hooks = [router.register_forward_hook(each) for router, each in zip(routers, choosers, strict=True)]
         nll: list[torch.Tensor] = []
+        slopes: list[float] = []
         divergence = 0.0
         try:
             with torch.inference_mode():
                 for number, batch in enumerate(torch.split(text, _BATCH)):
                     first = number * _BATCH * stride
+                    if account is not None and isinstance(policy, MassBudget):
+                        for each in choosers:
+                            each.begin(policy, account)
                     predicted = self.model(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1)
                     nll.append(-predicted.gather(-1, batch[:, 1:, None])[..., 0].double().mean(1))
                     if keep:
@@ -223,13 +242,39 @@ class Bench:
                     elif self._exact:
                         exact = self._exact[first : first + len(batch) * stride : stride]
                         divergence += sum(map(_divergence, exact, predicted))
+                    if account is not None:
+                        slope = self._probe(batch, predicted, choosers, account)
+                        slopes += [slope] if 2 * len(batch) >= _BATCH or not slopes else []
         finally:
             for hook in hooks:
                 hook.remove()
         tokens = text.shape[0] * (text.shape[1] - 1)
         waits, lost = (np.array([getattr(each, name) for each in choosers]) / tokens for name in ("waits", "lost"))
         self.on_run()
-        return Run(torch.cat(nll).numpy(), divergence / tokens, waits, lost)
+        return Run(torch.cat(nll).numpy(), divergence / tokens, waits, lost, tuple(slopes))
+
+    def _probe(
+        self, batch: torch.Tensor, predicted: torch.Tensor, choosers: "list[_Chooser]", account: Controller
+    ) -> float:
+        """Run pieces once more with a little more given up for some tokens; returns its slope. Modifies the account."""
+        for each in choosers:
+            each.is_probing = True
+        probed = self.model(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+        tokens = sorted(choosers[0].probes)
+        want, got = predicted.flatten(0, 1)[tokens], probed[tokens]
+        diverged = (want.exp() * (want - got)).sum(-1).tolist()
+        costs = [sum(each.probes[token].cost for each in choosers) for token in tokens]
+        for divergence, cost in zip(diverged, costs, strict=True):
+            account.probe(divergence, cost)
+        return float(sum(diverged) / max(sum(costs), 1e-12))
+
+
+@dataclass
+class _Probe:
+    """A token that is run once more: what was at hand, and what was given up then."""
+
+    resident: Bools
+    cost: float = 0.0
 
 
 @dataclass
@@ -244,15 +289,30 @@ class _Chooser:
     seen: int = 0
     waits: float = 0.0
     lost: float = 0.0
+    probe: Probed | None = None
+    probe_every: int = 0
+    probes: dict[int, _Probe] = field(default_factory=dict)
+    is_probing: bool = False
+    _given: Output | None = None
+
+    def begin(self, budget: MassBudget, account: Controller) -> None:
+        """Give up as much as an account allows in the next forward, and be probed after it. Modifies."""
+        self.policy = budget.scaled(account.scale)
+        self.probe, self.probe_every = Probed(self.policy, budget), account.allowance.probe_every
+        self.probes, self.is_probing = {}, False
 
     def __call__(self, router: Any, _: Any, output: Output) -> Output:
         """Return what the router returned, changed where the policy chose otherwise."""
+        if self.is_probing:
+            return self._probed(router, output)
         ranked, scores = rank_experts(self.rule, router, output[0], output[2], width=output[0].shape[-1])
         ids, values = ranked.numpy(), scores.double().numpy()
         changed: dict[int, Choice] = {}
         at_hand = self.held.resident  # changes as experts come and go
         self.held.begin(ids, values)
         for token, chosen in enumerate(ids[:, : self.top_k].tolist()):
+            if self.probe is not None and token % self.probe_every == self.probe_every // 2:
+                self.probes[token] = _Probe(at_hand.copy())
             if all(map(at_hand.__getitem__, chosen)):
                 self.held.request(token, chosen)
                 continue
@@ -263,7 +323,25 @@ class _Chooser:
                 self.lost += choice.lost
                 changed[token] = choice
         self.seen += len(ids)
-        return _rewritten(self.rule, output, changed, scores[:, : self.top_k].sum(-1))
+        self._given = _rewritten(self.rule, output, changed, scores[:, : self.top_k].sum(-1))
+        return self._given
+
+    def _probed(self, router: Any, output: Output) -> Output:
+        """Return what the last forward returned, but for the tokens that are probed. Modifies their cost."""
+        if self._given is None or self.probe is None:
+            return output
+        tokens = sorted(self.probes)
+        ranked, scores = rank_experts(
+            self.rule, router, output[0][tokens], output[2][tokens], width=output[0].shape[-1]
+        )
+        changed = {}
+        for token, ids, values in zip(tokens, ranked.numpy(), scores.double().numpy(), strict=True):
+            choice = self.probe.choose(self.layer, ids, values, self.probes[token].resident, self.top_k)
+            self.probes[token].cost = choice.probed
+            changed[token] = choice
+        mass = self._given[1].new_zeros(len(output[0]))
+        mass[tokens] = scores[:, : self.top_k].sum(-1).to(mass)
+        return _rewritten(self.rule, self._given, changed, mass)
 
 
 def _rewritten(rule: RouterRule, output: Output, changed: dict[int, Choice], mass: torch.Tensor) -> Output:

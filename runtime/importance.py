@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from runtime.counters import Counts
 from runtime.policy.eviction import Bools
 from runtime.policy.quality import Controller
-from runtime.policy.routing import Choice, LowMissing, Routing
+from runtime.policy.routing import Choice, LowMissing, MassBudget, Probed, Routing
 from runtime.policy.step import choose_each, choose_whole, low_experts
 from runtime.routers import RouterRule, rank_experts, router_rule, routers_of
 from runtime.skeleton import RoutedExperts
@@ -50,6 +50,8 @@ class Substitution:
         Rows computed in that precision, by layer.
     replaced, spared
         Rows that another expert computes, or none; and (token, layer) events that would have waited and do not.
+    probed
+        What was given up only to see what that does, in the units of a budget's shares.
     """
 
     rule: RouterRule
@@ -60,6 +62,7 @@ class Substitution:
     low_rows: dict[int, int] = field(default_factory=dict)
     replaced: dict[int, int] = field(default_factory=dict)
     spared: int = 0
+    probed: float = 0.0
     _seen: tuple[Any, torch.Tensor] | None = None
     _low: list[int] = field(default_factory=list)
 
@@ -80,7 +83,7 @@ class Substitution:
         self._low = []
         chosen = top_k_index.cpu().numpy()
         here = resident[chosen].all(axis=1)
-        if here.all() or self._seen is None:
+        if self._seen is None or (here.all() and not isinstance(self.policy, Probed)):
             return top_k_index, top_k_weights
         router, logits = self._seen
         ids, scores = rank_experts(self.rule, router, logits, top_k_index, width=logits.shape[-1])
@@ -90,6 +93,7 @@ class Substitution:
         self._low = low_experts(choices) if self.precision is not None else []
         index, weights = top_k_index.clone(), top_k_weights.clone()
         for token, choice in enumerate(choices):
+            self.probed += choice.probed
             changed = np.isin(chosen[token], choice.experts, invert=True)
             if changed.any():
                 self.replaced[layer] = self.replaced.get(layer, 0) + int(changed.sum())
@@ -191,18 +195,32 @@ class Importance:
         can_sample
             Whether `forward` returns logits.
         """
-        fresh = Substitution(taps.rule, self._policy, self._is_whole, self._precision)
         with self._lock:
-            is_open, is_sample = self._controller.is_open, can_sample and self._controller.wants_sample
-        guess = forward(fresh, True) if is_sample else None
-        substitution = fresh if is_open and not is_sample else None
+            is_open, policy = self._controller.is_open, _scaled(self._policy, self._controller.scale)
+            is_sample = can_sample and self._controller.wants_sample
+            wants_probe = can_sample and not is_sample and self._controller.wants_probe
+        trial = self._substitution(taps, policy) if is_sample else None
+        if wants_probe and isinstance(policy, MassBudget) and isinstance(self._policy, MassBudget):
+            trial = self._substitution(taps, Probed(policy, self._policy))
+        guess = forward(trial, True) if trial is not None else None
+        substitution = self._substitution(taps, policy) if is_open and not is_sample else None
         answer = forward(substitution, False)
         with self._lock:
             given = (substitution.lost, substitution.low_rows) if substitution else ({}, {})
             self._controller.advance(tokens, taps.layers, *given)
-            if guess is not None:
-                self._controller.sample(_divergence(answer, guess), taps.layers)
+            if guess is not None and trial is not None:
+                self._learn(_divergence(answer, guess), taps.layers, None if is_sample else trial.probed / tokens)
         return answer
+
+    def _substitution(self, taps: "RouterTaps", policy: Routing) -> Substitution:
+        return Substitution(taps.rule, policy, self._is_whole, self._precision)
+
+    def _learn(self, divergence: float, layers: tuple[int, ...], cost: float | None) -> None:
+        """Tell the account how far a trial diverged; `cost` is what a probe gave up per token. Modifies."""
+        if cost is None:
+            self._controller.sample(divergence, layers)
+        else:
+            self._controller.probe(divergence, cost)
 
     def restart(self) -> None:
         """Warm up again: what is at hand has changed. Modifies."""
@@ -244,6 +262,13 @@ class RouterTaps:
         see = self._tap.get()
         if see is not None:
             see(router, output[0])
+
+
+def _scaled(policy: Routing, scale: float) -> Routing:
+    """Return a policy that gives up so many times as much; what has no shares stays as it is."""
+    if isinstance(policy, LowMissing):
+        return replace(policy, inner=_scaled(policy.inner, scale))
+    return policy.scaled(scale) if isinstance(policy, MassBudget) else policy
 
 
 def _divergence(exact: torch.Tensor, guess: torch.Tensor) -> float:

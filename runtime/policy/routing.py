@@ -31,12 +31,15 @@ class Choice:
         Whether a low-precision copy will do, bool ``[K']``.
     lost
         Share of the top-K router mass that was given up, 0 where the choice is exact.
+    probed
+        What an expert that was at hand and replaced nonetheless costs, in the units of a budget's shares (`Probed`).
     """
 
     experts: Ints
     scores: Floats
     low: Bools
     lost: float = 0.0
+    probed: float = 0.0
 
 
 class Routing(Protocol):
@@ -127,12 +130,10 @@ class MassBudget:
         spare = [c for c in range(top_k, len(here)) if here[c]]
         total = max(sum(score[:top_k]), 1e-12)
         budget = self.shares[layer % len(self.shares)]
-        prices = self.prices[layer] if self.prices else None
         stand_in: dict[int, int] = {}
         for candidate in missing:
-            cost = self._cost(score[candidate] / total, score[spare[0]] / total) if spare else math.inf
-            if prices is not None and spare:
-                cost *= prices[ids[candidate]]
+            share, other = score[candidate] / total, score[spare[0]] / total if spare else 0.0
+            cost = self.cost_of(layer, ids[candidate], share, other) if spare else math.inf
             if cost > budget:
                 if self.whole:
                     stand_in.clear()
@@ -149,6 +150,46 @@ class MassBudget:
     def _cost(self, missing: float, spare: float) -> float:
         """Return what it costs to replace one expert by another, from their shares of the top-K mass."""
         return max(0.0, missing - spare) * (missing if self.weighted else 1.0)
+
+    def scaled(self, scale: float) -> "MassBudget":
+        """Return the same policy with shares so many times as large."""
+        return self if scale == 1.0 else replace(self, shares=tuple(scale * share for share in self.shares))
+
+    def cost_of(self, layer: int, expert: int, missing: float, spare: float) -> float:
+        """Return what it costs to replace an expert, from its and its stand-in's shares of the top-K mass."""
+        return self._cost(missing, spare) * (self.prices[layer][expert] if self.prices else 1.0)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a budget chooses, and the lightest expert at hand replaced besides: to see what that does to predictions.
+
+    Nothing is loaded for it. It costs about as much as what is really replaced, since predictions do not diverge in
+    proportion to much more: at most `most` of a layer's share of `usual`, the budget that the calibration was made for.
+    """
+
+    inner: MassBudget
+    usual: MassBudget
+    most: float = 3.0
+
+    def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
+        """Replace what the budget allows, and one more."""
+        choice = self.inner.choose(layer, ids, scores, resident, top_k)
+        total = max(float(scores[:top_k].sum()), 1e-12)
+        taken = np.isin(ids, choice.experts)
+        spare = np.flatnonzero(resident[ids] & ~taken)
+        spare, kept = spare[spare >= top_k], np.flatnonzero(resident[ids[:top_k]] & taken[:top_k])
+        if not len(spare) or not len(kept):
+            return choice
+        given, instead = int(kept[-1]), int(spare[0])
+        mass, other = float(scores[given]) / total, float(scores[instead]) / total
+        cost = self.usual.cost_of(layer, int(ids[given]), mass, other)
+        if cost > self.most * self.usual.shares[layer % len(self.usual.shares)]:
+            return choice
+        slot = int(np.flatnonzero(choice.experts == ids[given])[0])
+        experts, weights = choice.experts.copy(), choice.scores.copy()
+        experts[slot], weights[slot] = ids[instead], self.usual.stand_in * scores[instead]
+        return replace(choice, experts=experts, scores=weights, probed=cost)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import torch
 
+from agent.quality import importance_of
 from runtime.calibrate import Rise, calibrate, policy_of
 from runtime.forcing import Bench, Supply, cut_pieces
 from runtime.loading import load_tokenizer, load_whole
@@ -49,13 +50,14 @@ def judge(bench: Bench, found: Calibration, setting: Setting, name: str, capacit
     exact = exact_bench.run(Exact(), is_lru=True, keep=True)
     compared = replace(exact_bench, supply=bench.supply)  # with its predictions
     policy = policy_of(setting.shares, is_whole=False, prices=found.prices, stand_in=found.stand_in)
+    account = importance_of(found, setting.budget).controller
     with held_in(bench.model, found.situation.precision):
-        run = compared.run(policy)
+        run = compared.run(policy, account=account)
     rise, loads, base = Rise.between(exact, run), run.waits.sum(), exact.waits.sum()
     low, high = (math.expm1(rise.mean + sign * 1.96 * rise.error) for sign in (-1, 1))
     print(
         f"  {name:28s} perplexity {math.expm1(rise.mean):+.2%} ({low:+.2%} … {high:+.2%}), KL {run.divergence:.4f}, "
-        f"loads per token {loads:.2f} of {base:.2f} = {loads / base:.1%}",
+        f"loads per token {loads:.2f} of {base:.2f} = {loads / base:.1%}, at last {account.scale:.0%} of its shares",
         flush=True,
     )
 

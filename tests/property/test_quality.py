@@ -1,6 +1,7 @@
 """The quality account under any traffic: never more given up than earned, whatever the steps."""
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -91,3 +92,48 @@ def test_the_last_segments_samples_stand_for_all_layers() -> None:
     assert account.divergence == pytest.approx(0.016)
     account.sample(0.02, [0, 1])
     assert account.divergence == pytest.approx(0.018)
+
+
+@pytest.mark.parametrize(("slope", "count"), [(0.1, 32), (2.0, 200)])
+def test_probes_let_less_be_given_up_only_where_the_same_costs_more(slope, count):
+    nll, rng = math.log1p(0.05), random.Random(count)
+    allowance = Allowance(0.05, (nll,), (1.0,), divergence=2 * nll, slope=slope, probe_every=4)
+    like, unlike = Controller(allowance), Controller(allowance)
+    for _ in range(count):
+        cost = rng.uniform(0.001, 0.01)
+        like.probe(slope * cost * rng.uniform(0.5, 1.5), cost)
+        unlike.probe(3 * slope * cost * rng.uniform(0.9, 1.1), cost)
+    assert like.scale > 0.5
+    assert 2.5 < unlike.excess < 3.1
+    assert unlike.dearness == pytest.approx(1 + 2 * (unlike.excess - 1))
+    assert unlike.scale < 0.2
+    unlike.advance(1, [0], {0: 0.001})
+    assert unlike.spent == pytest.approx(0.001 * unlike.dearness)
+    for _ in range(256):
+        unlike.probe(slope * 0.005, 0.005)
+    assert unlike.scale == pytest.approx(1)
+
+
+@given(st.integers(0, 31))
+def test_few_probes_and_such_that_gave_nothing_up_say_nothing(count):
+    account = Controller(Allowance(0.01, (0.01,), (1.0,), slope=0.1))
+    for _ in range(count):
+        account.probe(1.0, 0.001)
+    for _ in range(64):
+        account.probe(0.0, 0.0)
+    assert account.scale == 1
+
+
+def test_probes_are_seldom_once_text_is_known_to_be_like_the_calibrations():
+    account = Controller(Allowance(0.01, (0.01,), (1.0,), slope=0.1, probe_every=2))
+    distances, since = [], 0
+    for _ in range(600):
+        account.advance(1, [0], {})
+        since += 1
+        if account.wants_probe:
+            account.probe(0.0001, 0.001)
+            distances.append(since)
+            since = 0
+    assert set(distances[:256]) == {2}
+    assert set(distances[256:]) == {8}
+    assert not Controller(Allowance(0.01, (0.01,), (1.0,))).wants_probe

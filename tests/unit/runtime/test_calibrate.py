@@ -17,6 +17,7 @@ from runtime.errors import InvalidInput
 from runtime.forcing import WARMUP, Bench, Cached, Supply, cut_pieces
 from runtime.policy.cache import Cache
 from runtime.policy.eviction import EVICTIONS
+from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, LeaveOut
 from runtime.policy.uses import LearnedUses
 from runtime.predictors import Lesson, learn_uses, write_predictor
@@ -120,7 +121,23 @@ def test_calibration_finds_more_room_in_larger_budgets(bench):
     assert np.shape(found.prices) == (4, 16)
     assert np.mean(found.prices) == pytest.approx(1)
     assert found.stand_in < 1
+    assert small.slope > 0
     assert seen[0][0] == 1
+
+
+def test_probes_find_text_dearer_than_its_calibration(bench):
+    policy = policy_of([0.05], is_whole=False)
+    unscaled = bench.run(policy)
+    runs = {}
+    for slope in (math.inf, 1e-6):
+        account = Controller(Allowance(0.01, (0.01,), (1.0,), slope=slope, probe_every=8))
+        runs[slope] = bench.run(policy, account=account)
+        assert account.scale == (1 if slope == math.inf else pytest.approx(0, abs=0.01))
+    like, dear = runs.values()
+    assert (like.nll == unscaled.nll).all(), "probes change nothing"
+    assert len(like.slopes) == math.ceil(len(bench.pieces) / 8)
+    assert min(like.slopes) > 0
+    assert dear.waits.sum() > like.waits.sum()
 
 
 def test_budgets_pay_for_the_precision_in_which_experts_are_held(bench, caplog):

@@ -139,6 +139,18 @@ def test_sampled_steps_run_both_ways_and_answer_exactly(checkpoint, store):
     assert account.divergence > 0
 
 
+def test_probes_answer_and_load_as_if_there_were_none(checkpoint, store):
+    answers = []
+    for slope in (0.0, 1e-6):
+        split, account = parts(
+            checkpoint, store, "qwen3_moe", MassBudget((0.2,)), horizon=1000, slope=slope, probe_every=2
+        )
+        account.advance(1, range(4), {})
+        answers.append(tokens(split, 8))
+        assert (len(account._probes) >= 2) == (slope > 0)
+    assert answers[0] == answers[1]
+
+
 def test_a_spent_budget_closes_until_more_is_earned(checkpoint, store):
     split, account = parts(checkpoint, store, "qwen3_moe", MassBudget((1.0,)), is_whole=True, price=100.0, horizon=1)
     tokens(split, 16)

@@ -12,6 +12,7 @@ from runtime.policy.routing import (
     LeaveOut,
     MassBudget,
     PrecisionByRank,
+    Probed,
     SmoeMargin,
     buddies_of,
 )
@@ -156,3 +157,18 @@ def test_a_stand_in_may_weigh_less_than_its_score():
     assert choice.lost == pytest.approx(0.03 / 0.68)
     nothing = MassBudget((0.0,), stand_in=0.5).choose(0, IDS, SCORES, holding(7), K)
     assert nothing.scores.tolist() == SCORES[:K].tolist()
+
+
+def test_a_probe_replaces_the_lightest_expert_at_hand_besides():
+    usual = MassBudget((0.02,), weighted=True, stand_in=0.5)
+    none = usual.scaled(0.0)
+    choice = Probed(none, usual).choose(0, IDS, SCORES, holding(5, 3, 7), K)
+    assert choice.experts.tolist() == [5, 7, 0], "3 is at hand and lightest, 0 is still to be loaded"
+    assert choice.scores.tolist() == pytest.approx([0.30, 0.075, 0.18])
+    assert choice.probed == pytest.approx((0.20 - 0.15) / 0.68 * 0.20 / 0.68)
+    assert choice.lost == 0
+    too_dear = Probed(none, usual, most=0.1).choose(0, IDS, SCORES, holding(5, 3, 7), K)
+    assert too_dear.experts.tolist() == [5, 3, 0]
+    assert chosen(Probed(usual, usual), 5, 3, 0) == [5, 3, 0], "nothing at hand could stand in"
+    assert chosen(Probed(usual, usual), 7, 2) == chosen(usual, 7, 2) == [5, 3, 7], "nothing at hand was kept"
+    assert usual.scaled(1.0) is usual
