@@ -193,13 +193,13 @@ def _down(
 
 def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: torch.Tensor, *, late: bool) -> None:
     """Compute what goes into the down projections, [B, K, F], of experts at hand, or of those that came late."""
-    block = 8
+    block = 4
     top = buffers.slots.shape[2]
     slots = buffers.slots if late else buffers.first  # slots may be changing meanwhile
     _gate_up[(x.shape[0] * top, triton.cdiv(lanes.ffn, block))](
         x, lanes.memory, slots[layer], buffers.first[layer], out, lanes.stride, lanes.gate_up, lanes.hidden,
         lanes.ffn, TOP=top, IS_LATE=late, BLOCK_F=block,
-        BLOCK_D=min(512, triton.next_power_of_2(lanes.hidden)), num_warps=4,
+        BLOCK_D=min(1024, triton.next_power_of_2(lanes.hidden)), num_warps=4,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from runtime.errors import ExpertUnavailable
 from schemas.topology import Tier
 
 _SHARE: Final = 24  # one of so many slots is spare
+_PUNCTUAL: Final = 3
+"""Last layers of a step that the host does nothing else beside which takes long: the next step waits for it then."""
 
 
 def spare_slots(slots: int, most: int) -> int:
@@ -87,7 +89,8 @@ class DeviceStep(Following):
 
     def serve(self, index: int) -> None:
         """Follow what the device does in a layer that has chosen, and help where it needs that."""
-        chosen = self._runner.chosen(index, self._stamp, self._catch_up)
+        is_near_end = index >= self._layers - _PUNCTUAL
+        chosen = self._runner.chosen(index, self._stamp, self._count_one if is_near_end else self._catch_up)
         if index == 0:
             self._bringer.end_sources()  # the device has come past whatever was copied in the step before
         layer = _Layer(index, chosen)
@@ -99,9 +102,10 @@ class DeviceStep(Following):
         if absent:
             self._supply_layer(layer, absent)
         self._replenish(layer)
-        gates = self._gates[index].copy()
+        gates, number = self._gates[index].copy(), self._first + index
         self._pending.append(partial(self._tally.observe, index, chosen.experts, gates))
-        self._pending.append(partial(self._bringer.prepare, self._first + index, self._most))
+        self._pending.append(partial(self._bringer.learn, number))
+        self._pending.append(partial(self._bringer.prepare, number, self._most))
 
     def _guesses_of(self, index: int) -> tuple[dict[int, _Guess], dict[int, _Guess]]:
         """Return what was begun for a layer, and by the one before it for the one after; in the order of spares."""
@@ -119,7 +123,7 @@ class DeviceStep(Following):
     def finish(self) -> None:
         """Count what has not been counted yet. Modifies."""
         super().finish()
-        while len(self._pending) > 4 * self._layers:  # else there is time for it in the next step
+        while len(self._pending) > 6 * self._layers:  # else there is time for it in the next step
             self._pending.popleft()()
 
     def close(self) -> None:
@@ -140,6 +144,11 @@ class DeviceStep(Following):
         if work:
             work.popleft()()
         return bool(work)
+
+    def _count_one(self) -> bool:
+        if is_any := bool(self._counting):
+            self._counting.popleft()()
+        return is_any
 
     def _supply_layer(self, layer: _Layer, absent: Sequence[int]) -> None:
         """See that the device can bring what a layer lacks, and note which slots it takes. Modifies."""

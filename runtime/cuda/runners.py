@@ -302,9 +302,7 @@ class Graphs:
     def offer(self) -> None:
         """Let the device have spares."""
         supply = supply_of(self.buffers)
-        theirs, own, size = supply.spares.data_ptr(), supply.own_spares.data_ptr(), 8 * supply.ring
-        self._copies.send(theirs, own, size)
-        self._copies.send(theirs + size, own + size, 8)
+        self._copies.send(supply.spares.data_ptr(), supply.own_spares.data_ptr(), supply.spares.nbytes)
 
     def tell_hosted(self) -> None:
         """Let the device know what is in host memory."""

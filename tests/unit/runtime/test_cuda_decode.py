@@ -165,20 +165,20 @@ def test_a_device_goes_on_with_its_own_choice(checkpoint: Any, slots: int | None
     path = checkpoint("qwen3_moe")
     want = list(generate(opened(path, is_captured=False), PROMPT, max_tokens=12, stop_ids=frozenset()))
     segment = opened(path) if slots is None else apart(path, slots=slots)
-    segment.open("a", len(PROMPT) + 12)
+    segment.open("a", len(PROMPT) + 11)
     made = [int(segment.step("a", torch.tensor(PROMPT))[-1].argmax())]
-    made += segment.go_on("a", made[-1], 4)
-    assert len(made) == 5
-    made.append(int(segment.step_batch(["a"], torch.tensor(made[-1:])).argmax()))
-    made += segment.go_on("a", made[-1], 6)
+    while len(made) < 12:  # how many come at once depends on how long they take
+        made += segment.go_on("a", made[-1], 12 - len(made))
+        if len(made) < 10:
+            made.append(int(segment.step_batch(["a"], torch.tensor(made[-1:])).argmax()))
     assert made == want
     counts = segment.counters.snapshot()
     assert (counts.steps, counts.tokens, counts.rows) == (12, len(PROMPT) + 11, (len(PROMPT) + 11) * 4 * 2)
     assert segment.residency.inside.shelf.is_frozen is False
     with pytest.raises(ContextFull):
-        segment.go_on("a", made[-1], 2)
-    stop = want.index(want[6])
-    assert list(generate(segment, PROMPT, max_tokens=12, stop_ids=frozenset({want[6]}))) == want[: stop + 1]
+        segment.go_on("a", made[-1], 1)
+    stop = want.index(want[6]) + 1
+    assert list(generate(segment, PROMPT, max_tokens=12, stop_ids=frozenset({want[6]}))) == want[:stop]
 
 
 def test_steps_that_others_choose_for_are_run_one_by_one(checkpoint: Any) -> None:
