@@ -136,13 +136,14 @@ def calibrate(
     plain = bench.run(Exact(), keep=is_plain)
     with held_in(bench.model, situation.precision):
         exact = plain if is_plain else bench.run(Exact(), keep=True)
+        held = max(Rise.between(plain, exact).mean, 0.0)
+        affordable = _affordable(budgets, held, situation)
         prices = () if situation.is_whole else _prices(bench, report)
         shape = np.ones(layers) if prices else _shape_of_layers(bench, situation)
         curve = _Curve(bench, exact, shape, situation, prices)
         for scale in _SCALES:
             curve.measure(scale * _PROBE / 2)
-        held = max(Rise.between(plain, exact).mean, 0.0)
-        settings = [_setting(plain, curve, budget, held) for budget in _affordable(budgets, held, situation)]
+        settings = [_setting(plain, curve, budget, held) for budget in affordable]
     return Calibration(
         model=model,
         layers=layers,
@@ -219,11 +220,15 @@ class _Curve:
         return run
 
     def slope(self, scale: float) -> float:
-        """Return what probes at a scale cause for each unit of cost on the dearest stretch of the text, nats."""
+        """Return what probes at a scale cause for each unit of cost on all but the dearest stretches of the text; nats.
+
+        It is their mean and a standard deviation between them.
+        """
         if self._situation.is_whole:
             return 0.0
         account = Controller(Allowance(1.0, (), (), slope=math.inf, probe_every=_PROBE_EVERY))
-        return max(self._bench.run(self._policy(scale), account=account).slopes)
+        slopes = np.array(self._bench.run(self._policy(scale), account=account).slopes)
+        return float(slopes.mean() + slopes.std())
 
     def _policy(self, scale: float) -> MassBudget:
         situation = self._situation

@@ -67,8 +67,8 @@ class Setting(FrozenModel):
     waits_share
         Loads (or, with a plan, waiting events) per token relative to exact execution.
     slope
-        KL divergence for each unit of cost, as shares are, that probes gave up on the text's dearest stretch; nats. 0
-        where none was made.
+        KL divergence for each unit of cost, as shares are, that probes gave up on all but the text's dearest stretches;
+        nats. 0 where none was made.
     """
 
     budget: Annotated[float, Field(gt=0, le=1)]

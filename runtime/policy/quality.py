@@ -27,7 +27,7 @@ _FEW: Final = 8  # samples that say nothing yet
 _DOUBT: Final = 2.0  # standard errors
 _PROBES: Final = 256  # that are looked back on
 _FEW_PROBES: Final = 32
-_SELDOM: Final = 4  # times as far between, once enough of them found nothing
+_SELDOM: Final = 8  # times as far between, once enough of them found nothing
 _STEEP: Final = 1.45
 """Predictions diverge with about the 0.69th power of a budget's shares (tinymoe-base, 8 of 32 experts)."""
 
@@ -55,7 +55,7 @@ class Allowance:
     sample_every
         Tokens between two steps that are run both ways; never if 0.
     slope
-        KL divergence for each unit of cost that probes gave up, on the calibration's text of the dearest kind; nats.
+        KL divergence for each unit of cost that probes gave up, on all but the dearest of the calibration's text; nats.
         Never probed if 0.
     probe_every
         Tokens between two probes.

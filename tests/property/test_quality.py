@@ -135,5 +135,5 @@ def test_probes_are_seldom_once_text_is_known_to_be_like_the_calibrations():
             distances.append(since)
             since = 0
     assert set(distances[:256]) == {2}
-    assert set(distances[256:]) == {8}
+    assert set(distances[256:]) == {16}
     assert not Controller(Allowance(0.01, (0.01,), (1.0,))).wants_probe
