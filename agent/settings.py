@@ -79,9 +79,10 @@ class Settings(FrozenModel):
         bringing them there. It rounds otherwise than the device; answers that combine in order never do it.
     precision
         In which this node holds and executes every expert, whoever asks for it: in int8 or int4 more of them fit into
-        the same memory, and text changes as `agent calibrate` tells; `plan`: in that of the plan which gives it its
-        first experts. Where the topology does not say so, what the plan places here is counted in the checkpoint's, and
-        what that leaves free is cache. Records travel, and lie on disk, in the checkpoint's.
+        the same memory, and text changes as `agent calibrate` tells, which a quality budget pays for first; `plan`: in
+        that of the plan which gives it its first experts. Where the topology does not say so, what the plan places here
+        is counted in the checkpoint's, and what that leaves free is cache. Records travel, and lie on disk, in the
+        checkpoint's.
     low_precision
         In which a missing expert may be loaded instead, where the quality budget allows that.
     quality

@@ -208,7 +208,7 @@ class Bench:
         stride
             Run only every so-manieth piece.
         keep
-            Whether to keep the predictions, as those that later runs diverge from.
+            Whether to keep the predictions, as those that later runs diverge from, instead of any before.
         is_lru
             Evict what was least recently used.
         account
@@ -216,6 +216,7 @@ class Bench:
             `MassBudget` then. What is given up is not paid from it.
         """
         text, rule = self.pieces[::stride], router_rule(self.model.config)
+        self._exact = [] if keep else self._exact
         choosers = [
             _Chooser(layer, rule, policy, held, self.top_k)
             for layer, held in enumerate(self.supply.holding(self.top_k, is_lru=is_lru))

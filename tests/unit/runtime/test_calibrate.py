@@ -21,6 +21,7 @@ from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, LeaveOut
 from runtime.policy.uses import LearnedUses
 from runtime.predictors import Lesson, learn_uses, write_predictor
+from runtime.rounding import held_in
 from schemas.calibration import Situation, load_calibration
 from schemas.checkpoint import read_checkpoint
 from schemas.files import InvalidFile
@@ -100,6 +101,15 @@ def test_a_placement_waits_once_for_a_layer_and_gives_up_all_or_nothing(bench):
     assert not everything.waits.any()
 
 
+def test_runs_diverge_from_what_was_kept_last(bench):
+    twice = replace(bench, pieces=bench.pieces[:2])
+    twice.run(Exact(), keep=True)
+    with held_in(bench.model, "int4"):
+        assert twice.run(Exact()).divergence > 1e-4
+        twice.run(Exact(), keep=True)
+        assert twice.run(Exact()).divergence == pytest.approx(0, abs=1e-5)
+
+
 def test_calibration_finds_more_room_in_larger_budgets(bench):
     seen = []
     found = calibrate(
@@ -143,6 +153,7 @@ def test_probes_find_text_dearer_than_its_calibration(bench):
 def test_budgets_pay_for_the_precision_in_which_experts_are_held(bench, caplog):
     held = Situation(capacity=6, eviction="steady", precision="int4")
     before = [weights.clone() for weights in bench.model.parameters()]
+    bench = replace(bench, pieces=bench.pieces[:8])
     found = calibrate(bench, model="demo", situation=held, budgets=[0.6, 1e-9])
     assert all(map(torch.equal, before, bench.model.parameters()))
     assert [each.budget for each in found.settings] == [0.6]
