@@ -109,7 +109,8 @@ def over_budget(assignments: Iterable[Assignment], budget: MemoryBudget) -> str:
 def unlike_precision(assignment: Assignment, held: Iterable[Assignment], budget: MemoryBudget) -> str:
     """Say why a node cannot hold experts in the precision that an assignment asks for; empty if it can.
 
-    It changes its precision only while it has nothing: what is there was made for another.
+    It changes its precision only while it has nothing: what is there was made for another. Started again, it makes
+    another of the checkpoint's records.
     """
     wanted = assignment.precision
     if wanted is None or wanted == budget.precision:
@@ -122,10 +123,12 @@ def unlike_precision(assignment: Assignment, held: Iterable[Assignment], budget:
         )
     for other in held:
         if other.replicas or budget.ranges((other,)):
+            way = f"apply a plan first that gives {budget.node} neither experts nor layers"
+            if budget.precision == "checkpoint":
+                way = f"start it again with agent run --precision {wanted} and apply again"
             return (
-                f"holds experts in {budget.precision} for epoch {other.epoch}, the plan wants them in {wanted}; apply "
-                f"a plan first that gives {budget.node} neither experts nor layers, or solve with precision: "
-                f"{budget.precision} for it"
+                f"holds experts in {budget.precision} for epoch {other.epoch}, the plan wants them in {wanted}; {way}, "
+                f"or solve with precision: {budget.precision} for {budget.node}"
             )
     return ""
 

@@ -1,8 +1,11 @@
 """In which precision a node holds experts in memory, and what one takes then: from its config and its journal.
 
 Decides that an agent which follows plans begins with what its journal says, and that one whose config says another
-precision than its journal does not start. Must not know who asks for which precision.
+precision starts only where its journal says the checkpoint's: of that any can be made, and fits. Must not know who asks
+for which precision.
 """
+
+import logging
 
 from agent.budget import MemoryBudget
 from agent.errors import DataUnusable
@@ -14,6 +17,8 @@ from schemas.model import ModelSpec
 from schemas.precision import LOW_PRECISIONS, Precision
 from schemas.store import RecordLayout
 
+log = logging.getLogger(__name__)
+
 
 def make_budget(settings: Settings, spec: ModelSpec, layout: RecordLayout, state: AgentState) -> MemoryBudget:
     """Return what a node may use, and how it holds experts at first.
@@ -23,7 +28,7 @@ def make_budget(settings: Settings, spec: ModelSpec, layout: RecordLayout, state
     UnfitPrecision
         The config's precision does not fit the model.
     DataUnusable
-        What the journal says is here is in a precision that the config does not allow.
+        What the journal says is here is in a low precision, and the config asks for another.
     """
     memory = TierBytes(device=settings.memory.device, host=settings.memory.host, disk=settings.memory.disk)
     sizes = _sizes(layout)
@@ -56,9 +61,12 @@ def _sizes(layout: RecordLayout) -> dict[Precision, int]:
 def _first(settings: Settings, state: AgentState, offers: tuple[Precision, ...]) -> Precision:
     known = (state.active, *state.kept)
     said = next((each.precision for each in known if each is not None and each.precision is not None), None)
-    if said is not None and said not in offers:
+    if said is None or said in offers:
+        return said or offers[0]
+    if said != "checkpoint":
         raise DataUnusable(
             f"{settings.data}: holds experts in {said} under the plan in force, the config says precision: "
             f"{settings.precision}; say {said} or plan there, or give the agent an empty data directory"
         )
-    return said or offers[0]
+    log.warning("the plan in force wants experts in %s; they are held in %s until the next one", said, offers[0])
+    return offers[0]

@@ -174,13 +174,13 @@ def require_same(inputs: Inputs, current: Plan) -> None:
         "model": (current.model, inputs.model),
         "dtype": (current.dtype, inputs.topology.dtype),
     }
-    in_force = {each.node: each.precision for each in current.precisions or ()}
     for node in inputs.topology.nodes:
-        if node.id in in_force and node.precision != in_force[node.id]:
+        held = next((each.precision for each in current.precisions or () if each.node == node.id), None)
+        if held not in {None, "checkpoint", node.precision}:
             raise ForeignPlan(
-                f"node {node.id} holds experts in {in_force[node.id]} under the current plan, the topology says "
-                f"{node.precision or 'nothing'}; an agent changes its precision only while it holds no experts: say "
-                f"precision: {in_force[node.id]}, or apply a plan first that gives {node.id} none"
+                f"node {node.id} holds experts in {held} under the current plan, the topology says "
+                f"{node.precision or 'nothing'}; of that nothing else can be made: say precision: {held}, or apply a "
+                f"plan first that gives {node.id} nothing"
             )
     for name, (have, want) in pairs.items():
         if have != want:

@@ -1,5 +1,6 @@
 """Agents that execute experts in a low precision: one machine's tokens in that precision, and status says so."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from runtime.engine import generate
 from runtime.loading import load_tokenizer, load_whole
 from runtime.store import prepare_store
 from schemas.plan import NodePrecision
+from schemas.precision import LowPrecision
 from tests.cluster import MODEL, PROMPTS, Cluster, make_plan, running, save, spread
 from tests.integration.conftest import NUM_TOKENS
 
@@ -31,18 +33,23 @@ def test_tokens_are_those_of_one_machine_in_the_same_precision(tmp_path: Path, s
 INT8 = 38144  # bytes of an expert of the model
 
 
-def half_in_int8(prompt: str, layers: list[int]) -> list[int]:
-    """Greedy tokens of one machine whose experts of some layers are what int8 makes of them."""
+def rounded(precision: LowPrecision, prompt: str, layers: list[int] | None) -> list[int]:
+    """Greedy tokens of one machine whose experts of some layers (all if None) are what a precision makes of them."""
     tokenizer, model = load_tokenizer(MODEL), load_whole(MODEL, dtype="float32")
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    with torch.inference_mode(), degraded(model, "int8", layers):
+    with torch.inference_mode(), degraded(model, precision, layers):
         out = model.generate(ids, do_sample=False, max_new_tokens=NUM_TOKENS, attention_mask=torch.ones_like(ids))
     return out[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
+def half(nodes: list[str], layer: int, _: int) -> list[str]:
+    """The holder of an expert: of the first two layers the first node, else the second."""
+    return [nodes[layer // 2]]
+
+
 def refused(cluster: Cluster, **changes: object) -> str:
     """What is said to a plan that must be refused."""
-    holders = lambda layer, _: [cluster.nodes[layer // 2]]  # noqa: E731
+    holders = partial(half, cluster.nodes)
     assert cluster.active is not None
     plan = make_plan(cluster, holders, current=cluster.active, routes=(), **changes)
     done = cluster.apply(save(cluster, plan, "refused.json"))
@@ -64,8 +71,9 @@ def test_every_node_holds_experts_in_the_precision_of_the_plan(
     with running(tmp_path, 2, store=store, settings={"precision": "plan"}) as cluster:
         n0, n1 = cluster.nodes
         precisions = (NodePrecision(node=n0, precision="checkpoint", expert_bytes=147456), *held(n1, "int8"))
-        cluster.reach(make_plan(cluster, lambda layer, _: [(n0, n1)[layer // 2]], precisions=precisions))
-        want = half_in_int8(PROMPTS[0], [2, 3])
+        holders = partial(half, cluster.nodes)
+        cluster.reach(make_plan(cluster, holders, precisions=precisions))
+        want = rounded("int8", PROMPTS[0], [2, 3])
         assert cluster.generate(n0, PROMPTS[0], "--max-tokens", str(NUM_TOKENS))["tokens"] == want
         there = {node["id"]: node for node in cluster.status()["nodes"]}
         assert {name: node["precision"] for name, node in there.items()} == {n0: "checkpoint", n1: "int8"}
@@ -83,3 +91,12 @@ def test_every_node_holds_experts_in_the_precision_of_the_plan(
         said = refused(cluster, precisions=held(n1, "checkpoint"))
         assert "n1 can hold experts in int8, the plan wants them in checkpoint there; set precision in the" in said
         assert cluster.generate(n0, PROMPTS[0], "--max-tokens", str(NUM_TOKENS))["tokens"] == want
+        said = refused(cluster, precisions=held(n0, "int8"))
+        assert "n0: holds experts in checkpoint for epoch 1, the plan wants them in int8; start it again with" in said
+        assert cluster.interrupt(n0) == 0
+        cluster.start_agent(n0, "--precision", "int8")
+        cluster.wait_up([n0])
+        everywhere = (*held(n0, "int8"), *held(n1, "int8"))
+        cluster.reach(make_plan(cluster, holders, current=cluster.active, precisions=everywhere))
+        tokens = cluster.generate(n0, PROMPTS[0], "--max-tokens", str(NUM_TOKENS))["tokens"]
+        assert tokens == rounded("int8", PROMPTS[0], None)

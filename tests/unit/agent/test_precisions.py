@@ -87,7 +87,7 @@ def test_what_is_held_keeps_its_precision():
     assert bring(machine, 1, "int8")[1] is None
     _, fault = bring(machine, 2, "checkpoint")
     assert fault.code == ExitCode.REFUSED
-    assert "holds experts in int8 for epoch 1, the plan wants them in checkpoint" in fault.message
+    assert "holds experts in int8 for epoch 1, the plan wants them in checkpoint; apply a plan first" in fault.message
     machine.handle(m.AbortReceived(2, f"{2:064x}"))
     assert bring(machine, 2, "int8", experts=0)[1] is None
     assert bring(machine, 3, "checkpoint")[1] is None, "nothing was held any more"
@@ -107,7 +107,10 @@ def test_an_agent_comes_back_in_the_precision_of_its_journal(tmp_path):
     assert (budget.precision, budget.offers) == ("int8", ("checkpoint", "int8", "int4"))
     assert budget.sizes["checkpoint"] == model.layout.bytes > budget.sizes["int8"] > budget.sizes["int4"]
     assert make_budget(settings(tmp_path, "plan"), model.spec, model.layout, m.AgentState()).precision == "checkpoint"
+    whole = m.AgentState(cluster="test", active=assignment(1, "checkpoint"))
+    fewer = make_budget(settings(tmp_path, "int4"), model.spec, model.layout, whole)
+    assert fewer.precision == "int4", "of the checkpoint's records any other is made"
     with pytest.raises(
         DataUnusable, match="holds experts in int8 under the plan in force, the config says precision: "
     ):
-        make_budget(settings(tmp_path, "checkpoint"), model.spec, model.layout, state)
+        make_budget(settings(tmp_path, "int4"), model.spec, model.layout, state)
