@@ -247,11 +247,13 @@ class Segment:
         ExpertUnavailable
             The session cannot go on: close it.
         """
-        session, mine = self._session(session_id), Passage()
-        dispatcher, captured = self._begin(None, "partial"), self.captured
+        session, mine, captured = self._session(session_id), Passage(), self.captured
+        is_whole = self.trunk.has_embedding and self.trunk.has_head
+        if captured is None or self.importance is not None or not is_whole:
+            return []
+        dispatcher = self._begin(None, "partial")
         try:
-            is_whole = self.trunk.has_embedding and self.trunk.has_head and self.importance is None
-            if captured is None or not is_whole or not captured.can_run(dispatcher, [session.cache]):
+            if not captured.can_run(dispatcher, [session.cache]):
                 return []
             count = captured.at_once(most)
             with self._lock:
