@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from runtime.alone import open_alone
-from runtime.degrading import degraded
 from runtime.engine import generate
 from runtime.loading import load_tokenizer, load_whole
+from runtime.rounding import degraded
 from runtime.store import prepare_store
 from schemas.plan import NodePrecision
 from schemas.precision import LowPrecision

@@ -10,12 +10,13 @@ import torch
 from agent.client import Answer, stream
 from runtime.loading import load_tokenizer, load_whole
 from schemas.calibration import Calibration, Setting, Situation
+from schemas.precision import Precision
 from tests.cluster import MODEL, PROMPTS, make_plan, running, spec, spread, wait_for
 from tests.integration.conftest import NUM_TOKENS
 
 
-def everything(path: Path) -> Path:
-    """Write a calibration that gives up whatever is not at hand."""
+def everything(path: Path, precision: Precision = "checkpoint") -> Path:
+    """Write a calibration that gives up whatever is not at hand, made with experts in a precision."""
     model = spec()
     setting = Setting(
         budget=0.5, shares=(1e9,) * model.layers, nll=(math.log(1.5) / model.layers,) * model.layers,
@@ -23,7 +24,7 @@ def everything(path: Path) -> Path:
     )  # fmt: skip
     found = Calibration(
         model=model.id, layers=model.layers, experts=model.experts, top_k=model.top_k, tokens=1, pieces=8, warmup=0,
-        situation=Situation(node="n0", is_whole=True), settings=(setting,),
+        situation=Situation(node="n0", is_whole=True, precision=precision), settings=(setting,),
     )  # fmt: skip
     path.write_text(found.model_dump_json())
     return path
@@ -81,3 +82,23 @@ def test_a_budget_is_spent_and_told(tmp_path: Path, store: Path, reference: dict
             "n0": 0.5,
             "n1": None,
         }
+
+
+def test_a_budget_pays_for_experts_that_are_held_in_low_precision(tmp_path: Path, store: Path) -> None:
+    """What a calibration was made with, or measured, is spent; where nobody knows what is left, nothing is."""
+    quality = {"calibration": str(everything(tmp_path / "c.json", "int8"))}
+    with running(tmp_path, 2, store=store, settings={"quality": quality, "precision": "int8"}) as cluster:
+        cluster.reach(make_plan(cluster, spread(cluster.nodes), quality_budget=0.5))
+        cluster.generate("n0", PROMPTS[0], "--max-tokens", "4")
+        used = wait_for(
+            lambda: (q := cluster.node_status("n0")["quality"])["spared_events"] and q, timeout_s=5, what="a heartbeat"
+        )
+        assert used["standing"] == "open"
+        everything(tmp_path / "c.json", "int4")
+        cluster.reach(make_plan(cluster, spread(cluster.nodes), current=cluster.active, quality_budget=0.6))
+        told = wait_for(
+            lambda: (q := cluster.node_status("n0")["quality"])["standing"] == "uncalibrated" and q,
+            timeout_s=5,
+            what="a heartbeat",
+        )
+        assert "was measured with experts in int4, this node holds them in int8" in told["note"]
