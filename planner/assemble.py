@@ -308,5 +308,6 @@ def _why(solved: Solved, node: int) -> str:
     last = int((here & (held.sum(axis=0) == problem.required)).sum())
     free = int(problem.node_slots[node] - here.sum())
     room = "full" if free == 0 else f"{format_bytes(free * int(problem.place_bytes[here_places].max()))} left"
+    room = "nothing is missing" if here.all() else room
     last_text = "held nowhere else" if problem.required == 1 else f"that {problem.required} nodes must hold"
     return f"{own} experts its own tokens ask for, {only} kept for others; {last} {last_text}; {room}"
