@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.assemble import placement_records
-from planner.errors import InfeasibleProblem, NoPlacementFound
+from planner.errors import InfeasibleProblem, NoPlacementFound, UnsafePlan
 from planner.feasibility import violations
 from planner.lowering import WORTH, Rated, choose_precisions
 from planner.objective import unit_cost
@@ -73,8 +73,8 @@ def test_no_placement_takes_more_bytes_than_there_are(drawn, solver):
 
 
 @few
-@given(drawn=mixed_problems(), seed=st.integers(0, 99))
-def test_every_stage_of_a_migration_keeps_within_bytes(drawn, seed):
+@given(drawn=mixed_problems())
+def test_every_stage_of_a_migration_keeps_within_bytes(drawn):
     problem, sizes = drawn
     first, second = solved(problem, "uniform"), solved(problem, "dancemoe", "latency")
     if first is None or second is None:
@@ -82,10 +82,15 @@ def test_every_stage_of_a_migration_keeps_within_bytes(drawn, seed):
     before, after = (placement_records(problem, one.placed) for one in (first, second))
     index = {(problem.node_ids[n], problem.tier(p)): p for p, n in enumerate(problem.place_node.tolist())}
     held = {(index[r.node, r.tier], r.layer, r.expert) for r in before}
-    for step in migration_steps(problem, before, after).steps:
+    try:
+        steps = migration_steps(problem, before, after).steps
+    except UnsafePlan:
+        return  # no slot is free anywhere
+    for step in steps:
         if step.action == "switch":
             continue
         record = (index[step.node, step.tier], step.layer, step.expert)
+        assert step.bytes == sizes[record[0]]
         held = held | {record} if step.action == "replicate" else held - {record}
         for place, size in enumerate(sizes):
             assert sum(at == place for at, _, _ in held) * size <= problem.capacity_bytes[place]
