@@ -21,11 +21,15 @@ from planner.options import (
     EXISTING,
     ProgressLine,
     Quantity,
+    asked_inputs,
+    calibration_option,
     gap_option,
     json_option,
     limits_of,
     objective_option,
+    precision_option,
     print_json,
+    quality_budget_option,
     refuse,
     require_directory,
     seed_option,
@@ -45,7 +49,6 @@ from schemas.files import InvalidFile, write_atomic
 from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.plan import Plan, load_plan, write_plan
-from schemas.precision import PRECISIONS
 from schemas.topology import Topology
 
 SCHEMAS: Mapping[str, type[FrozenModel]] = {
@@ -84,17 +87,9 @@ def cli() -> None:
     default=0.0,
     help="With additive-latency: seconds charged per second of compute of each layer's heaviest node.",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", *PRECISIONS]),
-    help="In which nodes hold experts of which the topology does not say; auto: chosen, within the budget of quality.",
-)
-@click.option(
-    "--quality-budget",
-    type=Quantity("share"),
-    help="Rise of perplexity that low precisions and substitution may spend ('1 %'), for the topology's.",
-)
-@click.option("--calibration", type=EXISTING, help="What precisions cost, of agent calibrate, for the topology's.")
+@precision_option
+@quality_budget_option
+@calibration_option
 @click.option("--queueing", is_flag=True, help="Count queues at busy holders (M/M/1), and solve again with them.")
 @click.option("--counters", type=EXISTING, help="What a running cluster counted, in place of traces.")
 @json_option
@@ -151,9 +146,7 @@ def solve(
     start = time.monotonic()
     try:
         inputs = load_inputs(topology, counters, calibration)
-        inputs = inputs.with_trunk_mode(trunk) if trunk else inputs
-        inputs = inputs if quality_budget is None else inputs.with_quality_budget(quality_budget)
-        inputs = inputs.with_unsaid(precision) if precision in PRECISIONS else inputs
+        inputs = asked_inputs(inputs, trunk=trunk, quality_budget=quality_budget, precision=precision)
         warn_short_traces(inputs)
         warn_unknown_costs(inputs)
         objective = usable_objective(inputs, objective)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import click
 
@@ -16,6 +16,7 @@ from planner.demand import short_traces
 from planner.inputs import Inputs
 from planner.objective import OBJECTIVES, ObjectiveName
 from planner.solvers.base import SolveLimits, default_gap
+from schemas.precision import PRECISIONS
 from schemas.units import parse_bytes, parse_duration, parse_share
 
 EXISTING: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -68,6 +69,31 @@ class Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
             return float(_PARSE[self.name](value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", *PRECISIONS]),
+    help="In which nodes hold experts of which the topology does not say; auto: chosen, within the budget of quality.",
+)
+quality_budget_option = click.option(
+    "--quality-budget",
+    type=Quantity("share"),
+    help="Rise of perplexity that low precisions and substitution may spend ('1 %'), for the topology's.",
+)
+calibration_option = click.option(
+    "--calibration", type=EXISTING, help="What precisions cost, of agent calibrate, for the topology's."
+)
+
+
+def asked_inputs(
+    inputs: Inputs, *, trunk: Literal["stay", "move"] | None, quality_budget: float | None, precision: str | None
+) -> Inputs:
+    """Return the inputs with what options say in place of the topology; ``auto`` is decided later."""
+    inputs = inputs.with_trunk_mode(trunk) if trunk else inputs
+    inputs = inputs if quality_budget is None else inputs.with_quality_budget(quality_budget)
+    said = next((each for each in PRECISIONS if each == precision), None)
+    return inputs if said is None else inputs.with_unsaid(said)
 
 
 def refuse(*contradictions: tuple[object, str]) -> None:
