@@ -4,7 +4,8 @@
 
 TEXTS has a directory per domain with calibration.jsonl and eval.jsonl. Shares are calibrated on the calibration text of
 the mixed domains alone, then judged on their evaluation text, mixed and one by one, and on domains that calibration
-never saw. Intervals are 95 %. FILE is what `agent learn --kind uses` made of traces of calibration text. With --held
+never saw. Intervals are 95 %. As at run time, probes (`runtime.policy.quality`) let less be given up on text that is
+dearer; the loads that they cause at run time are not counted here. FILE is what `agent learn --kind uses` made of traces of calibration text. With --held
 int8 the memory of C experts of the checkpoint's precision holds experts in int8, as many of them as fit; the budget pays
 for that, too, and what loads are compared with stays LRU of C experts in the checkpoint's precision.
 """
