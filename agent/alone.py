@@ -10,10 +10,10 @@ from typing import Any
 
 from agent.client import Answer
 from runtime.alone import Alone
-from runtime.engine import Sampling
 from runtime.loading import load_tokenizer
 from runtime.models import open_model
 from runtime.reads import ReadWay
+from runtime.sampling import Sampling
 from runtime.text import TextStream
 from runtime.timeline import Process, Timeline, recorded, write_trace
 from schemas.messages import Finished

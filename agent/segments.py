@@ -24,9 +24,9 @@ from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Ste
 from agent.steps import compute, ids_of, name_of, require_fit
 from agent.tracing import PutTrace, Traces
 from agent.waiting import Port
-from runtime.engine import Sampling, Segment, prefill_chunks, sample
+from runtime.engine import Segment
 from runtime.errors import ContextFull, ExpertUnavailable, KvBudgetExceeded, RuntimeFault, UnknownSession
-from runtime.sampling import chunk_of
+from runtime.sampling import Sampling, chunk_of, prefill_chunks, sample
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
 from schemas.sessions import (

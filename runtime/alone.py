@@ -15,8 +15,9 @@ import torch
 
 from runtime.ahead import learnt_from
 from runtime.cuda.devices import available_host_bytes, first_words, free_bytes, is_device_fault, usable_device
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
 from runtime.errors import BudgetTooSmall, InvalidStore, RuntimeFault
+from runtime.generation import generate
 from runtime.loading import load_trunk
 from runtime.models import Model, open_model
 from runtime.packed import Repacked, Unpacked

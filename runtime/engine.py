@@ -1,4 +1,4 @@
-"""Running tokens through a range of decoder layers, session by session, and generating text with that.
+"""Running tokens through a range of decoder layers, session by session.
 
 Decides what a step is: forward one session by some tokens under the routing of the epoch that is current when it
 begins. A request's life: 1 `open` reserves its KV cache · 2 `step` with the prompt · 3 the dispatcher asks holders
@@ -11,13 +11,12 @@ is the caller's business.
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
-from uuid import uuid4
 
 import torch
 
@@ -33,11 +32,8 @@ from runtime.loading import Trunk
 from runtime.passage import Passage, Rest
 from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
-from runtime.sampling import Sampling, chunk_of, prefill_chunks, sample
 from runtime.session import Session
 from runtime.slots import Residency
-
-__all__ = ["Keep", "Sampling", "Segment", "generate", "prefill_chunks", "sample"]
 
 Keep = Literal["last", "all", "none"]
 """Logits of which tokens of a step are computed."""
@@ -426,61 +422,3 @@ class Segment:
             step.logits = answer.logits
             return answer.hidden[:, None]
         return decoder.run(inputs, caches, seen, dispatch, self._taps.seeing)[:, None]
-
-
-def generate(
-    segment: Segment,
-    prompt_ids: Sequence[int],
-    *,
-    max_tokens: int,
-    sampling: Sampling | None = None,
-    combine: Combine = "partial",
-    caller: ExpertCaller | None = None,
-    stop_ids: frozenset[int] | None = None,
-    session_id: str | None = None,
-) -> Iterator[int]:
-    """Yield up to `max_tokens` tokens that follow a prompt, in a session of their own.
-
-    The model's stop token is yielded too and ends it. Closing the iterator frees the session. Where a device goes on by
-    itself tokens come some at once, and some may have been run behind a stop token.
-
-    Parameters
-    ----------
-    stop_ids
-        The model's own by default; an empty set never stops early.
-
-    Raises
-    ------
-    InvalidInput
-        An empty prompt, or fewer than one token asked for.
-    ContextFull, KvBudgetExceeded
-        Prompt and answer do not fit.
-    """
-    if not prompt_ids or max_tokens < 1:
-        raise InvalidInput("a prompt of at least one token and max_tokens of at least 1 are needed")
-    sampling = sampling or Sampling()
-    stops = segment.trunk.stop_ids if stop_ids is None else stop_ids
-    session_id = session_id or uuid4().hex
-    segment.open(session_id, len(prompt_ids) + max_tokens)
-    try:
-        ids = torch.tensor(prompt_ids, dtype=torch.int64, device=segment.trunk.device)
-        chunks = [ids[chunk] for chunk in prefill_chunks(len(prompt_ids), chunk_of(ids.device))]
-        for chunk in chunks[:-1]:
-            segment.step(session_id, chunk, caller=caller, combine=combine, keep="none")
-        inputs, position, tokens = chunks[-1], len(prompt_ids), list[int]()
-        goes_on = sampling.temperature == 0 and combine == "partial" and caller is None
-        last = position + max_tokens
-        while position < last:
-            most = min(last - position, 2 * len(tokens))  # the first ones soon
-            tokens = segment.go_on(session_id, tokens[-1], most) if goes_on and tokens else []
-            if not tokens:
-                logits = segment.step(session_id, inputs, caller=caller, combine=combine)
-                tokens = [sample(logits[-1], sampling, position)]
-            for token in tokens:
-                yield token
-                if token in stops:
-                    return
-            position += len(tokens)
-            inputs = torch.tensor(tokens[-1:], dtype=torch.int64, device=segment.trunk.device)
-    finally:
-        segment.close(session_id)

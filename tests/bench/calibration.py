@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from runtime.alone import open_alone
-from runtime.engine import generate
 from runtime.experts import ExpertCall, execute_call
+from runtime.generation import generate
 from runtime.slots import Residency
 from runtime.store import Store
 from schemas.topology import TIERS, Tier

@@ -21,7 +21,8 @@ import torch
 
 from runtime.alone import Alone
 from runtime.cuda.copies import DeviceCopies
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
+from runtime.generation import generate
 from runtime.importance import Importance
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import MassBudget

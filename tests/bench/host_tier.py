@@ -11,7 +11,8 @@ import click
 import torch
 
 from runtime.alone import expert_sources
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
+from runtime.generation import generate
 from runtime.loading import load_tokenizer, load_trunk, load_whole
 from runtime.models import open_model
 from runtime.routing import EpochBoard, Routing

@@ -26,14 +26,16 @@ import torch
 from agent.calibrating import _pieces
 from runtime.alone import open_alone, packed_source
 from runtime.degrading import precision_costs
-from runtime.engine import Sampling, Segment, generate
+from runtime.engine import Segment
 from runtime.forcing import Bench, Supply
+from runtime.generation import generate
 from runtime.importance import Importance
 from runtime.loading import load_tokenizer, load_whole
 from runtime.models import open_model
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, LowMissing
 from runtime.records import RecordFile
+from runtime.sampling import Sampling
 from runtime.store import prepare_store
 from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.units import format_bytes

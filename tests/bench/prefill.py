@@ -18,10 +18,11 @@ import click
 import torch
 
 from runtime.alone import open_alone
-from runtime.engine import Segment, prefill_chunks
+from runtime.engine import Segment
 from runtime.loading import load_trunk
 from runtime.reads import ReadWay
 from runtime.routing import EpochBoard, Routing
+from runtime.sampling import prefill_chunks
 from runtime.slots import Residency
 from runtime.store import Store, prepare_store
 

@@ -20,7 +20,7 @@ import click
 import torch
 
 from runtime.alone import open_alone
-from runtime.engine import generate
+from runtime.generation import generate
 from runtime.loading import load_tokenizer
 from runtime.models import open_model
 from runtime.reads import READ_WAYS, ReadWay, reads_of

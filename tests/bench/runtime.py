@@ -22,8 +22,8 @@ import click
 import torch
 
 from runtime.alone import open_alone
-from runtime.engine import generate
 from runtime.errors import BudgetTooSmall
+from runtime.generation import generate
 from runtime.loading import load_tokenizer, load_trunk
 from runtime.models import open_model
 from runtime.store import prepare_store

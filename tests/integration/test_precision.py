@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime.alone import open_alone
-from runtime.engine import generate
+from runtime.generation import generate
 from runtime.loading import load_tokenizer, load_whole
 from runtime.rounding import degraded
 from runtime.store import prepare_store

@@ -4,8 +4,8 @@ import pytest
 
 from runtime.ahead import learnt_from
 from runtime.alone import open_alone
-from runtime.engine import generate
 from runtime.errors import InvalidInput
+from runtime.generation import generate
 from runtime.models import open_model
 from runtime.policy.prefetch import Slack
 from runtime.predictors import learn, learn_uses, write_predictor

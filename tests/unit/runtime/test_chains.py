@@ -8,9 +8,8 @@ import weakref
 import pytest
 import torch
 
-from runtime.engine import sample
 from runtime.errors import ContextFull, InvalidInput, UnknownSession
-from runtime.sampling import PREFILL_CHUNK, Sampling
+from runtime.sampling import PREFILL_CHUNK, Sampling, sample
 from tests.families import FAMILIES, chain_model, make_store
 
 DRAWN = torch.randint(2, 256, (4, 160), generator=torch.Generator().manual_seed(3)).tolist()

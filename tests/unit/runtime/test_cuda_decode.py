@@ -12,8 +12,9 @@ from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.layers import step_parts
 from runtime.cuda.runners import States
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
 from runtime.errors import ContextFull, DamagedRecord, ExpertLost
+from runtime.generation import generate
 from runtime.importance import Importance
 from runtime.loading import load_trunk
 from runtime.models import open_model

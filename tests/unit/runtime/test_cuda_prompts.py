@@ -13,8 +13,9 @@ from runtime.comebacks import Origin
 from runtime.copies import Copy
 from runtime.cuda import prompt_reference
 from runtime.cuda.prompts import DevicePrompts
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
 from runtime.errors import DamagedRecord, ExpertLost
+from runtime.generation import generate
 from runtime.records import CheckpointExpert
 from tests.unit.runtime.test_cuda_decode import apart, opened
 

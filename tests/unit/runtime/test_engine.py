@@ -5,9 +5,10 @@ import threading
 import pytest
 import torch
 
-from runtime.engine import Sampling, generate
 from runtime.errors import CallFailed, ContextFull, ExpertUnavailable, InvalidInput, KvBudgetExceeded, UnknownSession
+from runtime.generation import generate
 from runtime.routing import Routing
+from runtime.sampling import Sampling
 from tests.families import FAMILIES, InProcessCaller, all_here, reference, reference_tokens, split_model, spread
 
 NEVER = frozenset()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
+from runtime.generation import generate
 from runtime.loading import load_trunk
 from runtime.routing import EpochBoard, Routing
 from runtime.sampling import PREFILL_CHUNK

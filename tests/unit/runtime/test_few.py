@@ -8,9 +8,9 @@ import torch
 
 from runtime.counters import Counts
 from runtime.dispatch import Dispatcher
-from runtime.engine import generate
 from runtime.experts import ExpertCall, Rows, compute_rows, execute_call
 from runtime.few import Picked, answer_call, compute_few, compute_token, pick
+from runtime.generation import generate
 from runtime.records import RecordFile
 from runtime.slots import Caching, Residency
 from schemas.store import RECORDS_NAME

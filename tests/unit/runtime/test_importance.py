@@ -5,7 +5,8 @@ import torch
 
 from runtime.alone import open_alone
 from runtime.dispatch import Dispatcher
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
+from runtime.generation import generate
 from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import load_trunk
 from runtime.policy.quality import Allowance, Controller

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from runtime.engine import Segment, generate
+from runtime.engine import Segment
 from runtime.errors import ContextFull, KvBudgetExceeded
+from runtime.generation import generate
 from runtime.importance import Importance
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import MassBudget
