@@ -149,6 +149,10 @@ def test_a_device_that_brings_experts_by_itself(checkpoint: Any, family: str, sl
     assert used["device"] == len(on_device) * segment.residency.layout.bytes
     assert len({copy.slot for copy in on_device} | set(held.free["device"])) == slots
     if slots == 14:
+        for _ in range(20):  # one guess of five comes true, and which are made hangs on what took how long
+            if sum(tiers.prefetch_hits):
+                break
+            assert list(generate(segment, PROMPT, max_tokens=30, stop_ids=frozenset())) == want
         assert sum(tiers.prefetched) >= sum(tiers.prefetch_hits) > 0
 
 
