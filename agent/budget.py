@@ -50,6 +50,10 @@ class MemoryBudget:
         size = replica.record.bytes
         return size if replica.tier == "disk" else self.sizes.get(self.precision, size)
 
+    def holds_for(self, assignment: Assignment) -> bool:
+        """Whether an assignment gives this node experts or layers."""
+        return bool(assignment.replicas or self.ranges((assignment,)))
+
     def paths(self, assignment: Assignment) -> tuple[TrunkPath, ...]:
         """Return the paths through this node; an ingress without one runs every layer itself."""
         known = {path.ingress for path in assignment.paths}
@@ -122,7 +126,7 @@ def unlike_precision(assignment: Assignment, held: Iterable[Assignment], budget:
             f"{budget.precision} for {budget.node}"
         )
     for other in held:
-        if other.replicas or budget.ranges((other,)):
+        if budget.holds_for(other):
             way = f"apply a plan first that gives {budget.node} neither experts nor layers"
             if budget.precision == "checkpoint":
                 way = f"start it again with agent run --precision {wanted} and apply again"

@@ -105,6 +105,9 @@ class Computing:
     def hold_in(self, precision: Precision) -> None:
         """Hold experts in another precision, with nothing in memory yet. Modifies."""
         self.precision = precision
+        inside = self.residency.inside
+        for pool in (inside.pool, inside.host_pool):
+            pool.vacate()  # a device need not have room for the slots of both
         self.residency = self._make_residency(self.device)
 
     def _note(self, error: BaseException) -> None:

@@ -94,9 +94,18 @@ class Holdings:
             ) from error
 
     def missing(self, wanted: Mapping[Held, AssignedReplica]) -> list[AssignedReplica]:
-        """Return the wanted replicas that are not in their tier. Does not modify."""
+        """Return the wanted replicas that are not in their tier, or not known by that record's name. Does not modify.
+
+        A node that packs what comes knows it by the name of the checkpoint's record; peers may ask for the packed one.
+        """
         held = {(*key, tier) for tier, keys in self.residency.held().items() for key in keys}
-        return [replica for place, replica in sorted(wanted.items()) if place not in held]
+        with self._lock:
+            named = set(self._keys)
+        return [
+            replica
+            for place, replica in sorted(wanted.items())
+            if place not in held or replica.brought.sha256 not in named
+        ]
 
     def require_room(self, wanted: Mapping[Held, AssignedReplica], missing: Iterable[AssignedReplica]) -> None:
         """Raise `CannotPrepare` if the disk lacks room for missing records of its tier. May drop backing copies."""

@@ -264,11 +264,12 @@ class AgentMachine:
                 yield from self._forget_pending()
             self.fault = _fault(assignment, *refusal)
             return
-        if assignment.precision not in {None, self.budget.precision}:
+        budget = self._budget_for(assignment)
+        if budget.precision != self.budget.precision:
             if state.pending is not None:
                 yield from self._forget_pending()
-            self.budget = self._budget_for(assignment)
-            yield HoldIn(self.budget.precision)
+            self.budget = budget
+            yield HoldIn(budget.precision)
         yield self._become(pending=assignment, is_ready=False, cluster=assignment.cluster)
         yield Keep(self._all())
         yield self._obtain(assignment)
@@ -286,8 +287,15 @@ class AgentMachine:
         return None
 
     def _budget_for(self, assignment: Assignment) -> MemoryBudget:
-        """Return the budget with experts in the precision that an assignment asks for."""
-        return replace(self.budget, precision=assignment.precision or self.budget.precision)
+        """Return the budget with experts in the precision that an assignment asks for.
+
+        Where it asks for none, what is held stays as it is; a node that holds nothing is as it began, whatever a plan
+        wanted of it that never came into force.
+        """
+        budget, state = self.budget, self.state
+        holding = (*state.kept, *((state.active,) if state.active else ()))
+        unsaid = budget.precision if any(map(budget.holds_for, holding)) else budget.offers[0]
+        return replace(budget, precision=assignment.precision or unsaid)
 
     def _obtained(self, epoch: int, plan: str) -> Iterator[Instruction]:
         state, done = self.state, (epoch, plan)

@@ -113,7 +113,7 @@ class Settings(FrozenModel):
     reads: ReadWay = "cached"
     peer_cache: bool = True
     in_place: bool = True
-    precision: Precision | Literal["plan"] = "checkpoint"
+    precision: Literal[Precision, "plan"] = "checkpoint"
     low_precision: LowPrecision | None = None
     quality: OwnQuality = OwnQuality()
     threads: Annotated[int, Field(ge=1, le=1024)] = 1

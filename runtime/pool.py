@@ -70,7 +70,7 @@ class SlotPool:
         self._starts = _aligned_starts(self._sizes)
         self._stride = _aligned(self._starts[-1] + self._sizes[-1])
         self._map: mmap.mmap | None = None
-        self._is_pinned = False
+        self._unpin: weakref.finalize[Any, SlotPool] | None = None
         try:
             self._bytes = self._reserve(slots * self._stride, tier, device)
         except (RuntimeError, MemoryError, OSError, ValueError, OverflowError) as error:
@@ -98,9 +98,8 @@ class SlotPool:
         error = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
         if int(error) != 0:
             raise RuntimeError(f"host memory cannot be pinned: {error}")
-        self._is_pinned = True
         # the same addresses may be mapped again later, and be pinned then
-        weakref.finalize(self, cudart.cudaHostUnregister, memory.data_ptr())
+        self._unpin = weakref.finalize(self, cudart.cudaHostUnregister, memory.data_ptr())
 
     def weights(self, slot: int) -> ExpertWeights:
         """Return the views of a slot's parts; of a packed one, weights in memory of their own."""
@@ -158,12 +157,20 @@ class SlotPool:
 
     def give_back(self, slot: int) -> None:
         """Let the system have the pages of a slot that is not used. Modifies."""
-        if self._map is None or self._is_pinned:
+        if self._map is None or self._unpin is not None:
             return
         first = -(-slot * self._stride // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (slot + 1) * self._stride // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def vacate(self) -> None:
+        """Give all memory back, of slots that nobody uses, nor will, whoever still knows the pool. Modifies."""
+        self.slots = 0
+        self._weights.clear()
+        if self._unpin is not None:
+            self._unpin()
+        self._bytes, self._map = torch.empty(0, dtype=torch.uint8, device=self._bytes.device), None
 
 
 def as_weights(layout: RecordLayout, tensors: Sequence[torch.Tensor]) -> ExpertWeights:

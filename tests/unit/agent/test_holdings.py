@@ -144,3 +144,24 @@ def test_packed_records_are_held_served_found_again_and_checked(store, tmp_path)
     again.keep({})
     with pytest.raises(KeyError):
         again.size(name)
+
+
+def test_what_is_held_already_gets_the_name_by_which_peers_ask_for_it(store, tmp_path):
+    """Found by hand: a node that had packed whole records itself said of the packed ones that it had none."""
+    whole, plain = replica(store, 0, 1, "device")
+    packed = packed_layout(store.manifest.layout, "int8")
+    record = bytes(pack_record(plain, packed))
+    named = Record(layer=0, expert=1, sha256=hashlib.sha256(record).hexdigest(), bytes=packed.bytes)
+    each = whole.model_copy(update={"packed": named})
+    budgets = {"device": packed.bytes, "disk": packed.bytes}
+    residency = Residency(store.manifest.layout, budgets, tmp_path / "records", precision="int8")
+    holdings = Holdings(residency, None, tmp_path, disk_budget=packed.bytes)
+    holdings.open({})
+    holdings.hold(whole, plain)
+    wanted = {(0, 1, "device"): each}
+    assert holdings.missing(wanted) == [each]
+    holdings.hold(each, holdings.find(each))
+    assert holdings.missing(wanted) == []
+    holdings.keep(wanted)
+    assert holdings.read(named.sha256, 0, packed.bytes) == record
+    assert holdings.backing_bytes == packed.bytes, "a restart finds it"

@@ -1,9 +1,11 @@
 """An agent and the precision of plans: it takes up the first one, and says why it cannot take up another."""
 
 import pytest
+from pydantic import ValidationError
 
 from agent import machine as m
 from agent.budget import MemoryBudget
+from agent.computing import Computing
 from agent.errors import DataUnusable
 from agent.precisions import make_budget
 from agent.settings import Settings
@@ -72,6 +74,36 @@ def test_a_plan_that_does_not_say_is_held_in_what_the_config_says():
     machine = agent(("int8",), "int8")
     assert bring(machine, 1, None, experts=4)[1] is None
     assert machine.budget.precision == "int8"
+
+
+def test_a_plan_that_never_came_into_force_leaves_no_precision_behind():
+    machine = agent(room=4 * BYTES)
+    given = assignment(1, "int8")
+    machine.handle(m.PrepareReceived(given))
+    machine.handle(m.AbortReceived(1, given.plan))
+    done, fault = bring(machine, 2, None)
+    assert fault is None
+    assert machine.budget.precision == "checkpoint"
+    assert m.HoldIn("checkpoint") in done
+    assert m.HoldIn("checkpoint") not in bring(machine, 3, None)[0]
+
+
+def test_slots_of_the_precision_before_are_given_back_first(tmp_path):
+    """A device may have room for one of both only, and others know the residency before until there is another."""
+    config = settings(tmp_path, "plan")
+    computing = Computing(config, open_model(CHECKPOINT, "checkpoint"), "checkpoint")
+    before, pool = computing.residency, computing.residency.inside.pool
+    assert len(pool.whole(0)) > 0
+    computing.hold_in("int8")
+    assert (pool.slots, len(pool.whole(0))) == (0, 0)
+    assert before.held() == {"device": [], "host": [], "disk": []}
+    assert computing.residency.slot_bytes < before.slot_bytes
+
+
+def test_an_unknown_precision_is_told_in_one_line(tmp_path):
+    with pytest.raises(ValidationError) as caught:
+        settings(tmp_path, "int5")
+    assert [error["loc"] for error in caught.value.errors()] == [("precision",)]
 
 
 def test_another_precision_than_the_config_s_is_refused_with_what_to_do():
