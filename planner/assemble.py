@@ -168,26 +168,26 @@ def _differ(current: Plan, plan: Plan) -> bool:
 
 
 def require_same(inputs: Inputs, current: Plan) -> None:
-    """Raise `ForeignPlan` where a plan is of another cluster, model or dtype."""
+    """Raise `ForeignPlan` where a plan is of another cluster, model or dtype, or in precisions that cannot change."""
     pairs = {
         "cluster": (current.cluster, inputs.topology.cluster),
         "model": (current.model, inputs.model),
         "dtype": (current.dtype, inputs.topology.dtype),
     }
-    for node in inputs.topology.nodes:
-        held = next((each.precision for each in current.precisions or () if each.node == node.id), None)
-        if held not in {None, "checkpoint", node.precision}:
-            raise ForeignPlan(
-                f"node {node.id} holds experts in {held} under the current plan, the topology says "
-                f"{node.precision or 'nothing'}; of that nothing else can be made: say precision: {held}, or apply a "
-                f"plan first that gives {node.id} nothing"
-            )
     for name, (have, want) in pairs.items():
         if have != want:
             shown = (current.model.id, inputs.model.id) if name == "model" else (have, want)
             raise ForeignPlan(
                 f"the current plan is of another {name}: it says {shown[0]}, the topology {shown[1]}"
                 f"{' with other sizes' if shown[0] == shown[1] else ''}; solve without --current to start afresh"
+            )
+    for node in inputs.topology.nodes:
+        held = next((each.precision for each in current.precisions or () if each.node == node.id), None)
+        if held not in {None, "checkpoint", node.precision}:
+            raise ForeignPlan(
+                f"node {node.id} holds experts in {held} under the current plan and is asked to hold them "
+                f"{'as it likes' if node.precision is None else f'in {node.precision}'}; of that nothing else can be "
+                f"made: say precision: {held}, or apply a plan first that gives {node.id} nothing"
             )
 
 

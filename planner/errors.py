@@ -54,6 +54,12 @@ class InfeasibleProblem(PlannerError):
         super().__init__("\n".join(f"infeasible: {violation.message}" for violation in self.violations))
 
 
+class UnfitPrecision(PlannerError):
+    """Experts of the model cannot be held in a precision that was asked for."""
+
+    exit_code = ExitCode.INVALID
+
+
 class NoPlacementFound(PlannerError):
     """A solver ended without a placement and without proof that there is none."""
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Final, Literal
 
 from planner.demand import Trace, activation_share, counted_share, counter_faults, read_trace
+from planner.errors import UnfitPrecision
 from planner.precision import PrecisionCosts, read_costs
 from planner.problem import Events, Problem, build_problem
 from schemas.activation import ActivationCounts
 from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
 from schemas.files import Fault, InvalidFile, load_json, load_yaml
 from schemas.model import ModelSpec
-from schemas.plan import Plan
+from schemas.plan import NodePrecision, Plan
 from schemas.precision import INT4_GROUP, Precision
 from schemas.sizes import ExpertSizes, sizes_of_checkpoint, sizes_of_spec
 from schemas.topology import Topology, load_topology
@@ -65,7 +66,17 @@ class Inputs:
         return replace(self, topology=topology)
 
     def with_precisions(self, precisions: Mapping[str, Precision]) -> "Inputs":
-        """Return the inputs with nodes that hold experts in other precisions than the topology says."""
+        """Return the inputs with nodes that hold experts in other precisions than the topology says.
+
+        Raises
+        ------
+        UnfitPrecision
+            One of them does not fit the model.
+        """
+        sizes = sizes_of_spec(self.model) if self.sizes is None else self.sizes
+        for precision in precisions.values():
+            if precision not in sizes:
+                raise UnfitPrecision(_unfit(precision, sizes))
         nodes = tuple(
             node.model_copy(update={"precision": precisions.get(node.id, node.precision)})
             for node in self.topology.nodes
@@ -88,12 +99,16 @@ class Inputs:
 
     def as_planned(self, plan: Plan) -> "Inputs":
         """Return the inputs with nodes in the precisions that a plan was made for."""
-        return self.with_precisions({each.node: each.precision for each in plan.precisions or ()})
+        return self.with_precisions({each.node: each.precision for each in self._precisions_of(plan)})
 
     def keeping(self, plan: Plan) -> "Inputs":
         """Return the inputs with nodes in the precisions of a plan in force, where the topology says none."""
         said = {node.id for node in self.topology.nodes if node.precision is not None}
-        return self.with_precisions({p.node: p.precision for p in plan.precisions or () if p.node not in said})
+        return self.with_precisions({p.node: p.precision for p in self._precisions_of(plan) if p.node not in said})
+
+    def _precisions_of(self, plan: Plan) -> tuple[NodePrecision, ...]:
+        """Return what a plan says of precisions: nothing if it is of another model, as whoever uses it is told then."""
+        return plan.precisions or () if plan.model == self.model else ()
 
     def entering(self) -> list[Trace]:
         """Trace of each ingress, in the order of nodes."""
@@ -160,12 +175,20 @@ def _load_costs(path: Path, topology: Topology, model: ModelSpec, calibration: P
 def _precision_faults(topology: Topology, sizes: ExpertSizes) -> Iterator[Fault]:
     for index, node in enumerate(topology.nodes):
         if node.precision is not None and node.precision not in sizes:
-            fitting = ", ".join(sizes)
-            yield Fault(
-                f"nodes[{index}].precision",
-                f"{node.precision} does not fit this model, whose matrices do not fall into groups of "
-                f"{INT4_GROUP} weights; it may be one of {fitting}",
-            )
+            yield Fault(f"nodes[{index}].precision", _unfit(node.precision, sizes))
+
+
+def _unfit(precision: Precision, sizes: ExpertSizes) -> str:
+    fitting = ", ".join(sizes)
+    if len(sizes) == 1:
+        return (
+            f"{precision} does not fit this model, as far as the bytes of an expert tell, which are not those of three "
+            f"matrices; name the checkpoint's directory as model, or leave precision {fitting}"
+        )
+    return (
+        f"{precision} does not fit this model, whose matrices do not fall into groups of {INT4_GROUP} weights; it may "
+        f"be one of {fitting}"
+    )
 
 
 def _load_counters(path: Path, topology: Topology, model: ModelSpec) -> ActivationCounts:

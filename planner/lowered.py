@@ -5,13 +5,13 @@ solvers: whoever calls says how a problem is solved.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, prod
 from typing import Final
 
 from planner.assemble import Solved, rise_of
-from planner.errors import InfeasibleProblem, PlannerError
+from planner.errors import InfeasibleProblem, PlannerError, Violation
 from planner.inputs import Inputs
 from planner.lowering import WORTH, Assignment, Rated, choose_precisions
 from planner.precision import expected_rise, is_within, over_budget, rise_text
@@ -47,6 +47,10 @@ class Lowered:
         That placement; None where nothing was tried, or nothing fits.
     rated, latency_s
         What was tried; seconds of a token where something fits.
+    unfit
+        What was tried, and has no room for all experts or breaks another constraint.
+    ways
+        How many there are.
     """
 
     inputs: Inputs
@@ -54,6 +58,8 @@ class Lowered:
     solved: Solved | None
     rated: Mapping[Assignment, Rated]
     latency_s: Mapping[Assignment, float]
+    unfit: Collection[Assignment]
+    ways: int
 
     @property
     def exact_latency_s(self) -> float | None:
@@ -79,9 +85,24 @@ class Lowered:
             budget=told.budget,
             exact_latency_s=self.exact_latency_s,
             considered=len(self.rated),
-            why=_why(self.exact_latency_s, takes, told.rise, told.budget) + self._beyond(takes, told.budget),
+            why=self._why(takes, told.rise, told.budget) + self._beyond(takes, told.budget),
         )
         return plan.model_copy(update={"summary": plan.summary.model_copy(update={"precision": summary})})
+
+    def _why(self, takes_s: float, rise: float, budget: float) -> str:
+        exact_s, instead = self.exact_latency_s, ""
+        if exact_s is not None:
+            instead = f" {format_seconds(exact_s)} in the checkpoint's precision,"
+        elif any(set(each) == {"checkpoint"} for each in self.unfit):
+            instead = " which does not fit in the checkpoint's precision,"
+        if len(self.rated) == 1 < self.ways:
+            return "every node keeps as many bits as it may: the time was over before another way was tried; give more"
+        if rise == 0 and exact_s is not None:
+            return "every node keeps the checkpoint's precision: within the budget fewer bits make no token quicker"
+        return (
+            f"a token takes {format_seconds(takes_s)},{instead} for {rise_text(rise)} of perplexity at most, of a "
+            f"budget of {format_share(budget)}"
+        )
 
     def _beyond(self, takes_s: float, budget: float) -> str:
         """Tell of the quickest assignment that the budget does not allow; nothing where that is no quicker."""
@@ -101,6 +122,8 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
     ------
     CannotChoose
         There is no budget, or no calibration that measured a precision.
+    InfeasibleProblem
+        What fits costs more than the budget.
     """
     ladders, budget = _ladders(inputs, before), inputs.topology.quality.budget
     each_s = max(_SEARCH_SHARE / _expected(ladders), _LEAST_SHARE) * limits.time_s
@@ -108,6 +131,7 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
     begun = time.monotonic()
     nodes = [node.id for node in inputs.topology.nodes]
     found: dict[Assignment, Solved] = {}
+    unfit: set[Assignment] = set()
 
     def with_precisions(assignment: Assignment) -> Inputs:
         return inputs.with_precisions(dict(zip(nodes, assignment, strict=True)))
@@ -117,6 +141,9 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
         try:
             start = None if there.topology.trunk.mode == "move" else _start(found, assignment)
             solved = solve(there.problem(), replace(limits, time_s=each_s, tail=0.0, start=start))
+        except InfeasibleProblem:
+            unfit.add(assignment)
+            return Rated(inf, 0.0)
         except PlannerError:
             return Rated(inf, 0.0)
         found[assignment] = solved
@@ -127,6 +154,8 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
         return time.monotonic() - begun > _SEARCH_SHARE * limits.time_s
 
     chosen, rated = choose_precisions(ladders, rate, budget=budget, should_stop=is_late)
+    if chosen in unfit and found:
+        raise InfeasibleProblem([_beyond_budget(min(rated[each].rise for each in found), budget)])
     solved = found.get(chosen)
     left = max(limits.time_s - (time.monotonic() - begun), _LEAST_SHARE * limits.time_s)
     stays = solved is not None and not solved.problem.moves and solved.result.trunk_node is None
@@ -137,7 +166,19 @@ def lower_precisions(inputs: Inputs, limits: SolveLimits, before: Plan | None, s
         solved=solved,
         rated=rated,
         latency_s={each: one.judgement.predicted_latency_s for each, one in found.items()},
+        unfit=unfit,
+        ways=prod(map(len, ladders)),
     )
+
+
+def _beyond_budget(least: float, budget: float) -> Violation:
+    """Say that precisions in which experts have room cost more than the budget."""
+    message = (
+        f"all experts have room in precisions that raise perplexity by {format_share(least)} or more, above the budget "
+        f"of {format_share(budget)}, and in none of those tried that keep it; raise the budget, or give nodes more "
+        "memory"
+    )
+    return Violation("quality", "all nodes", least, budget, "perplexity", message)
 
 
 def _expected(ladders: Sequence[Sequence[Precision]]) -> int:
@@ -186,18 +227,6 @@ def require_quality(inputs: Inputs, solved: Solved) -> None:
     rise = expected_rise(solved.problem, solved.routing, inputs.precisions, inputs.costs)
     if rise is not None and (found := list(over_budget(solved.problem, rise, budget))):
         raise InfeasibleProblem(found)
-
-
-def _why(exact_s: float | None, takes_s: float, rise: float, budget: float) -> str:
-    instead = "which does not fit in the checkpoint's precision"
-    if exact_s is not None:
-        instead = f"{format_seconds(exact_s)} in the checkpoint's precision"
-    if rise == 0 and exact_s is not None:
-        return "every node keeps the checkpoint's precision: within the budget fewer bits make no token quicker"
-    return (
-        f"a token takes {format_seconds(takes_s)}, {instead}, for {rise_text(rise)} of perplexity at most, of a budget "
-        f"of {format_share(budget)}"
-    )
 
 
 def _objective(solved: Solved) -> float:

@@ -14,16 +14,16 @@ import numpy as np
 from planner.assemble import Solved, make_plan, require_same, rise_of
 from planner.child import Watch
 from planner.departure import Departure
-from planner.errors import PlannerError
+from planner.errors import NoPlacementFound, PlannerError
 from planner.inputs import Inputs
 from planner.lowered import lower_precisions, require_quality
 from planner.moving import schedule_plan, with_sources
 from planner.objective import ObjectiveName
 from planner.precision import is_within, left_of
 from planner.problem import Bools, Problem
-from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues
+from planner.queueing import ROUNDS, queued_latency_s, solve_with_queues, with_own_queues
 from planner.simulate.network import build_network
-from planner.solve import recheck, solve
+from planner.solve import STAND_IN, recheck, solve
 from planner.solvers.base import SolveLimits, ignore
 from planner.solvers.choose import STRATEGIES, find_solver
 from planner.substitution import SHARE_OF_BUDGET, Sparing, ranked_events
@@ -73,12 +73,12 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     """Make a plan; raises what `solve` and `make_plan` raise."""
     before = request.before
     chosen = None
-    if request.lowers:
-        chosen = lower_precisions(inputs, request.limits, before, partial(_in_process, request))
-        inputs, request = chosen.inputs, replace(request, limits=chosen.limits)
     if before is not None:
         inputs = inputs.keeping(before)
         require_same(inputs, before)
+    if request.lowers:
+        chosen = lower_precisions(inputs, request.limits, before, partial(solve_briefly, request))
+        inputs, request = chosen.inputs, replace(request, limits=chosen.limits)
     problem = replace(inputs.problem(), balance=request.balance)
     now = None if before is None else in_force(before, problem)
     started, start = _from_there(problem, now)
@@ -107,10 +107,18 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
     return Proposal(plan.sealed(), choice.solved, solved)
 
 
-def _in_process(request: Request, problem: Problem, limits: SolveLimits) -> Solved:
-    """Solve one of many problems, as `solve` does."""
+def solve_briefly(request: Request, problem: Problem, limits: SolveLimits) -> Solved:
+    """Solve one of many problems in a share of the time, with a strategy where that is too short for the solver.
+
+    What no solver had the time for would else count as what has no room.
+    """
     problem = replace(problem, balance=request.balance)
-    return solve(problem, request.solver, objective=request.objective, limits=limits, in_process=True, stands_in=False)
+    asked = partial(solve, problem, objective=request.objective, limits=limits, in_process=True, stands_in=False)
+    try:
+        found = asked(request.solver)
+    except NoPlacementFound:
+        found = asked(STAND_IN)
+    return with_own_queues(problem, found, found.result.bound) if request.queueing else found
 
 
 def _from_there(problem: Problem, now: InForce | None) -> tuple[Problem, Bools | None]:

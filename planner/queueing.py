@@ -40,13 +40,13 @@ def queued_latency_s(problem: Problem, routing: Routing) -> float:
 def solve_with_queues(problem: Problem, solve: Callable[[Problem], Solved], rounds: int = ROUNDS) -> Solved:
     """Solve, count queues and solve again; return the best placement with the queues that it causes itself."""
     first = solve(problem)
-    best = _settled(problem, first, first.result.bound)
+    best = with_own_queues(problem, first, first.result.bound)
     load = node_load(first.problem, first.routing)
     for _ in range(rounds - 1):
         if not load.any():
             break
         again = solve(with_queues(problem, load))
-        found = _settled(problem, again, first.result.bound)
+        found = with_own_queues(problem, again, first.result.bound)
         if _value(found) < _value(best):
             best = found
         following = (
@@ -62,7 +62,7 @@ def _value(solved: Solved) -> float:
     return np.inf if solved.result.objective is None else solved.result.objective
 
 
-def _settled(problem: Problem, solved: Solved, bound: float | None) -> Solved:
+def with_own_queues(problem: Problem, solved: Solved, bound: float | None) -> Solved:
     """Return a solve judged with its own queues, under a bound without any."""
     moved = problem.with_trunk(solved.problem.trunk_node)
     queued = with_queues(moved, node_load(moved, solved.routing))

@@ -26,7 +26,7 @@ from planner.trunk.trials import Trial
 
 logger = logging.getLogger(__name__)
 
-_STAND_IN: Final = "dancemoe"
+STAND_IN: Final = "dancemoe"
 _SEARCHED: Final = 0.5  # of the time, before the joint model where that is tiny
 _QUICK_SHARE: Final = 0.02  # of the time, for the least waits added up on one of many trunks
 _QUICK_GAP: Final = 1e-2
@@ -217,11 +217,11 @@ def _counting_paths(problem: Problem, objective: ObjectiveName, watch: Watch | N
 
 def _stand_in(problem: Problem, result: Result, *, objective: ObjectiveName, limits: SolveLimits) -> Result:
     """Return DanceMoE's placement for a solver that found none in time, with the bound that it did prove."""
-    quick = find_solver(_STAND_IN)(problem, objective=objective, limits=limits, report=ignore)
+    quick = find_solver(STAND_IN)(problem, objective=objective, limits=limits, report=ignore)
     if quick.placed is None or violations(problem, quick.placed, nearest(problem, quick.placed, objective)):
         return result
     why = result.detail or result.stop_reason.value
-    logger.warning("%s found no placement in %.1f s (%s); %s's is used", result.solver, result.seconds, why, _STAND_IN)
+    logger.warning("%s found no placement in %.1f s (%s); %s's is used", result.solver, result.seconds, why, STAND_IN)
     return replace(quick, bound=result.bound, stop_reason=result.stop_reason, seconds=result.seconds)
 
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from planner.capacity import find_room
+from planner.inputs import load_inputs
 from planner.objective import nearest
 from planner.precision import PrecisionCosts, expected_rise, left_of
 from planner.problem import build_problem
+from planner.propose import Request, solve_briefly
+from planner.solvers.base import SolveLimits
 from schemas.calibration import Calibration, PrecisionCost, Setting, Situation
 from schemas.checkpoint import read_checkpoint
 from schemas.plan import load_plan
@@ -199,4 +202,60 @@ def test_what_nodes_hold_under_the_plan_in_force_is_kept_and_anything_else_is_to
         assert {each.precision for each in load_plan(tmp_path / "next.json").precisions} == {"int8"}
     ran = planner("solve", shop.write(), "--precision", "checkpoint", "--current", "plan.json")
     assert ran.code == 2
-    assert "node a holds experts in int8 under the current plan, the topology says checkpoint" in ran.err
+    assert "node a holds experts in int8 under the current plan and is asked to hold them in checkpoint" in ran.err
+
+
+def test_an_option_s_precision_that_does_not_fit_the_model_is_told(planner, workspace):
+    ran = planner("solve", workspace.write(), "--precision", "int4")
+    assert ran.code == 2
+    assert "int4 does not fit this model" in ran.err
+
+
+def test_a_plan_in_precisions_that_do_not_fit_another_model_is_of_another_model(planner, shop):
+    assert planner("solve", shop.write(), "--precision", "int4", "--quality-budget", "5 %", "-o", "plan.json").code == 0
+    shop.model = model_spec(layers=4, experts=8)  # int4 does not fit it
+    shop.write(quality={"budget": "1 %", "calibration": "c.json"})
+    auto = ("--precision", "auto")
+    for command in (("explain", "plan.json"), ("simulate", "plan.json"),
+                    ("solve", "topology.yaml", "--current", "plan.json"),
+                    ("solve", "topology.yaml", "--current", "plan.json", *auto)):  # fmt: skip
+        ran = planner(*command)
+        assert ran.code in {0, 2, 4}, (command, ran.err)
+        assert "Traceback" not in ran.err
+        assert command[0] != "solve" or "model" in ran.err
+
+
+def test_what_has_room_only_beyond_the_budget_is_told(planner, shop):
+    for each in shop.document["nodes"]:
+        each["memory"]["device"] //= 2  # .6 of all experts
+    ran = planner("solve", shop.write(), "--precision", "auto", "--quality-budget", "0.01 %", "--time-limit", "4")
+    assert ran.code == 3
+    assert re.search(r"all experts have room in precisions that raise perplexity by 0.\d+ % or more, above the budget "
+                     r"of 0.01 %", ran.err), ran.err  # fmt: skip
+
+
+def test_what_was_not_tried_is_not_said_to_have_no_room(planner, shop):
+    assert planner("solve", shop.write(), "--precision", "int8", "-o", "plan.json").code == 0
+    ran = planner("solve", shop.write(), "--current", "plan.json", "--precision", "auto", "--time-limit", "4")
+    assert ran.code == 0, ran.err
+    assert "does not fit" not in ran.out
+
+
+def test_what_no_solver_has_the_time_for_is_not_taken_for_what_has_no_room(planner, shop):
+    """Found on the quickstart: experts had room everywhere, and were said to have none."""
+    problem = load_inputs(shop.write()).problem()
+    limits = SolveLimits(time_s=1e-4)
+    assert solve_briefly(Request(solver="cpsat", limits=limits), problem, limits).placed.any()
+    ran = planner("solve", "topology.yaml", "--precision", "auto", "--time-limit", "0.001", "-o", "plan.json")
+    assert ran.code == 0, ran.err
+    assert "keeps as many bits as it may: the time was over before another way was tried; give more" in ran.out
+
+
+def test_queues_are_counted_with_chosen_precisions_too(planner, shop):
+    for each in shop.document["nodes"]:
+        each["ingress"]["tokens_per_s"] = 600
+    options = ("--precision", "auto", "--queueing", "--time-limit", "4", "-o", "plan.json")
+    ran = planner("solve", shop.write(), *options)
+    assert ran.code == 0, ran.err
+    summary = load_plan(shop.folder / "plan.json").summary
+    assert summary.predicted_latency_s == pytest.approx(summary.queued_latency_s), "what was solved for"
