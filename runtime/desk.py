@@ -5,6 +5,7 @@ lends.
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -61,11 +62,20 @@ class Desk(NamedTuple):
             self.shelf.redeem(copy)
 
     def load(self, copies: Sequence[Copy], *, wake: bool = True) -> None:
-        """Begin to fill copies: by the device where their records lie in host memory beside it, else as jobs."""
-        if self.launches is not None:
-            self.launches.settle()
-            copies = [copy for copy in copies if not self.launches.begin(copy)]
-        self.promoter.add(copies, wake=wake)
+        """Begin to fill copies: by the device where their records lie in host memory beside it, else as jobs.
+
+        Where the device fails, raising its error, the others are jobs too: somebody may wait for them.
+        """
+        left, jobs = deque(copies), []
+        try:
+            if self.launches is not None:
+                self.launches.settle()
+                while left:
+                    copy = left.popleft()
+                    if not self.launches.begin(copy):
+                        jobs.append(copy)
+        finally:
+            self.promoter.add([*jobs, *left], wake=wake)
 
     def publish_guesses(self, layer: int | None = None) -> None:
         """Let all be used, and make room, that the device was told to load, for a layer or for any. Modifies."""

@@ -13,6 +13,7 @@ from runtime.comebacks import Origin
 from runtime.counters import Counters
 from runtime.dispatch import Dispatcher
 from runtime.experts import Rows, compute_rows
+from runtime.launches import Launches
 from runtime.menu import Menu
 from runtime.policy.menu import Rates, SizedRates
 from runtime.pool import record_of
@@ -212,3 +213,23 @@ def test_what_lies_in_host_memory_alone_needs_no_slot(store, slots):
     assert held.record((0, 1)) == record
     with closing(held.lend(0, [1])) as lending:
         assert [record_of(held.layout, lent.weights) for _, lent in lending] == [record]
+
+
+class GoneDevice:
+    """Copies to a device that answers no more."""
+
+    def launch(self, *_):
+        raise RuntimeError("the device is gone")
+
+
+def test_loads_that_a_device_did_not_begin_are_not_waited_for_for_ever(store):
+    held = apart(store("qwen3_moe"))
+    shelf, changed, _, device, host = held.inside
+    launches = Launches(shelf, changed, {"device": device, "host": host}, GoneDevice(), None)
+    desk = held._lender._desk._replace(launches=launches)
+    with changed:
+        copies = [shelf.occupy((0, expert), *room) for expert, room in enumerate(shelf.rooms(0, 3))]
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        desk.load(copies, wake=False)
+    assert str(copies[0].error) == "the device is gone"
+    assert all(desk.promoter.run(copy) and copy.is_ready for copy in copies[1:]), "whoever waits for them makes them"
