@@ -159,6 +159,8 @@ class DeviceStep(Following):
         if (self._hosted.slots[layer.index, absent] < 0).any():
             self._bring_to_host(number, absent)
             self._tell_hosted()
+        if self._spares.position + len(fresh) > self._spares.offered[1]:
+            self._offer()  # slots that guesses gave back are spare, but the device has not heard of them yet
         layer.brought = dict(zip(fresh, self._spares.take(len(fresh)), strict=True))
         self._note_loads(number, len(absent), began)
 

@@ -165,6 +165,17 @@ def test_a_device_brings_experts_for_several_sessions(checkpoint: Any) -> None:
     assert segment.captured.services["device"] == 10
 
 
+@pytest.mark.parametrize("slots", [12, 14])
+def test_a_last_layer_is_brought_what_spares_came_back(checkpoint: Any, slots: int) -> None:
+    """The slot of a guess that proved wrong is given to the device again before the last layer needs it."""
+    path = checkpoint("qwen3_moe")
+    ordinary = opened(path, is_captured=False)
+    for first in range(0, 84, 7):
+        prompt = [(first + 3 * number) % 96 for number in range(5)]
+        want = list(generate(ordinary, prompt, max_tokens=50, stop_ids=frozenset()))
+        assert list(generate(apart(path, slots=slots), prompt, max_tokens=50, stop_ids=frozenset())) == want
+
+
 @pytest.mark.parametrize("slots", [None, 12])
 def test_a_device_goes_on_with_its_own_choice(checkpoint: Any, slots: int | None) -> None:
     path = checkpoint("qwen3_moe")
