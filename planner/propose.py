@@ -88,7 +88,8 @@ def propose(inputs: Inputs, request: Request, watch: Watch | None = None) -> Pro
         departure = Departure(inputs, before, now.problem)
     solved = _solve(started, replace(request, limits=limits), watch, departure)
     if chosen is not None:
-        solved = chosen.better(solved)
+        instead = chosen.better(solved)  # its search does not know what can be reached from the plan in force
+        solved = instead if departure is None or departure.reaches(instead) else solved
     if request.solver not in STRATEGIES and request.objective == "latency":
         solved = _sparing(inputs, solved, limits, departure)
     choice = Choice(solved, True, "", 0.0)
