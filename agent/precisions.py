@@ -32,8 +32,9 @@ def make_budget(settings: Settings, spec: ModelSpec, layout: RecordLayout, state
     """
     memory = TierBytes(device=settings.memory.device, host=settings.memory.host, disk=settings.memory.disk)
     sizes = _sizes(layout)
-    if settings.precision not in {"plan", *sizes}:
-        packed_layout(layout, settings.precision)  # type: ignore[arg-type]  # says why it does not fit
+    for precision in LOW_PRECISIONS:
+        if precision == settings.precision:
+            packed_layout(layout, precision)  # raises where it does not fit
     offers: tuple[Precision, ...] = tuple(sizes) if settings.precision == "plan" else (settings.precision,)
     return MemoryBudget(
         settings.node,

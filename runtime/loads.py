@@ -154,7 +154,8 @@ class Loader:
             if copy is not None:
                 self._shelf.use(copy)
         if copy is None:
-            assert self._packed is not None  # noqa: S101
+            if self._packed is None:
+                raise RuntimeFault("experts are not held packed here")
             record = bytearray(self._packed.bytes)
             self._read_into(key, [memoryview(record)])
             return bytes(record)

@@ -4,6 +4,7 @@ Decides that what a layer chose is counted when there is time, at the latest whe
 brings what layers lack: `fetched` and `waited` do.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Beside:
     pending: deque[Callable[[], None]]
 
 
-class Following:
+class Following(ABC):
     """Follows one step: `begin` · launch · `serve` each layer · `settle` · `close` · `finish`.
 
     Attributes
@@ -65,13 +66,15 @@ class Following:
         """Do what must be done before the step is launched; returns the number of its first spare. Modifies."""
         return 0
 
+    @abstractmethod
     def serve(self, index: int) -> None:
         """Do what a layer that has chosen needs. Modifies."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
         """Bring the books up to what the next step needs, when the last layer has chosen. Modifies."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what the step does not need any more, or did not when it failed. Modifies."""
 

@@ -70,6 +70,12 @@ class HostStep(Following):
             self._pending.append(partial(self._tally.observe, index, experts, gates))
             self._pending.append(partial(self._bringer.prepare, number, most))
 
+    def settle(self) -> None:
+        """Do nothing: the books were kept when loads were begun."""
+
+    def close(self) -> None:
+        """Do nothing: no slot is kept spare."""
+
     def finish(self) -> None:
         """Count what has not been counted yet. Modifies."""
         super().finish()

@@ -12,7 +12,7 @@ from runtime.loading import load_tokenizer, load_whole
 from runtime.rounding import degraded
 from runtime.store import prepare_store
 from schemas.plan import NodePrecision
-from schemas.precision import LowPrecision
+from schemas.precision import LowPrecision, Precision
 from tests.cluster import MODEL, PROMPTS, Cluster, make_plan, running, save, spread
 from tests.integration.conftest import NUM_TOKENS
 
@@ -57,8 +57,8 @@ def refused(cluster: Cluster, **changes: object) -> str:
     return done.stderr
 
 
-def held(node: str, precision: str) -> tuple[NodePrecision, ...]:
-    return (NodePrecision(node=node, precision=precision, expert_bytes=INT8),)  # type: ignore[arg-type]
+def held(node: str, precision: Precision) -> tuple[NodePrecision, ...]:
+    return (NodePrecision(node=node, precision=precision, expert_bytes=INT8),)
 
 
 @pytest.mark.parametrize("has_packed", [True, False])
