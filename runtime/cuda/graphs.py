@@ -138,7 +138,8 @@ class Graphs:
         buffers.mail.ids.zero_()
         buffers.mail.guesses.zero_()
         if buffers.supply is not None:
-            for told in (buffers.supply.told, buffers.supply.ended, buffers.supply.routed):
+            supply = buffers.supply
+            for told in (supply.told, supply.ended, supply.routed, supply.stopped):
                 told.zero_()  # that run had the number of the step to come
         torch.cuda.synchronize()
 

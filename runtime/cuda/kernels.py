@@ -19,6 +19,7 @@ from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Scale
 
 __all__ = [
     "add_norm",
+    "angles",
     "attend",
     "bring",
     "bring_ahead",
@@ -145,6 +146,32 @@ def normed_product(
         columns, BLOCK_N=block, BLOCK_D=triton.next_power_of_2(columns), HAS_DELTA=delta is not None, num_warps=4,
     )  # fmt: skip
     return out, normed, total
+
+
+@triton.jit
+def _angles(frequencies, positions, cos_out, sin_out, scaling, half, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < half
+    turned = tl.load(frequencies + cols, mask=inside, other=0.0) * tl.load(positions + row).to(tl.float32)
+    cos = (tl.cos(turned) * scaling).to(cos_out.dtype.element_ty)
+    sin = (tl.sin(turned) * scaling).to(sin_out.dtype.element_ty)
+    at = row * 2 * half + cols
+    tl.store(cos_out + at, cos, mask=inside)
+    tl.store(cos_out + half + at, cos, mask=inside)
+    tl.store(sin_out + at, sin, mask=inside)
+    tl.store(sin_out + half + at, sin, mask=inside)
+
+
+def angles(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines [B, 1, d] of rotary embeddings whose frequencies stay as they are."""
+    half = len(rotary.inv_freq)
+    made = torch.empty((2, len(positions), 1, 2 * half), dtype=dtype, device=positions.device)
+    _angles[(len(positions),)](
+        rotary.inv_freq, positions, made[0], made[1], rotary.attention_scaling, half,
+        BLOCK=triton.next_power_of_2(half), num_warps=1,
+    )  # fmt: skip
+    return made[0], made[1]
 
 
 @triton.jit

@@ -205,7 +205,7 @@ class Step:
         ops, trunk = self._ops, self._parts.trunk
         inner = trunk.model.model
         total = functional.embedding(self.inputs, inner.embed_tokens.weight) if trunk.has_embedding else self.inputs
-        cos, sin = inner.rotary_emb(total[:, None], position_ids=kv.positions[:, None])
+        cos, sin = ops.angles(inner.rotary_emb, kv.positions, total.dtype)
         delta = None
         for index, layer in enumerate(self._parts.layers):
             qkv, _, total = ops.normed_product(total, delta, layer.first_norm, layer.qkv)

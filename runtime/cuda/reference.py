@@ -41,6 +41,12 @@ def normed_product(
     return functional.linear(normed, weight), normed, total
 
 
+def angles(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines [B, 1, d] of rotary embeddings."""
+    cos, sin = rotary(positions.new_empty(0, dtype=dtype), position_ids=positions[:, None])
+    return cos, sin
+
+
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -52,6 +52,8 @@ class Supply:
         [L] int64: the limit as each layer has seen it.
     routed
         [1] int64: the last layer whose router runs, as stamp * L + layer + 1; what is begun ahead stops then.
+    stopped
+        [P] int64: likewise, the layer for which each program of those that begin ahead has stopped.
     ahead_ids, ahead_slots, progress
         [L, G] int32 twice, and [L, G, P] int32: experts guessed of each layer, -1 where none, `NEAR` by the layer
         before it and then `FAR`, the spares they are brought to, and the chunks that have come of each, by program.
@@ -69,6 +71,7 @@ class Supply:
     taken: torch.Tensor
     limits: torch.Tensor
     routed: torch.Tensor
+    stopped: torch.Tensor
     ahead_ids: torch.Tensor
     ahead_slots: torch.Tensor
     progress: torch.Tensor
@@ -78,6 +81,7 @@ class Supply:
     told: torch.Tensor
     ended: torch.Tensor
     side: Any = None  # the stream on which experts are brought, beside the kernels of the step
+    ahead_side: Any = None  # and that for those that the next layers will probably lack: see `stopped`
 
     @property
     def ring(self) -> int:
@@ -120,6 +124,7 @@ def make_supply(
         taken=theirs(2 * layers, dtype=torch.int64),
         limits=theirs(layers, dtype=torch.int64),
         routed=theirs(1, dtype=torch.int64),
+        stopped=theirs(PARTS, dtype=torch.int64),
         ahead_ids=theirs(layers, GUESSES, dtype=torch.int32, fill=-1),
         ahead_slots=theirs(layers, GUESSES, dtype=torch.int32, fill=-1),
         progress=theirs(layers, GUESSES, PARTS, dtype=torch.int32),
@@ -129,6 +134,7 @@ def make_supply(
         told=own(layers, GUESSES, dtype=torch.int64),
         ended=own(layers, GUESSES, dtype=torch.int64),
         side=torch.cuda.Stream(device, priority=-1) if is_cuda else None,
+        ahead_side=torch.cuda.Stream(device, priority=-1) if is_cuda else None,
     )
 
 

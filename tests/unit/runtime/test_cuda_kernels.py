@@ -76,6 +76,22 @@ def test_products(kernels: Any, dtype: torch.dtype, rows: int) -> None:
         assert all(close(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_angles(kernels: Any, dtype: torch.dtype, factor: float | None) -> None:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+    if factor is not None:
+        parameters |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 4096}
+    config = Qwen3MoeConfig(head_dim=24, max_position_embeddings=16384, rope_parameters=parameters)
+    rotary = Qwen3MoeRotaryEmbedding(config).to(DEVICE)
+    positions = torch.tensor([0, 3, 16001], device=DEVICE)
+    for got, want in zip(*(each.angles(rotary, positions, dtype) for each in (kernels, reference)), strict=True):
+        assert got.shape == want.shape == (3, 1, 24)
+        assert close(got, want)
+
+
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_rotation_and_attention(kernels: Any, dtype: torch.dtype, has_norm: bool) -> None:
     heads, most = Heads(6, 2, 16, 0.25), 80
@@ -291,3 +307,19 @@ def test_guesses_leave_spares_behind_their_limit(kernels: Any) -> None:
         synchronize()
         assert buffers.supply.ahead_ids[1].tolist() == [9, -1, -1]
         assert buffers.supply.taken[1] == 1
+
+
+def test_a_device_that_cannot_stop_what_it_began_says_so(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.cuda.fetch_kernels._SPIN_LIMIT", 3)
+    buffers, _ = supplied(spare=[8, 6, 3])
+    supply = buffers.supply
+    assert supply is not None
+    buffers.chosen[1], buffers.first[1], buffers.slots[1] = buffers.chosen[0], buffers.first[0], buffers.slots[0]
+    before = supply.target.clone()
+    supply.stopped[:] = 4 * 2 + 2
+    supply.stopped[3] -= 1
+    kernels.join(kernels.bring(buffers, 1))
+    kernels.join_all(buffers)
+    synchronize()
+    assert buffers.mail.waited_ns[0].tolist() == [0, -1]
+    assert torch.equal(supply.target, before)
