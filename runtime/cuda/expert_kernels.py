@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers
+from runtime.cuda.choice_kernels import best_of, weights_of
 from runtime.cuda.shapes import Lanes, RouterShape
 
 _SPIN_LIMIT: Final = 1 << 26  # some 30 s: a host that died must not hold the device for ever
@@ -33,18 +34,8 @@ def _route(
     experts = tl.arange(0, BLOCK)
     is_expert = experts < EXPERTS
     raw = tl.load(logits + row * WIDTH + ahead * EXPERTS + experts, mask=is_expert, other=0.0)
-    wide = tl.where(is_expert, raw.to(tl.float32), -1e30)
-    odds = tl.where(is_expert, tl.exp(wide - tl.max(wide, axis=0)), 0.0)
-    scores = odds / tl.sum(odds, axis=0)
-    left = tl.where(is_expert, scores, -1.0)
+    scores, chosen, best = best_of(raw, experts, is_expert, TOP, TOP_BLOCK)
     places = tl.arange(0, TOP_BLOCK)
-    chosen = tl.zeros([TOP_BLOCK], tl.int32)
-    best = tl.zeros([TOP_BLOCK], tl.float32)
-    for place in tl.static_range(TOP):
-        at = tl.argmax(left, axis=0)
-        best = tl.where(places == place, tl.max(left, axis=0), best)
-        chosen = tl.where(places == place, at, chosen)
-        left = tl.where(experts == at, -1.0, left)
     is_place = places < TOP
     at = row * TOP + places
     word = tl.load(stamp).to(tl.int64) * STAMP + chosen.to(tl.int64)
@@ -54,10 +45,7 @@ def _route(
         if IS_TOLD:
             tl.store(seen_guesses + guess, word, mask=is_place)
     else:
-        if IS_NORMALISED:
-            best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
-        if IS_ROUNDED:
-            best = best.to(raw.dtype).to(tl.float32)
+        best = weights_of(best, is_place, raw.dtype, IS_NORMALISED, IS_ROUNDED)
         found = tl.load(table + chosen, mask=is_place, other=0, volatile=True)
         tl.store(slots + at, found, mask=is_place)
         tl.store(first + at, found, mask=is_place)

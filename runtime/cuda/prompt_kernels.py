@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime.cuda.choice_kernels import best_of, weights_of
 from runtime.cuda.kernels import add_norm
 from runtime.cuda.shapes import Heads, Lanes, RouterShape
 from runtime.cuda.tiles import down_tiles, gate_up_tiles
@@ -81,25 +82,13 @@ def _choose(
     experts = tl.arange(0, BLOCK)
     is_expert = experts < EXPERTS
     raw = tl.load(logits + row * width + ahead * EXPERTS + experts, mask=is_expert, other=0.0)
-    wide = tl.where(is_expert, raw.to(tl.float32), -1e30)
-    odds = tl.where(is_expert, tl.exp(wide - tl.max(wide, axis=0)), 0.0)
-    left = tl.where(is_expert, odds / tl.sum(odds, axis=0), -1.0)
+    _, chosen, best = best_of(raw, experts, is_expert, TOP, TOP_BLOCK)
     places = tl.arange(0, TOP_BLOCK)
-    chosen = tl.zeros([TOP_BLOCK], tl.int32)
-    best = tl.zeros([TOP_BLOCK], tl.float32)
-    for place in tl.static_range(TOP):
-        at = tl.argmax(left, axis=0)
-        best = tl.where(places == place, tl.max(left, axis=0), best)
-        chosen = tl.where(places == place, at, chosen)
-        left = tl.where(experts == at, -1.0, left)
     is_place = places < TOP
     at = row * TOP + places
     tl.store(told + 2 * ahead * rows * TOP + at, chosen, mask=is_place)
     if ahead == 0:
-        if IS_NORMALISED:
-            best = best / tl.sum(tl.where(is_place, best, 0.0), axis=0)
-        if IS_ROUNDED:
-            best = best.to(raw.dtype).to(tl.float32)
+        best = weights_of(best, is_place, raw.dtype, IS_NORMALISED, IS_ROUNDED)
         tl.store(told + rows * TOP + at, best.to(tl.int32, bitcast=True), mask=is_place)
 
 
