@@ -39,9 +39,10 @@ from tests.bench.cuda_models import (
     write_hollow,
 )
 from tests.bench.cuda_split import distance_of_ways, drawn_prompts, prompts_of_model, prompts_of_segment, split_of
+from tests.bench.given import TRACES
 from tests.families import FAMILIES, make_checkpoint
 
-TRACE = Path("../shared/data/traces/qwen.route.csv")
+TRACE = TRACES / "qwen.route.csv"
 WRONG_GUESSES = (0.15, 0.22)  # RUNTIME.md: of real routers one layer ahead, 81 to 89 % come true; two ahead, fewer
 STAGES = ("families", "resident", "capped", "large", "prompts")
 _PROFILED = 32

@@ -28,6 +28,7 @@ from planner.solvers.decomposition.arrays import PlacementArrays, Settings
 from planner.solvers.decomposition.solve import solve_arrays
 from schemas.model import ModelSpec
 from schemas.topology import Topology
+from tests.bench.given import TRACES
 from tests.bench.planner_instances import generate, with_load, with_makespan
 
 TASKS = ("intent", "law", "summary", "translation")
@@ -43,7 +44,7 @@ MODEL = ModelSpec(
     itemsize=2,
     expert_bytes=3 * 2048 * 1408 * 2,
 )
-DEFAULT_TRACES = Path(__file__).parents[3] / "shared" / "data" / "traces" / "esft"
+DEFAULT_TRACES = TRACES / "esft"
 
 
 @dataclass(frozen=True)

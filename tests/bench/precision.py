@@ -1,4 +1,4 @@
-"""What int8 and int4 cost and save: ``python -m tests.bench.precision MODEL --text FILE …``.
+"""What int8 and int4 cost and save: ``python -m tests.bench.precision [MODEL] --text FILE …``.
 
 Perplexity of text with every expert rounded, and decoding (sampled, with one seed) from a store on disk within a budget that the experts
 exceed: their records as the checkpoint has them, in each precision, unpacked when they are loaded or held packed, and
@@ -39,6 +39,7 @@ from runtime.sampling import Sampling
 from runtime.store import prepare_store
 from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.units import format_bytes
+from tests.bench.given import MODEL
 from tests.bench.runtime import _cold
 
 PROMPT = "def read_lines(path):\n    with open(path)"
@@ -59,7 +60,7 @@ class Arm:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=click.Path(path_type=Path, exists=True), default=MODEL)
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--text-tokens", default=10240, show_default=True)
 @click.option("--share", default=0.25, show_default=True, help="Of the experts' bytes that fit into memory.")

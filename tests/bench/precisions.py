@@ -25,8 +25,9 @@ from runtime.store import prepare_store
 from schemas.plan import Plan, load_plan
 from schemas.precision import LOW_PRECISIONS
 from tests.bench.emulated import load_average
+from tests.bench.given import MODEL, TEXTS
 from tests.bench.site import Scene, Site
-from tests.bench.trunk import SHARED, Loopback
+from tests.bench.trunk import Loopback
 from tests.bench.waits import DOMAINS, SHARES, Bench, Seen, eval_pieces, record, run_agent, write_scene
 from tests.cluster import PLANNER, call, free_port
 
@@ -43,8 +44,8 @@ class Row:
 
 
 @click.command()
-@click.option("--model", type=click.Path(exists=True, path_type=Path), default=SHARED / "models" / "tinymoe-base")
-@click.option("--texts", type=click.Path(exists=True, path_type=Path), default=SHARED / "data" / "text")
+@click.option("--model", type=click.Path(exists=True, path_type=Path), default=MODEL)
+@click.option("--texts", type=click.Path(exists=True, path_type=Path), default=TEXTS)
 @click.option("--calibration", type=click.Path(exists=True, path_type=Path), help="Else it is made.")
 @click.option("--fill", default=1.6, show_default=True, help="Memory for experts over all experts.")
 @click.option("--latency-ms", default=5.0, show_default=True, help="One way, of every link, to plan with.")

@@ -1,4 +1,4 @@
-"""Records read through the page cache and past it: ``python -m tests.bench.reads MODEL [--directory DIR]``.
+"""Records read through the page cache and past it: ``python -m tests.bench.reads [MODEL] [--directory DIR]``.
 
 First the reads alone, every record once in random order, then text from a model a quarter of whose experts fit, in
 turns. The page cache of the store is dropped before every read where it says so. Figures are of one run on the machine
@@ -27,13 +27,14 @@ from runtime.reads import READ_WAYS, ReadWay, reads_of
 from runtime.records import RecordFile
 from runtime.store import Store, prepare_store
 from schemas.store import RECORDS_NAME
+from tests.bench.given import MODEL
 
 PROMPT = "def read_lines(path):\n    with open(path)"
 _DROP_S = 0.005
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=click.Path(path_type=Path, exists=True), default=MODEL)
 @click.option("--directory", type=click.Path(path_type=Path, exists=True), help="Where the store is made.")
 @click.option("--share", default=0.25, show_default=True, help="Of the experts that fit into memory.")
 @click.option("--tokens", default=64, show_default=True)

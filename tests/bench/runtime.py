@@ -1,4 +1,4 @@
-"""A model larger than the memory it is given, on disk: ``python -m tests.bench.runtime MODEL``.
+"""A model larger than the memory it is given, on disk: ``python -m tests.bench.runtime [MODEL]``.
 
 Every arm runs in a process of its own, in turn, and generates the same greedy tokens from the same prompts; the page
 cache of what it reads is dropped all the while, so that the disk is read. accelerate is no dependency: where it is not
@@ -28,6 +28,7 @@ from runtime.loading import load_tokenizer, load_trunk
 from runtime.models import open_model
 from runtime.store import prepare_store
 from schemas.units import format_bytes
+from tests.bench.given import MODEL
 
 PROMPTS = ("def read_lines(path):\n    with open(path)", "The three of them went down to the river and")
 _DROP_S = 0.005
@@ -64,7 +65,7 @@ class Measured:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=click.Path(path_type=Path, exists=True), default=MODEL)
 @click.option("--share", default=0.25, show_default=True, help="Of the experts that fit into memory.")
 @click.option("--tokens", default=64, show_default=True)
 @click.option("--warm", is_flag=True, help="Let the page cache be.")
@@ -88,7 +89,9 @@ def main(model: Path, share: float, tokens: int, warm: bool) -> None:
             Arm("rates", str(store), budget, tokens, not warm, {}),
             Arm("lru", str(store), budget, tokens, not warm, {"eviction": "lru"}),
             Arm("cyclfu", str(store), budget, tokens, not warm, {"eviction": "cyclfu"}),
-            Arm("no more than one layer", str(store), trunk + kv + 4 * spec.expert_bytes, tokens, not warm, {}),
+            Arm(
+                "no more than one layer", str(store), trunk + kv + spec.top_k * spec.expert_bytes, tokens, not warm, {}
+            ),
             Arm("all experts fit", str(store), whole, tokens, not warm, {}),
         ]
         if find_spec("accelerate"):

@@ -27,12 +27,12 @@ from runtime.store import prepare_store
 from schemas.plan import Plan, load_plan
 from tests.bench.deeper import repeat_layers
 from tests.bench.emulated import load_average
+from tests.bench.given import MODEL, TEXTS
 from tests.bench.lab import Lab, NoLab
 from tests.bench.site import Grounds, Site, running_site
 from tests.bench.trunk_compute import Probes, running_probes
 from tests.bench.trunk_scene import (
     PROMPT_TOKENS,
-    SHARED,
     SHARES,
     WORKLOADS,
     Loopback,
@@ -83,8 +83,8 @@ class Seen:
 
 
 @click.command()
-@click.option("--model", type=click.Path(exists=True, path_type=Path), default=SHARED / "models" / "tinymoe-base")
-@click.option("--texts", type=click.Path(exists=True, path_type=Path), default=SHARED / "data" / "text")
+@click.option("--model", type=click.Path(exists=True, path_type=Path), default=MODEL)
+@click.option("--texts", type=click.Path(exists=True, path_type=Path), default=TEXTS)
 @click.option("--layers-times", default=1, show_default=True, help="Run every layer of the model so many times.")
 @click.option("--fill", default=1.3, show_default=True, help="Memory for experts over all experts.")
 @click.option("--latency-ms", default=5.0, show_default=True, help="One way, of every link.")

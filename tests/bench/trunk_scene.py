@@ -17,7 +17,6 @@ from schemas.checkpoint import read_checkpoint
 from schemas.model import ModelSpec
 from tests.bench.site import Scene
 
-SHARED: Final = Path(__file__).parents[3] / "shared"
 SHARES: Final = {"small": 0.15, "low": 0.20, "mid": 0.25, "large": 0.40}
 WORKLOADS: Final = ("code", "math", "dialogue", "prose")
 PROMPT_TOKENS: Final = 512

@@ -36,8 +36,9 @@ from schemas.messages import StatusReport, StatusRequest
 from schemas.model import HeldDtype
 from schemas.plan import load_plan, write_plan
 from tests.bench.emulated import load_average
+from tests.bench.given import MODEL, TEXTS
 from tests.bench.site import Scene, Site
-from tests.bench.trunk import SHARED, Loopback
+from tests.bench.trunk import Loopback
 from tests.cluster import AGENT, call, free_port
 
 SHARES: Final = {"n1": 0.25, "n2": 0.30, "n3": 0.45}
@@ -74,8 +75,8 @@ class Seen:
 
 
 @click.command()
-@click.option("--model", type=click.Path(exists=True, path_type=Path), default=SHARED / "models" / "tinymoe-base")
-@click.option("--texts", type=click.Path(exists=True, path_type=Path), default=SHARED / "data" / "text")
+@click.option("--model", type=click.Path(exists=True, path_type=Path), default=MODEL)
+@click.option("--texts", type=click.Path(exists=True, path_type=Path), default=TEXTS)
 @click.option("--fill", default=1.6, show_default=True, help="Memory for experts over all experts.")
 @click.option("--latency-ms", default=5.0, show_default=True, help="One way, of every link, to plan with.")
 @click.option("--budget", default="0.5 %", show_default=True)
