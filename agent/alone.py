@@ -127,8 +127,9 @@ def told(note: dict[str, Any]) -> str:
     rate = note["hit_rate"]
     where = "" if note["device"] == "cpu" else f" of {note['device']}"
     fallen = f"; {note['fallen']}: computed on {note['device']}" if note["fallen"] else ""
+    room = min(note["expert_budget"], note["expert_bytes"])
     return (
-        f"experts{_held(note)}: {format_bytes(note['expert_budget'])} of {format_bytes(note['expert_bytes'])} "
+        f"experts{_held(note)}: {format_bytes(room)} of {format_bytes(note['expert_bytes'])} "
         f"in memory{where}, "
         f"{'-' if rate is None else f'{rate:.1%}'} found there, {note['loads']} loads of "
         f"{format_bytes(note['loaded_bytes'])}, waited {note['waited_s']:.2f} s for them{fallen}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from agent.offline import progress_bar
+from agent.options import DTYPES, progress_bar, require_directory
 from agent.replaying import Capacity
 from schemas.calibration import Calibration, Situation, layer_mask
 from schemas.files import write_atomic
@@ -22,8 +22,6 @@ from schemas.units import format_share, parse_share
 if TYPE_CHECKING:
     from runtime.forcing import Supply
     from runtime.policy.eviction import Bools
-
-_DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
 
 
 class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4
@@ -67,7 +65,7 @@ class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  
     help="Of all texts, an equal part of each.",
 )
 @click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Context in tokens.")
-@click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="To compute in.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="To compute in.")
 @click.option(
     "--held", type=click.Choice(PRECISIONS), default="checkpoint", show_default=True,
     help="In which the agent holds every expert (its precision): budgets pay for that, too.",
@@ -98,7 +96,6 @@ def calibrate(
     from runtime.calibrate import BUDGETS
     from runtime.calibrate import calibrate as measure
     from runtime.degrading import precision_costs
-    from runtime.errors import InvalidInput
     from runtime.forcing import Bench
     from runtime.loading import load_whole
     from schemas.checkpoint import read_checkpoint
@@ -108,8 +105,7 @@ def calibrate(
         raise click.UsageError("give --capacity, or --plan and --node: what is at hand decides what is given up")
     if uses is not None and plan is not None:
         raise click.UsageError("--uses says what makes room in caches: under a --plan nothing does")
-    if not output.parent.is_dir():
-        raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
+    require_directory(output)
     checkpoint = read_checkpoint(model)
     spec = checkpoint.model_spec
     if capacity:

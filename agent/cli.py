@@ -19,6 +19,7 @@ import click
 from agent.calibrating import COMMANDS as CALIBRATE_COMMANDS
 from agent.learning import COMMANDS as LEARN_COMMANDS
 from agent.offline import COMMANDS as OFFLINE_COMMANDS
+from agent.options import coordinator_option, require_directory
 from agent.replaying import COMMANDS as REPLAY_COMMANDS
 from agent.scoring import COMMANDS as SCORE_COMMANDS
 from runtime.reads import READ_WAYS, ReadWay
@@ -26,14 +27,11 @@ from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile
 from schemas.outcome import ExitCode
 from schemas.precision import PRECISIONS, Precision
-from schemas.topology import DEFAULT_COORDINATOR_PORT
 from schemas.tracing import MOST, TracePart
 from schemas.units import format_bytes, parse_bytes
 
-DEFAULT_COORDINATOR = f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}"
 
-
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="expertmesh", prog_name="agent")
 def cli() -> None:
     """One node of an ExpertMesh: prepares weights, runs a node, generates text."""
@@ -60,7 +58,7 @@ def run(config: Path, verbose: bool, device_budget: str | None, precision: str |
     if precision is not None:
         settings = settings.model_copy(update={"precision": precision})
     stop = threading.Event()
-    _on_signal(lambda *_: sys.exit(ExitCode.DONE))  # nothing runs yet, and to import torch takes a while
+    _on_signal(lambda *_: os._exit(ExitCode.DONE))  # nothing runs yet; torch, as it is imported, drops exceptions
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # read once, when torch is imported
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
@@ -89,10 +87,7 @@ def _size(text: str) -> int:
 @cli.command()
 @click.argument("node")
 @click.argument("size")
-@click.option(
-    "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
-    metavar="HOST:PORT", help="Where planner serve listens.",
-)  # fmt: skip
+@coordinator_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def budget(node: str, size: str, coordinator: str, as_json: bool) -> None:
     """Let the agent of NODE take SIZE (400MiB, say) of its device from now on, trunk and KV cache included.
@@ -149,10 +144,7 @@ def _on_signal(handle: Callable[..., object]) -> None:
     "--uses", type=click.Path(path_type=Path),
     help="With --local: a file of agent learn --kind uses says which experts make room.",
 )  # fmt: skip
-@click.option(
-    "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=DEFAULT_COORDINATOR, show_default=True,
-    metavar="HOST:PORT", help="Where planner serve listens.",
-)  # fmt: skip
+@coordinator_option
 @click.option("--max-tokens", type=click.IntRange(min=1, max=1 << 20), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0, max=100), default=0.0, help="0, the default, is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
@@ -195,6 +187,8 @@ def generate(
             "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
             "--precision, --predictor FILE, --uses FILE, --reads"
         )
+    if trace_file is not None:
+        require_directory(trace_file)
     answer = Answer()
     if local is not None:
         from agent.alone import stream_alone
@@ -262,7 +256,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except click.Abort:
         click.echo("interrupted", err=True)
-        sys.exit(ExitCode.FAILED)
+        sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         code = _exit_code(error)
         if code is None:
@@ -276,5 +270,5 @@ def _exit_code(error: Exception) -> ExitCode | None:
     """Return the code of a domain error; None for anything unforeseen."""
     if isinstance(error, InvalidFile | InvalidCheckpoint):
         return ExitCode.INVALID
-    code = getattr(error, "exit_code", None)
+    code = getattr(error, "exit_code", ExitCode.FAILED if isinstance(error, OSError) else None)
     return code if isinstance(code, ExitCode) else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from agent.offline import progress_bar
+from agent.options import progress_bar, require_directory
 from agent.replaying import LEARNT_SHARE
 from schemas.predictor import PREDICTOR_KINDS, PredictorKind
 from schemas.units import format_bytes, format_share
@@ -46,8 +46,7 @@ def learn(*, traces: tuple[Path, ...], output: Path, kind: PredictorKind, as_jso
     from runtime.predictors import learn as make
     from runtime.recording import read_recording
 
-    if not output.absolute().parent.is_dir():
-        raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
+    require_directory(output)
     recordings = [read_recording(trace) for trace in traces]
     _require_one_model(recordings)
     first = recordings[0]

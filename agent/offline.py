@@ -5,32 +5,14 @@ Decides how their options are told and their progress shown. The work is done by
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from agent.options import DTYPES, progress_bar, require_directory
 from schemas.precision import LOW_PRECISIONS, LowPrecision
 from schemas.units import format_bytes
-
-_DTYPES: Final = ("checkpoint", "float32", "float16", "bfloat16")
-
-Progress = Callable[[int, int], None]
-
-
-@contextmanager
-def progress_bar(what: str, unit: str) -> Iterator[Progress]:
-    """Show a progress bar on stderr where that is a terminal; yields what to call with (done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _report(as_json: bool, document: dict[str, Any], text: str) -> None:
@@ -40,7 +22,7 @@ def _report(as_json: bool, document: dict[str, Any], text: str) -> None:
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "store", required=True, type=click.Path(path_type=Path), help="Directory to make.")
-@click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="Of the records.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="checkpoint", show_default=True, help="Of the records.")
 @click.option(
     "--precision", "precisions", multiple=True, type=click.Choice(LOW_PRECISIONS),
     help="Write every expert once more in fewer bits; may be given twice.",
@@ -89,7 +71,7 @@ def prepare(*, model: Path, store: Path, dtype: Any, precisions: tuple[LowPrecis
 @click.option(
     "--window", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest context in tokens."
 )
-@click.option("--dtype", type=click.Choice(_DTYPES), default="checkpoint", show_default=True, help="To compute in.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="checkpoint", show_default=True, help="To compute in.")
 @click.option("--guesses", is_flag=True, help="Record too what each layer's gate would have guessed one layer before.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def trace(
@@ -107,11 +89,9 @@ def trace(
     as_json: bool,
 ) -> None:
     """Record which experts MODEL, a Hugging Face directory, chooses for texts, or import a recorded route."""
-    from runtime.errors import InvalidInput
     from runtime.recorder import import_route_csv, read_texts, record_trace
 
-    if not output.parent.is_dir():
-        raise InvalidInput(f"{output.parent}: no such directory to write {output.name} into; make it first")
+    require_directory(output)
     dropped = 0
     if csv_file is not None:
         if model is not None or texts or guesses:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import click
 
-from schemas.topology import DEFAULT_COORDINATOR_PORT
+from agent.options import coordinator_option
 
 
 @click.command()
@@ -27,10 +27,7 @@ from schemas.topology import DEFAULT_COORDINATOR_PORT
     "--combine", type=click.Choice(["partial", "ordered"]), default="partial", show_default=True,
     help="ordered is exact, whatever the budget.",
 )  # fmt: skip
-@click.option(
-    "--coordinator", envvar="EXPERTMESH_COORDINATOR", default=f"127.0.0.1:{DEFAULT_COORDINATOR_PORT}",
-    show_default=True, metavar="HOST:PORT", help="Where planner serve listens.",
-)  # fmt: skip
+@coordinator_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with each token's figure.")
 def score(*, texts: tuple[Path, ...], tokens: int, as_json: bool, **wanted: Any) -> None:
     """Tell how unlikely the running cluster finds each token of a text, and its perplexity."""

@@ -10,8 +10,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Final, assert_never
 
@@ -73,15 +75,27 @@ def solve_in_child(job: Job, watch: Watch | None = None) -> Result:
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(theirs, job), name=f"planner-{job.solver}")
     follower = _Follower(job, ours, watch)
-    child.start()
-    theirs.close()
     try:
+        with _interrupts_held():  # the child, which inherits that, is killed by us and never by Ctrl-C
+            child.start()
+        theirs.close()
         return follower.follow()
     finally:
         if child.pid is not None:
             _kill(child.pid)
-        child.join()
+            child.join()
         ours.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until this is over."""
+    resource_tracker.ensure_running()  # to start it would let interrupts through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill(pid: int) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -383,7 +383,7 @@ for _command in (*ADVICE_COMMANDS, *SIMULATE_COMMANDS, *CONTROL_COMMANDS):
     cli.add_command(_command)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line; every error ends here, as one message and an exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
@@ -393,7 +393,7 @@ def main() -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        code = 130
+        code = ExitCode.INTERRUPTED
     except (InvalidFile, InvalidCheckpoint) as error:
         click.echo(f"error: {error}", err=True)
         code = ExitCode.INVALID
@@ -407,7 +407,3 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         code = ExitCode.FAILED
     sys.exit(int(code))
-
-
-if __name__ == "__main__":
-    main()

@@ -202,6 +202,8 @@ def _weight_files(path: Path) -> list[Path]:
             raise InvalidCheckpoint(f"{path}: the index names {', '.join(missing)}, not there; fetch them again")
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
+    if not files and (path / "manifest.json").is_file():
+        raise InvalidCheckpoint(f"{path}: is a store of agent prepare; name the checkpoint that it was made from")
     if not files:
         raise InvalidCheckpoint(f"{path}: no *.safetensors there; convert the checkpoint to safetensors first")
     return files

@@ -1,7 +1,7 @@
 """Reading YAML and JSON files into schemas, with every fault named at once: file, line, key, value, limit.
 
-Decides how faults are told. PyYAML is the one library besides pydantic that schemas may use, since the line of a
-key is known only to the parser. Must not know what any schema means.
+Decides how faults are told, and that a file is written whole or not at all. PyYAML is the one library besides pydantic
+that schemas may use, since the line of a key is known only to the parser. Must not know what any schema means.
 """
 
 import json
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from schemas.outcome import ExitCode
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,6 +41,16 @@ class InvalidFile(ValueError):
         self.path = path
         self.faults = tuple(faults)
         super().__init__("\n".join(f"{path}: {fault}" for fault in self.faults))
+
+
+class CannotWrite(OSError):
+    """A file that could not be written; nothing of it is left."""
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: cannot be written: {reason}; what was there before is as it was")
 
 
 def load_yaml(path: Path, model: type[Model], check: Callable[[Model], Iterable[Fault]] | None = None) -> Model:
@@ -77,7 +89,20 @@ def read_text(path: Path) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
+    """Write `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed.
+
+    Raises
+    ------
+    CannotWrite
+        The disk is full, the directory is not there, or the like.
+    """
+    try:
+        _write_renamed(path, text)
+    except OSError as error:
+        raise CannotWrite(path, error.strerror or str(error)) from error
+
+
+def _write_renamed(path: Path, text: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:

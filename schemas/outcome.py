@@ -11,3 +11,4 @@ class ExitCode(IntEnum):
     INVALID = 2  # usage, or a file that says something wrong
     INFEASIBLE = 3  # what was asked for does not fit; the message says by how much
     REFUSED = 4  # a stale, altered or unsafe plan
+    INTERRUPTED = 130  # by Ctrl-C, as shells tell it

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli import cli
-from runtime.errors import BudgetTooSmall, InvalidStore
+from runtime.errors import BudgetTooSmall, InvalidInput, InvalidStore
 from runtime.store import prepare_store
 from tests.cluster import MODEL
 
@@ -67,6 +67,20 @@ def test_a_budget_that_is_too_small_says_how_much_is_needed(store):
         BudgetTooSmall, match=r"at least 6\.\d+ MiB .* are needed: .* trunk and KV cache, and 2 experts"
     ):
         ask("--local", store, "--device-budget", "1MiB")
+
+
+def test_more_room_than_experts_is_told_as_all_of_them(store):
+    options = ["--prompt", PROMPT, "--max-tokens", "1", "--local", str(store), "--device-budget", "64MiB"]
+    told = CliRunner().invoke(cli, ["generate", *options], catch_exceptions=False).stderr
+    assert told.startswith("experts: 9 MiB of 9 MiB in memory, ")
+
+
+def test_nothing_is_made_for_a_trace_that_cannot_be_written(store, tmp_path):
+    options = ["--prompt", PROMPT, "--local", str(store), "--trace-file", str(tmp_path / "no" / "trace.json")]
+    result = CliRunner().invoke(cli, ["generate", *options])
+    assert isinstance(result.exception, InvalidInput)
+    assert "no such directory" in str(result.exception)
+    assert not result.stdout
 
 
 def test_a_card_has_no_experts_and_options_that_contradict(store, tmp_path):

@@ -77,6 +77,13 @@ def test_configs_that_cannot_be_placed(copy, updates, words):
         _ = read_checkpoint(copy).model_spec
 
 
+def test_a_store_is_named_as_what_it_is(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "manifest.json").touch()
+    with pytest.raises(InvalidCheckpoint, match="is a store of agent prepare; name the checkpoint"):
+        read_checkpoint(copy)
+
+
 def test_directories_that_are_no_checkpoint(tmp_path, copy):
     with pytest.raises(InvalidCheckpoint, match=r"no config\.json"):
         read_checkpoint(tmp_path)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from schemas.base import canonical_json
-from schemas.files import InvalidFile, write_atomic
+from schemas.files import CannotWrite, InvalidFile, write_atomic
 from schemas.model import ModelSpec
 from schemas.placement import Replica
 from schemas.plan import Plan, Segment, Step, Summary, TrunkPath, load_plan, write_plan
@@ -63,3 +63,10 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
         write_atomic(path, "\ud800")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_write_atomic_names_the_file_that_cannot_be_written(tmp_path):
+    path = tmp_path / "absent" / "plan.json"
+    with pytest.raises(CannotWrite, match=r"absent/plan\.json: cannot be written: No such file or directory"):
+        write_atomic(path, "x")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,20 @@
+"""The way into the `agent` command, quiet where Ctrl-C comes while that is imported. Must import little itself."""
+
+import sys
+from typing import NoReturn
+
+from schemas.outcome import ExitCode
+
+
+def main() -> NoReturn:
+    """Import the command and run it."""
+    try:
+        from agent.cli import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(ExitCode.INTERRUPTED)
+    run()
+
+
+if __name__ == "__main__":
+    main()
