@@ -96,7 +96,8 @@ def apply(plan: Path, dry_run: bool, coordinator: str | None, as_json: bool) -> 
         try:
             progress = _follow(client, request, quiet=as_json)
         except KeyboardInterrupt:
-            raise ControlError("interrupted; the cluster goes on with the plan, see planner status") from None
+            told = "interrupted; what the cluster has begun goes on, see planner status"
+            raise ControlError(told, ExitCode.INTERRUPTED) from None
     if as_json:
         click.echo(progress.model_dump_json(indent=1))
     if progress.phase == "aborted" and not dry_run:
@@ -130,7 +131,7 @@ def _follow(client: ControlClient, request: msg.ApplyRequest, *, quiet: bool) ->
     """Show progress until the plan is reached or given up."""
     screen = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"))
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("waiting", total=None, shown="")
         shown = ""
         for progress in _progresses(client, request):
