@@ -247,6 +247,8 @@ for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *LEARN_COMMANDS, *REPLA
 
 def main() -> NoReturn:
     """Run the command; the one place where errors become a message and an exit code."""
+    is_interrupted = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: _interrupt(is_interrupted))
     try:
         result = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -258,12 +260,20 @@ def main() -> NoReturn:
         click.echo("interrupted", err=True)
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
+        if is_interrupted.is_set():  # libraries make other errors of it while they are imported
+            click.echo("interrupted", err=True)
+            sys.exit(ExitCode.INTERRUPTED)
         code = _exit_code(error)
         if code is None:
             raise
         click.echo(f"error: {error}", err=True)
         sys.exit(code)
     sys.exit(result if isinstance(result, int) else ExitCode.DONE)
+
+
+def _interrupt(noted: threading.Event) -> NoReturn:
+    noted.set()
+    raise KeyboardInterrupt
 
 
 def _exit_code(error: Exception) -> ExitCode | None:

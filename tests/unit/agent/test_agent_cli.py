@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster import MODEL, environment
 
-# what an extension module does at import that a signal meets: it calls Python, and drops the exception
+# what a signal meets in extension modules and in libraries that import lazily: an exception is dropped, or another made
 INTERRUPTED_IMPORT = """
 import os, signal, sys
 class Unlucky:
@@ -18,8 +18,9 @@ class Unlucky:
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except BaseException:
-                if not {drops}:
-                    raise
+                if "{then}" == "goes on":
+                    return
+                raise ImportError("what is half imported cannot be") if "{then}" == "fails" else KeyboardInterrupt
 sys.meta_path.insert(0, Unlucky())
 sys.argv = {arguments!r}
 from {package}.__main__ import main
@@ -27,9 +28,9 @@ main()
 """
 
 
-def interrupted(package: str, module: str, *arguments: str, drops: bool = False) -> subprocess.CompletedProcess[str]:
+def interrupted(package: str, module: str, *arguments: str, then: str = "ends") -> subprocess.CompletedProcess[str]:
     """Run a command that Ctrl-C meets while it imports a module."""
-    code = INTERRUPTED_IMPORT.format(package=package, module=module, drops=drops, arguments=[package, *arguments])
+    code = INTERRUPTED_IMPORT.format(package=package, module=module, then=then, arguments=[package, *arguments])
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=20, check=False
     )
@@ -47,9 +48,14 @@ def test_an_agent_that_is_stopped_while_it_imports_does_not_start(tmp_path: Path
         f"{{node: n0, coordinator: '127.0.0.1:1', model: {MODEL}, data: {tmp_path / 'data'}, "
         "memory: {device: 1 MiB, host: 0 B, disk: 0 B}}"
     )
-    done = interrupted("agent", "torch", "run", "--config", str(config), drops=True)
+    done = interrupted("agent", "torch", "run", "--config", str(config), then="goes on")
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "data").exists()
+
+
+def test_what_fails_since_it_was_interrupted_is_no_fault() -> None:
+    done = interrupted("agent", "torch", "generate", "--local", str(MODEL), "--prompt", "x", then="fails")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
