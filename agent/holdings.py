@@ -157,7 +157,10 @@ class Holdings:
         except OSError as error:
             log.warning("%s cannot be read: %s; record %s… is looked for elsewhere", self.store.path, error, name[:12])
             return None
-        return data if _is_intact(data, name) else None
+        if _is_intact(data, name):
+            return data
+        log.warning("%s: record %s… is damaged; it is looked for elsewhere", self.store.path, name[:12])
+        return None
 
     def _read_back(self, name: str) -> bytes | None:
         """Return a record from this node's own files; damaged ones are removed."""

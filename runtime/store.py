@@ -103,13 +103,21 @@ def _stored(manifest: StoreManifest) -> list[StoreRecord | StoredTrunkPart]:
 
 
 class StoredParts(Mapping[PartKey, bytes]):
-    """The trunk records of a store, each read when it is asked for: what a `RecordSource` takes."""
+    """The trunk records of a store, each read, and checked, when it is asked for: what a `RecordSource` takes."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def __getitem__(self, key: PartKey) -> bytes:
-        return self._store.read(self._store.trunk[key].sha256)
+        part = self._store.trunk[key]
+        where = f"{self._store.path / RECORDS_NAME}: {part.part} {part.layer} of the trunk"
+        try:
+            data = self._store.read(part.sha256)
+        except OSError as error:
+            raise InvalidStore(f"{where} cannot be read: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != part.sha256:
+            raise InvalidStore(f"{where} is damaged: its sha256 is another than promised; make the store again")
+        return data
 
     def __iter__(self) -> Iterator[PartKey]:
         return iter(self._store.trunk)

@@ -14,6 +14,7 @@ from safetensors.torch import load, load_file, save_file
 from runtime import store as store_module
 from runtime.errors import DiskFull, InvalidInput, InvalidStore
 from runtime.loading import torch_dtype
+from runtime.models import open_model
 from runtime.precision import UnfitPrecision, pack_record, packed_layout
 from runtime.store import Store, layout_of, prepare_store
 from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
@@ -190,6 +191,21 @@ def test_damaged_stores_are_refused(store, tmp_path):
     (copy / "manifest.json").write_text(text.replace('"expert": 1,', '"expert": 2,', 1))
     with pytest.raises(InvalidStore, match="every one of 4 × 8 experts"):
         Store.open(copy)
+
+
+def test_a_damaged_part_of_the_trunk_is_not_computed_with(store, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store("olmoe").path, copy)
+    part = Store.open(copy).trunk["layer", 1]
+    with (copy / RECORDS_NAME).open("r+b") as stream:
+        stream.seek(part.offset + part.bytes - 1)
+        last = stream.read(1)
+        stream.seek(part.offset + part.bytes - 1)
+        stream.write(bytes([last[0] ^ 1]))
+    source = open_model(copy).trunk_source()
+    assert source.tensors("layer", 0)
+    with pytest.raises(InvalidStore, match=r"copy/records\.bin: layer 1 of the trunk is damaged"):
+        source.tensors("layer", 1)
 
 
 def test_precisions_lie_side_by_side(packed_store, store):
