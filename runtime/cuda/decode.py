@@ -25,7 +25,8 @@ from runtime.cuda.eager import Eager
 from runtime.cuda.fetched import DeviceStep
 from runtime.cuda.following import Beside
 from runtime.cuda.graphs import Graphs
-from runtime.cuda.layers import Answer, Step, StepParts, lanes_of, step_parts
+from runtime.cuda.layers import Answer, Step
+from runtime.cuda.parts import StepParts, lanes_of, step_parts
 from runtime.cuda.runners import Runner, Serve, States, Words
 from runtime.cuda.supply import Service, Spares, Supply, make_supply
 from runtime.cuda.table import HostTable, SlotTable, fits

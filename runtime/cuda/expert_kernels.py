@@ -12,6 +12,7 @@ import triton.language as tl
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers
 from runtime.cuda.choice_kernels import best_of, weights_of
+from runtime.cuda.product_kernels import store_gated
 from runtime.cuda.shapes import Lanes, RouterShape
 
 _SPIN_LIMIT: Final = 1 << 26  # some 30 s: a host that died must not hold the device for ever
@@ -61,6 +62,8 @@ def _route(
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int, *, is_told: bool = True) -> None:
     """Choose experts, look their slots up; guess likewise from logits of layers after, behind [B, E].
+
+    What is behind them and fewer than E is no router's.
 
     Parameters
     ----------
@@ -133,29 +136,14 @@ def _gate_up(
         wanted = wanted & (tl.load(first + pair) < 0)
     if wanted:
         rows = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-        is_row = rows < ffn
-        gate_at = memory + slot * stride + offset + rows[:, None] * hidden
-        up_at = gate_at + ffn * hidden
-        gates = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-        ups = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-        for start in range(0, hidden, BLOCK_D):
-            cols = start + tl.arange(0, BLOCK_D)
-            is_col = cols < hidden
-            value = tl.load(x + (pair // TOP) * hidden + cols, mask=is_col, other=0.0).to(tl.float32)
-            both = is_row[:, None] & is_col[None, :]
-            gates += tl.load(gate_at + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
-            ups += tl.load(up_at + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
-        dtype = out.dtype.element_ty
-        gate = tl.sum(gates, axis=1).to(dtype).to(tl.float32)
-        up = tl.sum(ups, axis=1).to(dtype).to(tl.float32)
-        active = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
-        tl.store(out + pair * ffn + rows, (active * up).to(dtype), mask=is_row)
+        weight = memory + slot * stride + offset
+        store_gated(x + (pair // TOP) * hidden, weight, out + pair * ffn, rows, hidden, ffn, BLOCK_F, BLOCK_D)
 
 
 @triton.jit
 def _down(
-    active, memory, slots, weights, out, stride, offset, hidden, ffn,
-    TOP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    active, memory, slots, weights, beside, out, stride, offset, hidden, ffn,
+    TOP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, HAS_BESIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -176,6 +164,9 @@ def _down(
                 sums += tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
             answer = tl.sum(sums, axis=1).to(dtype).to(tl.float32)
             total += answer * tl.load(weights + pair)
+    if HAS_BESIDE:
+        added = tl.load(beside + row * hidden + rows, mask=is_row, other=0.0).to(tl.float32)
+        total = total.to(dtype).to(tl.float32) + added
     tl.store(out + row * hidden + rows, total.to(dtype), mask=is_row)
 
 
@@ -191,13 +182,15 @@ def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: to
     )  # fmt: skip
 
 
-def down(active: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int) -> torch.Tensor:
-    """Return the weighted sum of the experts' answers, [B, D]."""
+def down(
+    active: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, beside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the weighted sum of the experts' answers, [B, D], and what is beside them."""
     rows, block = active.shape[0], 4
     out = torch.empty((rows, lanes.hidden), dtype=active.dtype, device=active.device)
     _down[(rows, triton.cdiv(lanes.hidden, block))](
-        active, lanes.memory, buffers.slots[layer], buffers.weights[layer], out, lanes.stride, lanes.down,
-        lanes.hidden, lanes.ffn, TOP=active.shape[1], BLOCK_D=block,
-        BLOCK_F=min(1024, triton.next_power_of_2(lanes.ffn)), num_warps=2,
+        active, lanes.memory, buffers.slots[layer], buffers.weights[layer], out if beside is None else beside, out,
+        lanes.stride, lanes.down, lanes.hidden, lanes.ffn, TOP=active.shape[1], BLOCK_D=block,
+        BLOCK_F=min(1024, triton.next_power_of_2(lanes.ffn)), HAS_BESIDE=beside is not None, num_warps=2,
     )  # fmt: skip
     return out

@@ -1,21 +1,21 @@
 """The operations of a decode step as Triton kernels: one launch each, weights read where they lie in their slots.
 
 Decides nothing that `reference` does not say in plain torch: the same arithmetic, rounded at the same places, summed in
-another order. Here are those of a dense layer; `expert_kernels` and `fetch_kernels` have others. Imported only where
-there is a CUDA device and Triton. Axes: B tokens, D hidden, H heads, d head size.
+another order. Here are those of attention; `product_kernels`, `expert_kernels` and `fetch_kernels` have others.
+Imported only where there is a CUDA device and Triton. Axes: B tokens, D hidden, H heads, d head size.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from runtime.cuda.buffers import KeyValues
 from runtime.cuda.expert_kernels import down, gate_up, route, wait
 from runtime.cuda.fetch_kernels import bring, bring_ahead, join, join_all
-from runtime.cuda.shapes import ATTENTION_SPLITS, Heads, Scale
+from runtime.cuda.product_kernels import add_norm, normed_product, product, shared
+from runtime.cuda.shapes import ATTENTION_SPLITS, HeadNorms, Heads
 
 __all__ = [
     "add_norm",
@@ -31,121 +31,9 @@ __all__ = [
     "product",
     "rotate_store",
     "route",
+    "shared",
     "wait",
 ]
-
-_FEW_ROWS: Final = 2  # so many products with a vector each read their weight faster than one with a matrix
-
-
-@triton.jit
-def _add_norm(x, delta, weight, total, out, eps, size, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr):
-    row = tl.program_id(0)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < size
-    value = tl.load(x + row * size + cols, mask=inside, other=0.0)
-    if HAS_DELTA:
-        added = tl.load(delta + row * size + cols, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
-    tl.store(total + row * size + cols, value, mask=inside)
-    wide = value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
-    normed = (wide * scale).to(value.dtype).to(tl.float32)
-    scaled = normed * tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + cols, scaled.to(value.dtype), mask=inside)
-
-
-def add_norm(
-    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the RMS norm of residual + delta, and that sum, [B, D] each."""
-    total, out = torch.empty_like(residual), torch.empty_like(residual)
-    size = residual.shape[1]
-    block = triton.next_power_of_2(size)
-    _add_norm[(residual.shape[0],)](
-        residual, residual if delta is None else delta, weight, total, out, eps, size,
-        BLOCK=block, HAS_DELTA=delta is not None, num_warps=8,
-    )  # fmt: skip
-    return out, total
-
-
-@triton.jit
-def _product(
-    x, weight, out, rows, columns,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = at < rows
-    base = weight + at.to(tl.int64)[:, None] * columns
-    sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, columns, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        is_col = cols < columns
-        value = tl.load(x + row * columns + cols, mask=is_col, other=0.0).to(tl.float32)
-        both = is_row[:, None] & is_col[None, :]
-        sums += tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
-    tl.store(out + row * rows + at, tl.sum(sums, axis=1).to(out.dtype.element_ty), mask=is_row)
-
-
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x times the transpose of a weight [N, D]: [B, N]."""
-    if len(x) > _FEW_ROWS:
-        return functional.linear(x, weight)
-    rows, columns = weight.shape
-    out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    block = 2
-    _product[(len(x), triton.cdiv(rows, block))](
-        x, weight, out, rows, columns,
-        BLOCK_N=block, BLOCK_D=min(1024, triton.next_power_of_2(columns)), num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _normed_product(
-    x, delta, scale, weight, total, normed, out, eps, rows, columns,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DELTA: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    part = tl.program_id(1)
-    cols = tl.arange(0, BLOCK_D)
-    is_col = cols < columns
-    at = part * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = at < rows
-    both = is_row[:, None] & is_col[None, :]
-    weights = tl.load(weight + at[:, None] * columns + cols[None, :], mask=both, other=0.0)
-    value = tl.load(x + row * columns + cols, mask=is_col, other=0.0)
-    dtype = value.dtype
-    if HAS_DELTA:
-        added = tl.load(delta + row * columns + cols, mask=is_col, other=0.0)
-        value = (value.to(tl.float32) + added.to(tl.float32)).to(dtype)
-    wide = value.to(tl.float32)
-    root = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
-    scaled = (wide * root).to(dtype).to(tl.float32)
-    scaled = (scaled * tl.load(scale + cols, mask=is_col, other=0.0).to(tl.float32)).to(dtype)
-    if part == 0:
-        tl.store(total + row * columns + cols, value, mask=is_col)
-        tl.store(normed + row * columns + cols, scaled, mask=is_col)
-    sums = tl.sum(weights.to(tl.float32) * scaled.to(tl.float32)[None, :], axis=1)
-    tl.store(out + row * rows + at, sums.to(dtype), mask=is_row)
-
-
-def normed_product(
-    residual: torch.Tensor, delta: torch.Tensor | None, norm: Scale, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the product [B, N] of the RMS norm of residual + delta with a weight [N, D], that norm, and that sum."""
-    if len(residual) > _FEW_ROWS:
-        normed, total = add_norm(residual, delta, *norm)
-        return functional.linear(normed, weight), normed, total
-    total, normed = torch.empty_like(residual), torch.empty_like(residual)
-    rows, columns = weight.shape
-    out = torch.empty((len(residual), rows), dtype=residual.dtype, device=residual.device)
-    block = 1 if rows <= 512 else 4
-    _normed_product[(len(residual), triton.cdiv(rows, block))](
-        residual, residual if delta is None else delta, norm.weight, weight, total, normed, out, norm.eps, rows,
-        columns, BLOCK_N=block, BLOCK_D=triton.next_power_of_2(columns), HAS_DELTA=delta is not None, num_warps=4,
-    )  # fmt: skip
-    return out, normed, total
 
 
 @triton.jit
@@ -177,7 +65,7 @@ def angles(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[to
 @triton.jit
 def _rotate_store(
     qkv, cos, sin, q_norm, k_norm, addresses, strides, positions, q_out, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -191,10 +79,18 @@ def _rotate_store(
         if HAS_NORM:
             a = first.to(tl.float32)
             b = second.to(tl.float32)
-            scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / size + eps)
             norm = k_norm
             if head < Q_HEADS:
                 norm = q_norm
+            if WHOLE:  # each program looks at all heads: they are few, and one launch less
+                begin = tl.where(head < Q_HEADS, 0, Q_HEADS)
+                count = tl.where(head < Q_HEADS, Q_HEADS, KV_HEADS) * size
+                every = tl.arange(0, WHOLE)
+                wide = tl.load(source + (begin - head) * size + every, mask=every < count, other=0.0).to(tl.float32)
+                scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / count + eps)
+                norm += (head - begin) * size
+            else:
+                scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / size + eps)
             first = ((a * scale).to(dtype).to(tl.float32) * tl.load(norm + cols).to(tl.float32)).to(dtype)
             second = ((b * scale).to(dtype).to(tl.float32) * tl.load(norm + HALF + cols).to(tl.float32)).to(dtype)
         a = first.to(tl.float32)
@@ -220,16 +116,18 @@ def _rotate_store(
 
 
 def rotate_store(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads, kv: KeyValues, layer: int
-) -> torch.Tensor:
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None, heads: Heads, kv: KeyValues,
+    layer: int,
+) -> torch.Tensor:  # fmt: skip
     """Norm and rotate queries and keys, append keys and values to the caches; returns the queries [B, H, d]."""
     rows = qkv.shape[0]
     queries = torch.empty((rows, heads.queries, heads.size), dtype=qkv.dtype, device=qkv.device)
-    has_norm = norms is not None
-    q_norm, k_norm, eps = norms if has_norm else (qkv, qkv, 0.0)
+    q_norm, k_norm, eps, is_whole = norms or HeadNorms(qkv, qkv, 0.0, is_whole=False)
+    most = triton.next_power_of_2(max(heads.queries, heads.kv) * heads.size)
     _rotate_store[(rows, heads.queries + 2 * heads.kv)](
         qkv, cos, sin, q_norm, k_norm, kv.addresses[layer], kv.strides, kv.positions, queries, eps,
-        Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2, HAS_NORM=has_norm, num_warps=1,
+        Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2, HAS_NORM=norms is not None,
+        WHOLE=most if is_whole else 0, num_warps=4 if is_whole else 1,
     )  # fmt: skip
     return queries
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.copies import Copy
-from runtime.cuda.layers import StepParts
+from runtime.cuda.parts import StepParts
 from runtime.cuda.sending import reading, sent
 from runtime.cuda.shapes import Lanes
 from runtime.dispatch import Dispatcher
@@ -114,13 +114,14 @@ class LackingExperts:
         read = reading(choice.told)
         ends = torch.empty(self._experts, dtype=torch.int32, device=choice.normed.device)
         order = self._ops.arrange(choice.experts, ends)
+        beside = choice.beside(self._ops, self._parts.layers[index])  # while the host reads, and what lacks comes
         active = choice.normed.new_empty((len(order), self._lanes.ffn))
         answers = choice.normed.new_empty((len(order), self._lanes.hidden))
         words, began = read(), perf_counter()
         sizes = np.bincount(words[0].ravel(), minlength=self._experts)
         told = Told(words[0], words[1].view(np.float32), sizes, words[2] if len(words) == _WITH_GUESS else None)
         self._compute(number, told, choice.normed, Rows(order, ends, active, answers))
-        combined: torch.Tensor = self._ops.combine(answers, choice.weights)
+        combined: torch.Tensor = self._ops.combine(answers, choice.weights, beside)
         self._books = partial(self._count, number, told, began, perf_counter())
         return combined
 

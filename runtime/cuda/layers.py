@@ -1,146 +1,21 @@
 """The operations of one decode step, in order: embedding, layers, final norm, on tensors that stay where they are.
 
-Decides which models a step can be run for like this, and nothing while it runs: no value is read by the host, so that
-the whole step can be captured as one graph. Where a layer lacks experts the device waits in it (`ops.wait`). Must not
-know who brings them. Axes: B tokens, D hidden, F ffn, K top-k.
+Decides nothing while it runs: no value is read by the host, so that the whole step can be captured as one graph. Where
+a layer lacks experts the device waits in it (`ops.wait`). Must not know who brings them, or which family a model is of
+(`parts`). Axes: B tokens, D hidden, F ffn, K top-k.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from runtime.cuda.buffers import LOOK_AHEAD, Buffers
-from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
+from runtime.cuda.buffers import Buffers
+from runtime.cuda.parts import StepParts
+from runtime.cuda.shapes import Lanes
 from runtime.cuda.supply import Service
 from runtime.errors import RuntimeFault
-from runtime.loading import Trunk
-from runtime.pool import SlotPool
-from runtime.skeleton import RoutedExperts
-from schemas.store import RecordLayout
-
-_ROUNDED_WEIGHTS: Final = {"qwen3_moe": True, "mixtral": False}  # of families whose layers are made of these parts
-_CHANGING_ROTARY: Final = ("dynamic", "longrope")  # their angles depend on how long the sequence is
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """The tensors of a decoder layer.
-
-    Attributes
-    ----------
-    routers
-        [E, D], and behind it those of the layers after, whose product with what this layer's experts get is a guess of
-        what they will choose.
-    norms
-        Weights and epsilon of the norms of queries and keys.
-    """
-
-    first_norm: Scale
-    second_norm: Scale
-    qkv: torch.Tensor
-    output: torch.Tensor
-    routers: torch.Tensor
-    norms: tuple[torch.Tensor, torch.Tensor, float] | None
-    heads: Heads
-
-
-@dataclass(frozen=True)
-class StepParts:
-    """The tensors of a range of layers.
-
-    Attributes
-    ----------
-    first_layer
-        Of the range, counted among layers with experts.
-    """
-
-    trunk: Trunk
-    layers: tuple[LayerParts, ...]
-    router: RouterShape
-    first_layer: int
-    activated: int
-
-
-def step_parts(trunk: Trunk, layout: RecordLayout) -> StepParts | None:
-    """Return the parts of a trunk whose steps can be run like this; None for any other. Joins q, k and v in memory."""
-    config = trunk.model.config
-    is_rounded = _ROUNDED_WEIGHTS.get(config.model_type)
-    form = layout.form
-    is_plain = form.kind == "swiglu" and form.activation == "silu" and layout.dtype == str(trunk.dtype)[6:]
-    layers = list(trunk.model.model.layers)
-    rotary = trunk.model.model.rotary_emb
-    if (
-        is_rounded is None
-        or not is_plain
-        or getattr(config, "sliding_window", None) is not None
-        or getattr(rotary, "rope_type", "default") in _CHANGING_ROTARY
-        or not all(isinstance(getattr(layer.mlp, "experts", None), RoutedExperts) for layer in layers)
-        or any(_is_odd(layer.self_attn, trunk.dtype) for layer in layers)
-    ):
-        return None
-    router = layers[0].mlp.gate
-    is_normalised = config.model_type == "mixtral" or bool(config.norm_topk_prob)
-    return StepParts(
-        trunk,
-        tuple(_parts_of(layers, index) for index in range(len(layers))),
-        RouterShape(trunk.spec.experts, router.top_k, is_normalised, is_rounded),
-        layers[0].mlp.experts.layer,
-        layout.parts[1].shape[1],
-    )
-
-
-def _is_odd(attention: Any, dtype: torch.dtype) -> bool:
-    """Whether an attention has a bias, another dtype, or heads whose size is no power of two of 16 or more."""
-    size = attention.head_dim
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    has_bias = any(each.bias is not None for each in projections)
-    return has_bias or any(each.weight.dtype != dtype for each in projections) or size < 16 or bool(size & (size - 1))
-
-
-def _parts_of(layers: list[Any], index: int) -> LayerParts:
-    layer = layers[index]
-    attention = layer.self_attn
-    size = attention.head_dim
-    queries, kv = (each.weight.shape[0] // size for each in (attention.q_proj, attention.k_proj))
-    norms = None
-    if hasattr(attention, "q_norm"):
-        norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-    return LayerParts(
-        _scale(layer.input_layernorm),
-        _scale(layer.post_attention_layernorm),
-        _joined([attention.q_proj, attention.k_proj, attention.v_proj]),
-        attention.o_proj.weight,
-        torch.cat([each.mlp.gate.weight for each in layers[index : index + 1 + LOOK_AHEAD]]),
-        norms,
-        Heads(queries, kv, size, attention.scaling),
-    )
-
-
-def _scale(norm: Any) -> Scale:
-    return Scale(norm.weight, norm.variance_epsilon)
-
-
-def _joined(projections: list[Any]) -> torch.Tensor:
-    """Return the weights of projections as one matrix, which they are views of from then on."""
-    weights: list[torch.Tensor] = [each.weight.detach() for each in projections]
-    rows, columns = sum(map(len, weights)), weights[0].shape[1]
-    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
-    is_one = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if is_one and all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False)):
-        return weights[0].as_strided((rows, columns), (columns, 1))
-    whole = torch.cat(weights)
-    for projection, part in zip(projections, whole.split([len(weight) for weight in weights]), strict=True):
-        projection.weight.data = part
-    return whole
-
-
-def lanes_of(pool: SlotPool, parts: StepParts) -> Lanes:
-    """Return where the weights of experts lie."""
-    memory, stride, starts = pool.lanes()
-    return Lanes(memory, stride, starts[0], starts[1], parts.trunk.spec.hidden_size, parts.activated)
 
 
 class Answer(NamedTuple):
@@ -208,7 +83,7 @@ class Step:
         cos, sin = ops.angles(inner.rotary_emb, kv.positions, total.dtype)
         delta = None
         for index, layer in enumerate(self._parts.layers):
-            qkv, _, total = ops.normed_product(total, delta, layer.first_norm, layer.qkv)
+            qkv, _, total = ops.normed_product(total, delta, layer.first_norm, layer.qkv, layer.qkv_bias)
             queries = ops.rotate_store(qkv, cos, sin, layer.norms, layer.heads, kv, index)
             attended = ops.product(ops.attend(queries, layer.heads, kv, index), layer.output)
             logits, normed, total = ops.normed_product(total, attended, layer.second_norm, layer.routers)
@@ -217,7 +92,7 @@ class Step:
             ops.join_all(self._buffers)
         if not trunk.has_head:
             return Answer(total if delta is None else total + delta)
-        normed, _ = ops.add_norm(total, delta, *_scale(inner.norm))
+        normed, _ = ops.add_norm(total, delta, inner.norm.weight, inner.norm.variance_epsilon)
         logits = functional.linear(normed, trunk.model.lm_head.weight, trunk.model.lm_head.bias)
         best = logits.argmax(-1)
         if trunk.has_embedding:
@@ -242,11 +117,13 @@ class Step:
             if index + 1 < len(self._parts.layers):
                 ops.bring_ahead(buffers, index)
         ops.gate_up(normed, self._lanes, buffers, index, active, late=False)
+        shared = self._parts.layers[index].shared
+        beside = None if shared is None else ops.shared(normed, logits[:, -1:], shared)
         if service == "device":
             ops.join(brought)
         elif service == "host":
             ops.wait(buffers, index)
         if service != "none":
             ops.gate_up(normed, self._lanes, buffers, index, active, late=True)
-        answer: torch.Tensor = ops.down(active, self._lanes, buffers, index)
+        answer: torch.Tensor = ops.down(active, self._lanes, buffers, index, beside)
         return answer

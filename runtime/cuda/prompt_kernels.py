@@ -6,18 +6,19 @@ Axes: T tokens, K top-k, R = T K rows, E experts, D hidden, F ffn, H query and G
 """
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 
 from runtime.cuda.choice_kernels import best_of, weights_of
-from runtime.cuda.kernels import add_norm
-from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.cuda.product_kernels import add_norm
+from runtime.cuda.reference import shared
+from runtime.cuda.shapes import HeadNorms, Heads, Lanes, RouterShape
 from runtime.cuda.tiles import down_tiles, gate_up_tiles
 
-__all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "turn"]
+__all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "shared", "turn"]
 
 _NOBODY: Final = 1 << 30
 _LEAST_MEMORY: Final = 64 << 10  # of devices that say nothing
@@ -27,10 +28,15 @@ _LEAST_MEMORY: Final = 64 << 10  # of devices that say nothing
 def _turn(
     qkv, cos, sin, q_norm, k_norm, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    heads = part * BLOCK + tl.arange(0, BLOCK)
     is_head = (heads < Q_HEADS + KV_HEADS)[:, None]
+    if IS_WHOLE:  # one program has all query heads, the other all key heads
+        heads = part * Q_HEADS + tl.arange(0, BLOCK)
+        is_head = (heads < Q_HEADS + part * KV_HEADS)[:, None]
     size: tl.constexpr = 2 * HALF
     cols = tl.arange(0, HALF)
     place = qkv + row * (Q_HEADS + 2 * KV_HEADS) * size + heads[:, None] * size + cols[None, :]
@@ -40,12 +46,23 @@ def _turn(
     if HAS_NORM:
         a = first.to(tl.float32)
         b = second.to(tl.float32)
-        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / size + eps)[:, None]
-        is_query = (heads < Q_HEADS)[:, None]
-        norm = tl.where(is_query, tl.load(q_norm + cols)[None, :], tl.load(k_norm + cols)[None, :]).to(tl.float32)
-        first = ((a * scale).to(dtype).to(tl.float32) * norm).to(dtype)
-        norm = tl.where(is_query, tl.load(q_norm + HALF + cols)[None, :], tl.load(k_norm + HALF + cols)[None, :])
-        second = ((b * scale).to(dtype).to(tl.float32) * norm.to(tl.float32)).to(dtype)
+        mass = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
+        if IS_WHOLE:
+            scale = tl.rsqrt(tl.sum(mass, axis=0) / (tl.where(part == 0, Q_HEADS, KV_HEADS) * size) + eps)
+            weight = k_norm
+            if part == 0:
+                weight = q_norm
+            weight += (heads - part * Q_HEADS)[:, None] * size + cols[None, :]
+            of_first = tl.load(weight, mask=is_head, other=0.0)
+            of_second = tl.load(weight + HALF, mask=is_head, other=0.0)
+        else:
+            scale = tl.rsqrt(mass / size + eps)[:, None]
+            is_query = (heads < Q_HEADS)[:, None]
+            of_first = tl.where(is_query, tl.load(q_norm + cols)[None, :], tl.load(k_norm + cols)[None, :])
+            behind = HALF + cols
+            of_second = tl.where(is_query, tl.load(q_norm + behind)[None, :], tl.load(k_norm + behind)[None, :])
+        first = ((a * scale).to(dtype).to(tl.float32) * of_first.to(tl.float32)).to(dtype)
+        second = ((b * scale).to(dtype).to(tl.float32) * of_second.to(tl.float32)).to(dtype)
     a = first.to(tl.float32)
     b = second.to(tl.float32)
     angle = row * size + cols
@@ -59,14 +76,18 @@ def _turn(
     tl.store(place + HALF, second, mask=is_head)
 
 
-def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads) -> torch.Tensor:
+def turn(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None, heads: Heads
+) -> torch.Tensor:
     """Norm and rotate queries and keys, [T, H + 2 G, d] in place; returns it."""
-    has_norm = norms is not None
-    q_norm, k_norm, eps = norms if has_norm else (qkv, qkv, 0.0)
+    q_norm, k_norm, eps, is_whole = norms or HeadNorms(qkv, qkv, 0.0, is_whole=False)
     block = min(16, triton.next_power_of_2(heads.queries + heads.kv))
-    _turn[(len(qkv), triton.cdiv(heads.queries + heads.kv, block))](
+    parts = triton.cdiv(heads.queries + heads.kv, block)
+    if is_whole:
+        block, parts = triton.next_power_of_2(max(heads.queries, heads.kv)), 2
+    _turn[(len(qkv), parts)](
         qkv, cos, sin, q_norm, k_norm, eps, Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2,
-        BLOCK=block, HAS_NORM=has_norm, num_warps=4,
+        BLOCK=block, HAS_NORM=norms is not None, IS_WHOLE=is_whole, num_warps=4,
     )  # fmt: skip
     return qkv.view(len(qkv), -1, heads.size)
 
@@ -265,7 +286,9 @@ def down(
 
 
 @triton.jit
-def _combine(answers, weights, out, size, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(
+    answers, weights, beside, out, size, TOP: tl.constexpr, BLOCK: tl.constexpr, HAS_BESIDE: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < size
@@ -273,14 +296,21 @@ def _combine(answers, weights, out, size, TOP: tl.constexpr, BLOCK: tl.constexpr
     for place in tl.static_range(TOP):
         answer = tl.load(answers + (token * TOP + place) * size + cols, mask=inside, other=0.0)
         total += answer.to(tl.float32) * tl.load(weights + token * TOP + place).to(tl.float32)
-    tl.store(out + token * size + cols, total.to(out.dtype.element_ty), mask=inside)
+    dtype = out.dtype.element_ty
+    if HAS_BESIDE:
+        added = tl.load(beside + token * size + cols, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(dtype).to(tl.float32) + added
+    tl.store(out + token * size + cols, total.to(dtype), mask=inside)
 
 
-def combine(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum of each token's answers [R, D] by its weights [T, K], [T, D]."""
+def combine(answers: torch.Tensor, weights: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the sum of each token's answers [R, D] by its weights [T, K], [T, D], and what is beside them."""
     tokens, top_k = weights.shape
     size = answers.shape[1]
     out = torch.empty((tokens, size), dtype=answers.dtype, device=answers.device)
     block = min(1024, triton.next_power_of_2(size))
-    _combine[(tokens, triton.cdiv(size, block))](answers, weights, out, size, TOP=top_k, BLOCK=block, num_warps=4)
+    _combine[(tokens, triton.cdiv(size, block))](
+        answers, weights, out if beside is None else beside, out, size, TOP=top_k, BLOCK=block,
+        HAS_BESIDE=beside is not None, num_warps=4,
+    )  # fmt: skip
     return out

@@ -5,23 +5,24 @@ Axes: T tokens, K top-k, R = T K rows, E experts, D hidden, F ffn, H query and G
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from runtime.cuda.reference import add_norm
-from runtime.cuda.shapes import Heads, Lanes, RouterShape
+from runtime.cuda.reference import add_norm, normed_heads, shared
+from runtime.cuda.shapes import HeadNorms, Heads, Lanes, RouterShape
 
-__all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "turn"]
+__all__ = ["add_norm", "arrange", "choose", "combine", "down", "gate_up", "shared", "turn"]
 
 
-def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads) -> torch.Tensor:
+def turn(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None, heads: Heads
+) -> torch.Tensor:
     """Norm and rotate queries and keys, [T, H + 2 G, d] in place; returns it."""
     whole = qkv.view(len(qkv), -1, heads.size)
     cos, sin = cos.view(len(qkv), 1, heads.size), sin.view(len(qkv), 1, heads.size)
-    for number, part in enumerate(whole.split([heads.queries, heads.kv, heads.kv], dim=1)[:2]):
-        x = part if norms is None else add_norm(part, None, norms[number], norms[2])[0]
+    queries, keys, _ = whole.split([heads.queries, heads.kv, heads.kv], dim=1)
+    for part, x in zip((queries, keys), normed_heads(queries, keys, norms), strict=True):
         first, second = x.chunk(2, dim=-1)
         part.copy_(x * cos + torch.cat((-second, first), dim=-1) * sin)
     return whole
@@ -83,7 +84,8 @@ def _present(ends: torch.Tensor, slots: torch.Tensor) -> Iterator[tuple[slice, i
         start = end
 
 
-def combine(answers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum of each token's answers [R, D] by its weights [T, K], [T, D]."""
+def combine(answers: torch.Tensor, weights: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the sum of each token's answers [R, D] by its weights [T, K], [T, D], and what is beside them."""
     each = answers.view(*weights.shape, -1).float() * weights.float().unsqueeze(-1)
-    return each.sum(1).to(answers.dtype)
+    total = each.sum(1).to(answers.dtype)
+    return total if beside is None else total + beside

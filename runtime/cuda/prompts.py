@@ -18,7 +18,7 @@ from torch.nn import functional
 from runtime.cuda import prompt_reference
 from runtime.cuda.decode import CapturedDecode
 from runtime.cuda.lacking import LackingExperts
-from runtime.cuda.layers import LayerParts, StepParts, lanes_of
+from runtime.cuda.parts import LayerParts, StepParts, lanes_of
 from runtime.cuda.sending import reading, sent
 from runtime.cuda.shapes import Lanes
 from runtime.dispatch import Dispatcher
@@ -46,6 +46,13 @@ class Choice(NamedTuple):
     def weights(self) -> torch.Tensor:
         """[T, K] float32."""
         return self.told[1].view(torch.float32)
+
+    def beside(self, ops: Any, layer: LayerParts) -> torch.Tensor | None:
+        """Return what an expert that every token uses makes of `normed`, [T, D]; None where a layer has none."""
+        if (shared := layer.shared) is None:
+            return None
+        made: torch.Tensor = ops.shared(self.normed, functional.linear(self.normed, shared.weigh), shared)
+        return made
 
 
 Experts = Callable[[int, Choice], torch.Tensor]
@@ -131,7 +138,8 @@ class DevicePrompts:
             answers = choice.normed.new_empty((len(order), lanes.hidden))
             ops.gate_up(choice.normed, order, ends[index], slots[index], lanes, active)
             ops.down(active, order, ends[index], slots[index], lanes, answers)
-            combined: torch.Tensor = ops.combine(answers, choice.weights)
+            beside = choice.beside(ops, parts.layers[index])
+            combined: torch.Tensor = ops.combine(answers, choice.weights, beside)
             return combined
 
         hidden = self._layers(inputs, start, cache, experts, with_guesses=False)
@@ -165,7 +173,7 @@ class DevicePrompts:
         delta = None
         for index, layer in enumerate(parts.layers):
             normed, total = ops.add_norm(total, delta, *layer.first_norm)
-            heads = ops.turn(functional.linear(normed, layer.qkv), cos, sin, layer.norms, layer.heads)
+            heads = ops.turn(functional.linear(normed, layer.qkv, layer.qkv_bias), cos, sin, layer.norms, layer.heads)
             attended = functional.linear(_attend(layer, heads, cache.layers[index], mask), layer.output)
             normed, total = ops.add_norm(total, attended, *layer.second_norm)
             delta = experts(index, self._choice(index, normed, with_guesses=with_guesses))

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers, KeyValues
-from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
+from runtime.cuda.shapes import HeadNorms, Heads, Lanes, RouterShape, Scale, SharedExpert
 from runtime.cuda.supply import CHUNK, GUESSES, NEAR, PARTS, WHOLE, Supply
 from runtime.errors import DeviceLost, RuntimeFault
 
@@ -34,11 +34,15 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def normed_product(
-    residual: torch.Tensor, delta: torch.Tensor | None, norm: Scale, weight: torch.Tensor
+    residual: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: Scale,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the product [B, N] of the RMS norm of residual + delta with a weight [N, D], that norm, and that sum."""
     normed, total = add_norm(residual, delta, *norm)
-    return functional.linear(normed, weight), normed, total
+    return functional.linear(normed, weight, bias), normed, total
 
 
 def angles(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,15 +56,33 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def normed_heads(
+    queries: torch.Tensor, keys: torch.Tensor, norms: HeadNorms | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries [B, H, d] and keys [B, G, d] with their norms, of each head or of all as one vector."""
+    if norms is None:
+        return queries, keys
+    if not norms.is_whole:
+        return _norm(queries, norms.queries, norms.eps), _norm(keys, norms.keys, norms.eps)
+    return (
+        _norm(queries.flatten(1), norms.queries, norms.eps).view_as(queries),
+        _norm(keys.flatten(1), norms.keys, norms.eps).view_as(keys),
+    )
+
+
 def rotate_store(  # noqa: PLR0917
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: Any, heads: Heads, kv: KeyValues, layer: int
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: HeadNorms | None,
+    heads: Heads,
+    kv: KeyValues,
+    layer: int,
 ) -> torch.Tensor:
     """Norm and rotate queries and keys, append keys and values to the caches; returns the queries [B, H, d]."""
     sizes = [heads.queries, heads.kv, heads.kv]
     queries, keys, values = qkv.view(len(qkv), -1, heads.size).split(sizes, dim=1)
-    if norms is not None:
-        q_norm, k_norm, eps = norms
-        queries, keys = _norm(queries, q_norm, eps), _norm(keys, k_norm, eps)
+    queries, keys = normed_heads(queries, keys, norms)
     cos, sin = cos.view(len(qkv), 1, heads.size), sin.view(len(qkv), 1, heads.size)
     keys = _rotated(keys, cos, sin)
     for row, position in enumerate(kv.positions.tolist()):
@@ -89,7 +111,10 @@ def _tensors(kv: KeyValues) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
 
 
 def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int, *, is_told: bool = True) -> None:
-    """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E]."""
+    """Choose experts, look their slots up, tell the host; guess likewise from logits of layers after, behind [B, E].
+
+    What is behind them and fewer than E is no router's.
+    """
     scores = logits[:, : shape.experts].float().softmax(-1)
     weights, chosen = scores.topk(shape.top_k, dim=-1)
     if shape.is_normalised:
@@ -103,7 +128,8 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
     if is_told:
         mail.scores[layer] = scores
         tell(buffers, layer)
-    for ahead, guess in enumerate(logits.split(shape.experts, dim=1)[1:]):
+    for ahead in range(logits.shape[1] // shape.experts - 1):
+        guess = logits[:, (ahead + 1) * shape.experts :][:, : shape.experts]
         likely = guess.topk(shape.top_k, dim=-1).indices
         if is_told:
             mail.guesses[layer, ahead] = buffers.stamp * STAMP + likely
@@ -238,14 +264,23 @@ def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: to
         out[row, place] = functional.silu(gate) * up
 
 
-def down(active: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int) -> torch.Tensor:
-    """Return the weighted sum of the experts' answers, [B, D]."""
+def shared(x: torch.Tensor, score: torch.Tensor, expert: SharedExpert) -> torch.Tensor:
+    """Return what an expert that every token uses makes of x, [B, D], weighted by the sigmoid of its score [B, 1]."""
+    gate, up = functional.linear(x, expert.gate_up).chunk(2, dim=-1)
+    return torch.sigmoid(score) * functional.linear(functional.silu(gate) * up, expert.down)
+
+
+def down(
+    active: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, beside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the weighted sum of the experts' answers, [B, D], and what is beside them."""
     total = torch.zeros((len(active), lanes.hidden), dtype=torch.float32, device=active.device)
     for row, place, slot in _wanted(buffers, layer, late=None):
         base = slot * lanes.stride + lanes.down
         weight = lanes.memory[base : base + lanes.hidden * lanes.ffn].view(lanes.hidden, lanes.ffn)
         total[row] += functional.linear(active[row, place], weight).float() * buffers.weights[layer, row, place]
-    return total.to(active.dtype)
+    answer = total.to(active.dtype)
+    return answer if beside is None else answer + beside
 
 
 def _wanted(buffers: Buffers, layer: int, *, late: bool | None) -> list[tuple[int, int, int]]:

@@ -26,6 +26,37 @@ class Heads(NamedTuple):
     scaling: float
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms of queries and keys, before they are turned.
+
+    Attributes
+    ----------
+    queries, keys
+        Weights, [d] each; [H d] and [G d] where all heads are normed as one vector (`is_whole`).
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    eps: float
+    is_whole: bool
+
+
+class SharedExpert(NamedTuple):
+    """An expert that every token uses, whose answer is weighted by the sigmoid of a score of its own.
+
+    Attributes
+    ----------
+    gate_up, down
+        [2 S, D] and [D, S].
+    weigh
+        [1, D], what gives the score.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    weigh: torch.Tensor
+
+
 class RouterShape(NamedTuple):
     """A softmax router; `is_rounded`: its weights are rounded to the model's dtype."""
 

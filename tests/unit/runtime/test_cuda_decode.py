@@ -10,7 +10,7 @@ import torch
 from runtime.alone import expert_sources, open_alone
 from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
-from runtime.cuda.layers import step_parts
+from runtime.cuda.parts import step_parts
 from runtime.cuda.runners import States
 from runtime.engine import Segment
 from runtime.errors import ContextFull, DamagedRecord, ExpertLost
@@ -24,11 +24,12 @@ from runtime.records import CheckpointExpert
 from runtime.routing import EpochBoard, Routing
 from runtime.slots import Caching, Residency
 
+CAPTURED = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe")
 PROMPT = [5, 17, 99, 3, 42, 7]
 
 
-def apart(path: Path, *, slots: int, host: int | None = None) -> Segment:
-    """Open a model whose experts are computed from so many slots only, to which they come from host memory."""
+def apart(path: Path, *, slots: int, host: int | None = None, layers: tuple[int, int | None] = (0, None)) -> Segment:
+    """Open layers whose experts are computed from so many slots only, to which they come from host memory."""
     model = open_model(path)
     spec, room = model.spec, model.layout.bytes
     residency = Residency(
@@ -40,7 +41,7 @@ def apart(path: Path, *, slots: int, host: int | None = None) -> Segment:
     for key, source in expert_sources(path, model).items():
         residency.place(key, source)
     board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
-    segment = Segment(load_trunk(path), residency, board)
+    segment = Segment(load_trunk(path, first_layer=layers[0], last_layer=layers[1]), residency, board)
     parts = step_parts(segment.trunk, residency.layout)
     assert parts is not None
     segment.captured = CapturedDecode(parts, residency, reference)
@@ -61,7 +62,7 @@ def opened(path: Path, *, slots: int | None = None, is_captured: bool = True, **
     return segment
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize("slots", [None, 7, 3])
 def test_tokens_are_those_of_the_ordinary_way(checkpoint: Any, family: str, slots: int | None) -> None:
     path = checkpoint(family)
@@ -89,10 +90,28 @@ def batched(segment: Segment, count: int) -> list[list[int]]:
     return made
 
 
-def test_several_sessions_in_one_step(checkpoint: Any) -> None:
-    path = checkpoint("qwen3_moe")
+@pytest.mark.parametrize("family", CAPTURED)
+def test_several_sessions_in_one_step(checkpoint: Any, family: str) -> None:
+    path = checkpoint(family)
     want = batched(opened(path, is_captured=False), 10)
     assert batched(opened(path, slots=7), 10) == want
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_ranges_of_layers_in_a_row(checkpoint: Any, family: str) -> None:
+    path = checkpoint(family)
+    want = list(generate(opened(path, is_captured=False), PROMPT, max_tokens=10, stop_ids=frozenset()))
+    segments = [apart(path, slots=12, layers=layers) for layers in ((0, 0), (1, 3))]
+    made, inputs = [], torch.tensor(PROMPT)
+    for segment in segments:
+        segment.open("a", 32)
+    while len(made) < 10:
+        for segment in segments:
+            inputs = segment.step_batch(["a"], inputs) if made else segment.step("a", inputs)
+        inputs = inputs[-1:].argmax(-1)
+        made.append(int(inputs))
+    assert made == want
+    assert [segment.captured.services["device"] for segment in segments if segment.captured] == [9, 9]
 
 
 def test_a_layer_that_lacks_experts_may_get_others(checkpoint: Any) -> None:
@@ -131,7 +150,7 @@ def test_an_expert_that_is_lost_ends_the_step_and_nothing_else(
     assert list(generate(segment, PROMPT, max_tokens=8, stop_ids=frozenset())) == want
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize(("slots", "host"), [(14, None), (24, 9), (7, None), (3, 9)])
 def test_a_device_that_brings_experts_by_itself(checkpoint: Any, family: str, slots: int, host: int | None) -> None:
     path = checkpoint(family)

@@ -9,7 +9,7 @@ import torch
 
 from runtime.cuda import reference
 from runtime.cuda.buffers import STAMP, Buffers, KeyValues, arrived, make_buffers
-from runtime.cuda.shapes import Heads, Lanes, RouterShape, Scale
+from runtime.cuda.shapes import HeadNorms, Heads, Lanes, RouterShape, Scale, SharedExpert
 from runtime.cuda.supply import CHUNK, PARTS, WHOLE, Spares, make_supply
 
 pytestmark = pytest.mark.skipif(
@@ -71,9 +71,27 @@ def test_products(kernels: Any, dtype: torch.dtype, rows: int) -> None:
     x, delta = (drawn(rows, HIDDEN, dtype=dtype, seed=n) for n in range(2))
     weight, norm = drawn(50, HIDDEN, dtype=dtype, seed=2), Scale(drawn(HIDDEN, dtype=dtype, seed=3), 1e-6)
     assert close(kernels.product(x, weight), reference.product(x, weight))
-    for added in (None, delta):
-        got, want = (each.normed_product(x, added, norm, weight) for each in (kernels, reference))
+    for added, bias in ((None, drawn(50, dtype=dtype, seed=4)), (delta, None)):
+        got, want = (each.normed_product(x, added, norm, weight, bias) for each in (kernels, reference))
         assert all(close(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_an_expert_that_every_token_uses(kernels: Any, dtype: torch.dtype, rows: int) -> None:
+    x, logits = drawn(rows, HIDDEN, dtype=dtype), drawn(rows, EXPERTS + 1, dtype=dtype, seed=1)
+    gate_up, down = drawn(2 * 50, HIDDEN, dtype=dtype, seed=2) * 0.2, drawn(HIDDEN, 50, dtype=dtype, seed=3)
+    expert = SharedExpert(gate_up, down, drawn(1, HIDDEN, dtype=dtype, seed=4))
+    got, want = (each.shared(x, logits[:, -1:], expert) for each in (kernels, reference))
+    assert close(got, want)
+
+
+def norms_of(kind: str | None, heads: Heads, dtype: torch.dtype) -> HeadNorms | None:
+    """Draw norms of queries and keys."""
+    if kind is None:
+        return None
+    sizes = [count * heads.size if kind == "whole" else heads.size for count in (heads.queries, heads.kv)]
+    weights = [drawn(size, dtype=dtype, seed=3 + number) for number, size in enumerate(sizes)]
+    return HeadNorms(*weights, 1e-6, is_whole=kind == "whole")
 
 
 @pytest.mark.parametrize("factor", [None, 4.0])
@@ -92,12 +110,12 @@ def test_angles(kernels: Any, dtype: torch.dtype, factor: float | None) -> None:
         assert close(got, want)
 
 
-@pytest.mark.parametrize("has_norm", [True, False])
-def test_rotation_and_attention(kernels: Any, dtype: torch.dtype, has_norm: bool) -> None:
+@pytest.mark.parametrize("normed", ["each", "whole", None])
+def test_rotation_and_attention(kernels: Any, dtype: torch.dtype, normed: str | None) -> None:
     heads, most = Heads(6, 2, 16, 0.25), 80
     qkv = drawn(ROWS, 10 * 16, dtype=dtype)
     cos, sin = drawn(ROWS, 1, 16, dtype=dtype, seed=1), drawn(ROWS, 1, 16, dtype=dtype, seed=2)
-    norms = (drawn(16, dtype=dtype, seed=3), drawn(16, dtype=dtype, seed=4), 1e-6) if has_norm else None
+    norms = norms_of(normed, heads, dtype)
     answers = []
     for each in (kernels, reference):
         caches = [tuple(drawn(2, most, 16, dtype=dtype, seed=9 + row + n) for n in (0, 5)) for row in range(ROWS)]
@@ -117,9 +135,10 @@ def test_rotation_and_attention(kernels: Any, dtype: torch.dtype, has_norm: bool
 
 
 @pytest.mark.parametrize("is_normalised", [True, False])
-def test_routing_tells_the_host(kernels: Any, dtype: torch.dtype, is_normalised: bool) -> None:
+@pytest.mark.parametrize("behind", [0, 1])  # what weighs an expert that every token uses
+def test_routing_tells_the_host(kernels: Any, dtype: torch.dtype, is_normalised: bool, behind: int) -> None:
     shape = RouterShape(EXPERTS, TOP, is_normalised, is_rounded=True)
-    logits = drawn(ROWS, 3 * EXPERTS, dtype=dtype)
+    logits = drawn(ROWS, 3 * EXPERTS + behind, dtype=dtype)
     table = torch.arange(EXPERTS, dtype=torch.int32) * 2 - 3
     told = []
     for each in (kernels, reference):
@@ -155,10 +174,10 @@ def test_experts_read_where_they_lie(kernels: Any, dtype: torch.dtype) -> None:
         assert not active[0, 1].any()
         buffers.slots.copy_(late)
         each.gate_up(x, lanes, buffers, 0, active, late=True)
-        answers.append((active, each.down(active, lanes, buffers, 0)))
-    (got_active, got), (want_active, want) = answers
-    assert close(got_active, want_active)
-    assert close(got, want)
+        beside = drawn(ROWS, HIDDEN, dtype=dtype, seed=4)
+        answers.append((active, *(each.down(active, lanes, buffers, 0, more) for more in (None, beside))))
+    for got, want in zip(*answers, strict=True):
+        assert close(got, want)
 
 
 def test_what_was_waited_for_is_taken_from_the_host(kernels: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from runtime.cuda import prompt_reference
 from runtime.cuda.shapes import Heads, Lanes, RouterShape
-from tests.unit.runtime.test_cuda_kernels import DEVICE, DTYPES, close, drawn, pytestmark
+from tests.unit.runtime.test_cuda_kernels import DEVICE, DTYPES, close, drawn, norms_of, pytestmark
 
 __all__ = ["pytestmark"]
 
@@ -26,11 +26,11 @@ def kernels() -> Any:
     return prompt_kernels
 
 
-@pytest.mark.parametrize("has_norm", [True, False])
-def test_queries_and_keys_are_turned_in_place(kernels: Any, dtype: torch.dtype, has_norm: bool) -> None:
+@pytest.mark.parametrize("normed", ["each", "whole", None])
+def test_queries_and_keys_are_turned_in_place(kernels: Any, dtype: torch.dtype, normed: str | None) -> None:
     heads = Heads(6, 2, 16, 0.25)
     cos, sin = drawn(1, 5, 16, dtype=dtype, seed=1), drawn(1, 5, 16, dtype=dtype, seed=2)
-    norms = (drawn(16, dtype=dtype, seed=3), drawn(16, dtype=dtype, seed=4), 1e-6) if has_norm else None
+    norms = norms_of(normed, heads, dtype)
     got, want = (
         each.turn(drawn(5, 10 * 16, dtype=dtype), cos, sin, norms, heads) for each in (kernels, prompt_reference)
     )
@@ -90,6 +90,6 @@ def test_experts_in_two_waves(kernels: Any, dtype: torch.dtype, tokens: int, hid
         for slots in (first, second):
             each.gate_up(x, order, ends, slots, lanes, active)
             each.down(active, order, ends, slots, lanes, made)
-        answers.append((made, each.combine(made, weights)))
+        answers.append((made, each.combine(made, weights), each.combine(made, weights, x)))
     for got, want in zip(*answers, strict=True):
         assert close(got, want)

@@ -17,7 +17,7 @@ from runtime.engine import Segment
 from runtime.errors import DamagedRecord, ExpertLost
 from runtime.generation import generate
 from runtime.records import CheckpointExpert
-from tests.unit.runtime.test_cuda_decode import apart, opened
+from tests.unit.runtime.test_cuda_decode import CAPTURED, apart, opened
 
 PROMPT = torch.randint(2, 250, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -50,7 +50,7 @@ def logits_of(segment: Segment, *pieces: int) -> torch.Tensor:
     return torch.cat(made)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", CAPTURED)
 def test_with_all_experts_in_slots(checkpoint: Any, family: str) -> None:
     path = checkpoint(family)
     ordinary, segment = opened(path, is_captured=False), whole(path)
@@ -69,7 +69,7 @@ def test_with_all_experts_in_slots(checkpoint: Any, family: str) -> None:
     assert not segment.residency.inside.shelf.is_frozen
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", CAPTURED)
 @pytest.mark.parametrize(("slots", "host"), [(24, None), (7, None), (3, None), (24, 9)])
 def test_experts_come_while_others_are_computed(checkpoint: Any, family: str, slots: int, host: int | None) -> None:
     path = checkpoint(family)
