@@ -20,14 +20,12 @@ from typing import Final
 
 from agent.budget import Held
 from agent.errors import CannotPrepare, DataUnusable
-from agent.settings import Settings
-from runtime.errors import InvalidStore, RuntimeFault
+from runtime.errors import RuntimeFault
 from runtime.records import FetchedRecord, RecordFile, Source
 from runtime.slots import Key, Record, Residency
 from runtime.store import Store
 from schemas.messages import AssignedReplica, Hop
 from schemas.messages import Record as RecordName
-from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.precision import LowPrecision
 from schemas.store import RECORDS_NAME
@@ -333,17 +331,3 @@ class Holdings:
 
 def _is_intact(record: Record, sha256: str) -> bool:
     return hashlib.sha256(record).hexdigest() == sha256
-
-
-def open_store(settings: Settings, spec: ModelSpec) -> Store | None:
-    """Open the store of the config, checked to be of the same model and dtype."""
-    if settings.store is None:
-        return None
-    store = Store.open(Path(settings.store))
-    theirs = store.manifest.model
-    if theirs.model_copy(update={"id": spec.id}) != spec:
-        raise InvalidStore(
-            f"{settings.store}: holds experts of {theirs.id} as {store.manifest.dtype}, the config says {spec.id} as "
-            f"{settings.dtype}; make it again with agent prepare --dtype {settings.dtype}"
-        )
-    return store

@@ -31,7 +31,7 @@ from agent.computing import Computing, release_device_memory
 from agent.control import ControlLine
 from agent.errors import JournalUnwritable, ThreadLost
 from agent.generation import Generator
-from agent.holdings import Holdings, open_store
+from agent.holdings import Holdings
 from agent.journal import Journal
 from agent.layers import Layers
 from agent.peers import Patience, PeerCaller
@@ -52,7 +52,7 @@ from runtime.counters import Counters
 from runtime.engine import Segment
 from runtime.errors import RuntimeFault
 from runtime.loading import Trunk
-from runtime.models import open_model
+from runtime.models import open_model, open_store_of
 from runtime.slots import Record
 from schemas import messages as msg
 from schemas.address import Address
@@ -86,7 +86,7 @@ class Node:
         settings = self._settings
         self._model = open_model(Path(settings.model), settings.dtype)
         self._spec: ModelSpec = self._model.spec
-        store = open_store(settings, self._spec) or self._model.store
+        store = self._model.store if settings.store is None else open_store_of(self._model, Path(settings.store))
         data = Path(settings.data)
         self._journal = opened.enter_context(closing(Journal(data / "agent.journal", settings.node)))
         budget = make_budget(settings, self._spec, self._model.layout, self._journal.state)

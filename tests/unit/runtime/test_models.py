@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from runtime.errors import InvalidStore
-from runtime.models import open_model
+from runtime.models import open_model, open_store_of
 from runtime.store import layout_of
 from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
-from tests.families import make_store
+from tests.families import make_checkpoint, make_store
 
 
 def test_a_checkpoint_tells_its_model_at_any_dtype(checkpoint):
@@ -39,6 +39,20 @@ def test_a_store_and_its_card_tell_the_same(checkpoint, tmp_path):
 def test_a_store_of_another_dtype_is_refused(store):
     with pytest.raises(InvalidStore, match=r"holds weights as float32, not float16; .* --dtype float16"):
         open_model(store("olmoe").path, "float16")
+
+
+def test_a_store_beside_a_model_holds_the_same_weights(checkpoint, store, tmp_path):
+    model, same = open_model(checkpoint("olmoe"), "float32"), store("olmoe").path
+    assert open_store_of(model, same).manifest.model == model.spec
+    assert open_store_of(open_model(same), same).path == same
+    trained_on = make_store(make_checkpoint("olmoe", tmp_path / "olmoe", seed=1), tmp_path / "trained")
+    for beside in (model, open_model(same)):
+        with pytest.raises(InvalidStore, match="layer 0 expert 0 has other weights there than in"):
+            open_store_of(beside, trained_on.path)
+    with pytest.raises(InvalidStore, match=r"holds experts as float32, not bfloat16; .* --dtype bfloat16"):
+        open_store_of(open_model(checkpoint("olmoe"), "bfloat16"), same)
+    with pytest.raises(InvalidStore, match="of another shape than"):
+        open_store_of(model, store("mixtral").path)
 
 
 def test_a_store_without_its_trunk_is_refused(store, tmp_path):
