@@ -3,7 +3,8 @@
 Stages: ``families`` (the same greedy tokens as transformers with all experts on the device), ``resident`` (a token when
 every expert has a slot, against transformers), ``capped`` (a quarter of the experts has slots, routing of a recorded
 trace), ``large`` (experts of 352 MB, bound by the link), ``prompts`` (of 512 and 2048 tokens, with all experts on the
-device and with a quarter). Figures are of one run on the machine that is named first.
+device and with a quarter), ``small`` (both again, for shapes of models that small machines run). Figures are of one run
+on the machine that is named first.
 """
 
 import gc
@@ -28,7 +29,9 @@ from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import MassBudget
 from tests.bench.cuda_models import (
     MIXTRAL,
+    OLMOE,
     QWEN,
+    QWEN_SHARED,
     Forced,
     Shape,
     fill_trunk,
@@ -44,7 +47,7 @@ from tests.families import FAMILIES, make_checkpoint
 
 TRACE = TRACES / "qwen.route.csv"
 WRONG_GUESSES = (0.15, 0.22)  # RUNTIME.md: of real routers one layer ahead, 81 to 89 % come true; two ahead, fewer
-STAGES = ("families", "resident", "capped", "large", "prompts")
+STAGES = ("families", "resident", "capped", "large", "prompts", "small")
 _PROFILED = 32
 _LARGE_TOKENS = 64
 _PROMPTS = (512, 2048)
@@ -69,6 +72,7 @@ def main(stages: tuple[str, ...], device: str, trace: Path, json_file: Path | No
         "capped": lambda: capped(QWEN, device, trace, with_accelerate=not no_accelerate),
         "large": lambda: large(MIXTRAL, device, trace),
         "prompts": lambda: prompts(QWEN, device),
+        "small": lambda: {shape.name: small(shape, device) for shape in (OLMOE, QWEN_SHARED)},
     }
     for stage in stages or STAGES:
         click.echo(f"\n{stage}")
@@ -417,6 +421,12 @@ def prompts(shape: Shape, device: str) -> dict[int, dict[str, float]]:
         click.echo(f"  {tokens} tokens")
         _print_ms(figures, "transformers grouped_mm", "a prompt")
     return found
+
+
+def small(shape: Shape, device: str) -> dict[str, Any]:
+    """Time tokens and prompts of a shape."""
+    click.echo(f"  {shape.name}")
+    return {"resident": resident(shape, device), "prompts": prompts(shape, device)}
 
 
 def _time_prompts(segment: Segment, share: float, drawn: list[torch.Tensor], found: dict[str, float]) -> None:

@@ -43,6 +43,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    shared_ffn: int = 0
 
     def config(self, top_k: int | None = None) -> Any:
         """Return transformers' config."""
@@ -63,6 +64,13 @@ class Shape:
             return hf.MixtralConfig(
                 **common, intermediate_size=self.ffn, num_local_experts=self.experts, sliding_window=None
             )
+        if self.family == "olmoe":
+            return hf.OlmoeConfig(**common, intermediate_size=self.ffn, num_experts=self.experts)
+        if self.family == "qwen2_moe":
+            return hf.Qwen2MoeConfig(
+                **common, moe_intermediate_size=self.ffn, num_experts=self.experts,
+                shared_expert_intermediate_size=self.shared_ffn, intermediate_size=self.shared_ffn,
+            )  # fmt: skip
         return hf.Qwen3MoeConfig(
             **common, moe_intermediate_size=self.ffn, num_experts=self.experts, norm_topk_prob=True,
             intermediate_size=self.ffn, num_local_experts=self.experts,
@@ -71,6 +79,8 @@ class Shape:
 
 QWEN = Shape("Qwen3-30B-A3B, 12 layers", "qwen3_moe", 12, 128, 8, 2048, 768, 32, 4, 151_936)
 MIXTRAL = Shape("Mixtral-8x7B, 4 layers", "mixtral", 4, 8, 2, 4096, 14_336, 32, 8, 32_000)
+OLMOE = Shape("OLMoE-1B-7B, 8 layers", "olmoe", 8, 64, 8, 2048, 1024, 16, 16, 50_304)
+QWEN_SHARED = Shape("Qwen1.5-MoE-A2.7B, 8 layers", "qwen2_moe", 8, 60, 4, 2048, 1408, 16, 16, 151_936, 5632)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +187,7 @@ def fill_trunk(model: Any, forced: Forced | None) -> None:
             if tensor.ndim > 1:
                 tensor.normal_(std=0.02)
             else:
-                tensor.fill_(1.0)
+                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
         if forced is None:
             return
         tokens = len(forced.experts)
