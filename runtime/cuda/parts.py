@@ -106,14 +106,13 @@ def _is_odd_mixture(mixture: Any, dtype: torch.dtype) -> bool:
 
 
 def _is_odd_attention(attention: Any, dtype: torch.dtype) -> bool:
-    """Whether the output has a bias, norms are of other sizes, or heads' size is no power of two of 16 or more."""
+    """Whether biases or norms are others than these parts have, or heads' size is no power of two of 16 or more."""
     size, projections = attention.head_dim, _qkv_of(attention)
-    sizes = {len(each.bias) if each.bias is not None else 0 for each in projections}
     counts = [len(each.weight) for each in projections[:2]]
     return (
         any(_is_odd(each, dtype, may_have_bias=True) for each in projections)
         or _is_odd(attention.o_proj, dtype, may_have_bias=False)
-        or (0 in sizes and len(sizes) > 1)
+        or len({each.bias is None for each in projections}) > 1
         or (hasattr(attention, "q_norm") and _norm_sizes(attention) not in ([size, size], counts))
         or size < 16
         or bool(size & (size - 1))
