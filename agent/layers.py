@@ -109,7 +109,7 @@ class Layers:
                 segment.importance = self._importance
                 self._segments = {**self._segments, (first, last): segment}
         for key, kv_bytes in wanted.items():
-            self._segments[key].kv_budget = kv_bytes
+            self._segments[key].sessions.kv_budget = kv_bytes
         if self.ingress is None and any(assignment.ingress for assignment in assignments):
             self.ingress = Ingress(load_tokenizer(self._model.config_dir), self._settings.context.tokens)
 
@@ -132,7 +132,7 @@ class Layers:
         """Give back what none of these assignments gives, but for layers of answers that only this node makes."""
         wanted = self._budget.ranges(assignments)
         for key in wanted.keys() & self._segments.keys():
-            self._segments[key].kv_budget = wanted[key]
+            self._segments[key].sessions.kv_budget = wanted[key]
         if self._segments.keys() <= wanted.keys():
             return
         leaving = self._plane.ranges_of_own() if self.way.path is None else frozenset()
@@ -152,6 +152,6 @@ class Layers:
         """Return what the trunk of loaded layers and the KV caches of all who may enter through them take."""
         loaded = self._segments
         layers = {layer for first, last in loaded for layer in range(first, last + 1)}
-        reserved = sum(segment.kv_budget or 0 for segment in loaded.values())
+        reserved = sum(segment.sessions.kv_budget or 0 for segment in loaded.values())
         planned = self._budget.path_memory(assignments).kv_bytes  # once for layers that a session changes between
         return self._model.spec.range_bytes(layers) + (min(reserved, planned) if planned else reserved)

@@ -10,7 +10,6 @@ is the caller's business.
 """
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,13 +25,13 @@ from runtime.counters import Counters
 from runtime.cuda.decode import captured_decode
 from runtime.cuda.prompts import DevicePrompts, device_prompts
 from runtime.dispatch import Combine, Dispatcher, ExpertCaller, NoCaller
-from runtime.errors import ContextFull, InvalidInput, KvBudgetExceeded, UnknownSession
+from runtime.errors import ContextFull, InvalidInput
 from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import Trunk
 from runtime.passage import Passage, Rest
 from runtime.policy.menu import Rates
 from runtime.routing import EpochBoard
-from runtime.session import Session
+from runtime.session import OpenSessions, Session
 from runtime.slots import Residency
 
 Keep = Literal["last", "all", "none"]
@@ -68,27 +67,14 @@ class Segment:
         self.residency = residency
         self.board = board
         self.counters = counters or Counters(trunk.spec.layers, trunk.spec.experts)
-        self.kv_budget = kv_budget
         self.importance = importance
         self.captured = captured_decode(trunk, residency)
         self.prompts: DevicePrompts | None = device_prompts(self.captured)
         self._taps = RouterTaps(trunk.model)
         self._ahead: Foresight = ahead or NextRouters(trunk.model)
         self._rates = Rates()
-        self._sessions: dict[str, Session] = {}
-        self._kv_used = 0
+        self.sessions = OpenSessions(kv_budget)
         self._turn = 0
-        self._lock = threading.Lock()
-
-    @property
-    def kv_used(self) -> int:
-        """Bytes reserved by open sessions."""
-        return self._kv_used
-
-    @property
-    def num_sessions(self) -> int:
-        """Open sessions."""
-        return len(self._sessions)
 
     def kv_bytes(self, max_tokens: int) -> int:
         """Return what a session of `max_tokens` reserves in these layers."""
@@ -107,30 +93,18 @@ class Segment:
         """
         if max_tokens > self.trunk.max_context:
             raise ContextFull(wanted=max_tokens, limit=self.trunk.max_context, what="the model's context")
-        needed = self.kv_bytes(max_tokens)
         session = Session(
             name=session_id,
             cache=session_cache(self.trunk.model.config, max_tokens),
             positions=torch.arange(max_tokens, device=self.trunk.device)[None],
             max_tokens=max_tokens,
-            kv_bytes=needed,
+            kv_bytes=self.kv_bytes(max_tokens),
         )
-        with self._lock:
-            if session_id in self._sessions:
-                raise InvalidInput(f"session {session_id!r} is open already; close it first")
-            if self.kv_budget is not None and self._kv_used + needed > self.kv_budget:
-                raise KvBudgetExceeded(
-                    needed=needed, used=self._kv_used, budget=self.kv_budget, sessions=len(self._sessions)
-                )
-            self._kv_used += needed
-            self._sessions[session_id] = session
+        self.sessions.add(session)
 
     def close(self, session_id: str) -> None:
         """Free a session's KV cache; closing it again changes nothing. Modifies."""
-        with self._lock:
-            session = self._sessions.pop(session_id, None)
-            if session is not None:
-                self._kv_used -= session.kv_bytes
+        self.sessions.remove(session_id)
 
     def step(
         self,
@@ -170,10 +144,8 @@ class Segment:
         CallFailed, ExpertUnavailable
             An expert could not be computed. The session cannot go on: close it.
         """
-        session, mine = self._session(session_id), Passage()
-        with self._lock:
-            session.require(len(inputs))
-            between = session.begin(len(inputs), mine, rest)
+        session, mine = self.sessions[session_id], Passage()
+        (between,) = self.sessions.begin([session], len(inputs), mine, rest)
         has_failed = True
         try:
             hidden = self._run(session, inputs, between, caller=caller, combine=combine, keep=keep)
@@ -243,7 +215,7 @@ class Segment:
         ExpertUnavailable
             The session cannot go on: close it.
         """
-        session, mine, captured = self._session(session_id), Passage(), self.captured
+        session, mine, captured = self.sessions[session_id], Passage(), self.captured
         is_whole = self.trunk.has_embedding and self.trunk.has_head
         if captured is None or self.importance is not None or not is_whole:
             return []
@@ -252,9 +224,7 @@ class Segment:
             if not captured.can_run(dispatcher, [session.cache]):
                 return []
             count = captured.at_once(most)
-            with self._lock:
-                session.require(count)
-                between = session.begin(count, mine, nullcontext)
+            (between,) = self.sessions.begin([session], count, mine, nullcontext)
             has_failed = True
             try:
                 between.before.await_end(nullcontext)
@@ -298,15 +268,12 @@ class Segment:
         """
         if len(set(session_ids)) != len(session_ids) or len(session_ids) != len(inputs) or not session_ids:
             raise InvalidInput("a batch needs one input for each of its sessions, and each session once")
-        sessions = [self._session(name) for name in session_ids]
+        sessions = [self.sessions[name] for name in session_ids]
         mine, has_failed = Passage(), True
-        with self._lock:
-            for session in sessions:
-                session.require(1)
-            before = [session.begin(1, mine, nullcontext).before for session in sessions]
+        steps = self.sessions.begin(sessions, 1, mine, nullcontext)
         try:
-            for passage in before:
-                passage.await_end(nullcontext)
+            for step in steps:
+                step.before.await_end(nullcontext)
             hidden = self._run_batch(sessions, inputs, caller)
             for session in sessions:
                 session.seen += 1
@@ -324,12 +291,6 @@ class Segment:
             return self._within(dispatcher, lambda caches: self._decode(inputs, caches, seen), sessions)
         finally:
             self.board.end(dispatcher.routing)
-
-    def _session(self, session_id: str) -> Session:
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise UnknownSession(session_id)
-        return session
 
     def _begin(self, caller: ExpertCaller | None, combine: Combine) -> Dispatcher:
         """Begin a step under the current routing; whoever called ends it on the board."""

@@ -164,7 +164,7 @@ class World:
         return np.sum([counts.routed for counts in counted], axis=0)
 
     def kv_used(self) -> int:
-        return sum(s.kv_used for node in self.nodes.values() for s in node.plane.offer.segments.values())
+        return sum(s.sessions.kv_used for node in self.nodes.values() for s in node.plane.offer.segments.values())
 
     def require_clean(self) -> None:
         """Nothing is held for any session any more."""

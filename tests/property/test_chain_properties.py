@@ -58,4 +58,4 @@ def test_a_chain_is_the_whole_model(family, cuts, nodes, prompts, seed):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
     for name in names:
         chain.close(name)
-    assert not any(segment.kv_used or segment.num_sessions for segment in chain.segments)
+    assert not any(segment.sessions.kv_used or len(segment.sessions) for segment in chain.segments)

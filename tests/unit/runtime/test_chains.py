@@ -93,7 +93,7 @@ def test_a_batch_equals_single_steps(family, whole, checkpoint, store):
         assert counts.tokens == sum(len(prompt) for prompt in PROMPTS) + 4 * (STEPS - 1)
     for name in names:
         chain.close(name)
-    assert [segment.kv_used for segment in chain.segments] == [0, 0, 0]
+    assert [segment.sessions.kv_used for segment in chain.segments] == [0, 0, 0]
 
 
 @pytest.fixture
@@ -178,12 +178,12 @@ def test_a_thousand_sessions_leave_no_memory_behind(checkpoint, store):
     draw, caches, opened = random.Random(1), weakref.WeakSet(), []
     limit = chain.segments[0].kv_bytes(8) * 6
     for segment in chain.segments:
-        segment.kv_budget = limit
+        segment.sessions.kv_budget = limit
     for index in range(1000):
         name = str(index)
         chain.open(name, 8)
         opened.append(name)
-        caches.update(segment._sessions[name].cache for segment in chain.segments)
+        caches.update(segment.sessions[name].cache for segment in chain.segments)
         if index % 20 == 0:
             chain.prefill(name, [5, 6, 7])
         if index % 20 == 10:
@@ -196,5 +196,5 @@ def test_a_thousand_sessions_leave_no_memory_behind(checkpoint, store):
     for name in opened:
         chain.close(name)
     gc.collect()
-    assert [(segment.kv_used, segment.num_sessions) for segment in chain.segments] == [(0, 0)] * 2
+    assert [(segment.sessions.kv_used, len(segment.sessions)) for segment in chain.segments] == [(0, 0)] * 2
     assert not caches

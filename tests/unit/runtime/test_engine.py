@@ -27,13 +27,13 @@ def test_kv_memory_is_accounted_bounded_and_freed(checkpoint, store):
     split = split_model(checkpoint("qwen3_moe"), store("qwen3_moe"), all_here(store("qwen3_moe")), kv_budget=1 << 16)
     segment, each = split.segment, 2 * 2 * 16 * 4 * 4  # keys and values × heads × size × float32 × layers
     segment.open("a", 32)
-    assert segment.kv_used == 32 * each
+    assert segment.sessions.kv_used == 32 * each
     with pytest.raises(KvBudgetExceeded, match="1 open sessions") as caught:
         segment.open("b", 33)
     assert caught.value.needed == 33 * each
     segment.close("a")
     segment.close("a")
-    assert (segment.kv_used, segment.num_sessions) == (0, 0)
+    assert (segment.sessions.kv_used, len(segment.sessions)) == (0, 0)
     segment.open("b", 33)
 
 
@@ -42,8 +42,8 @@ def test_a_session_reserves_what_its_cache_takes(checkpoint, store, family):
     segment = split_model(checkpoint(family), store(family), all_here(store(family))).segment
     segment.open("a", 12)
     segment.step("a", torch.arange(5, 17))
-    layers = segment._sessions["a"].cache.layers
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == segment.kv_used
+    layers = segment.sessions["a"].cache.layers
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == segment.sessions.kv_used
 
 
 def test_context_is_bounded(split):
@@ -63,12 +63,12 @@ def test_context_is_bounded(split):
 def test_generate_frees_its_session_however_it_ends(split):
     stream = generate(split.segment, [5, 6], max_tokens=9, caller=split.caller, stop_ids=NEVER)
     next(stream)
-    assert split.segment.num_sessions == 1
+    assert len(split.segment.sessions) == 1
     stream.close()
-    assert split.segment.num_sessions == 0
+    assert len(split.segment.sessions) == 0
     with pytest.raises(CallFailed, match="no peers"):
         list(generate(split.segment, [5, 6], max_tokens=9))
-    assert split.segment.num_sessions == 0
+    assert len(split.segment.sessions) == 0
     assert split.board.running_before(99) == 0
     with pytest.raises(InvalidInput):
         list(generate(split.segment, [], max_tokens=9))

@@ -90,7 +90,7 @@ def test_layer_ranges_in_a_row_equal_the_whole(family, one_node, checkpoint, sto
             flow = segment.step("s", flow, combine="ordered", keep="all")
         rows.append(flow)
     assert torch.equal(torch.cat(rows), forced_reference(one_node, ids))
-    reserved = sum(segment.kv_used for segment in segments)
+    reserved = sum(segment.sessions.kv_used for segment in segments)
     assert reserved == spec.kv_bytes(tokens=len(ids), sessions=1)
 
 

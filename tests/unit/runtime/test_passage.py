@@ -43,7 +43,7 @@ class Late:
 def begun(segment, name, count):
     """Wait until steps of so many tokens were let in."""
     deadline = time.monotonic() + SOON_S
-    while segment._sessions[name].begun < count and time.monotonic() < deadline:
+    while segment.sessions[name].begun < count and time.monotonic() < deadline:
         time.sleep(0.0005)
 
 
@@ -135,7 +135,7 @@ def test_a_fault_ends_the_pieces_behind_it_and_nothing_is_left(checkpoint, store
         segment.step("s", torch.tensor([7]), caller=split.caller)
     assert resting.count(True) == resting.count(False) > 1
     segment.close("s")
-    assert (segment.kv_used, split.board.running_before(99)) == (0, 0)
+    assert (segment.sessions.kv_used, split.board.running_before(99)) == (0, 0)
 
 
 def test_a_step_waits_for_the_layer_that_it_needs_and_no_longer():

@@ -38,7 +38,7 @@ def segment(parts, request):
     store, trunk, board = parts
     given_up = importance(store.manifest.model.layers, 0.3) if request.param == "substituting" else None
     segment = Segment(trunk, cached(store, slots=12, prefetch=False), board, importance=given_up)
-    segment.kv_budget = 3 * segment.kv_bytes(20)
+    segment.sessions.kv_budget = 3 * segment.kv_bytes(20)
     return segment
 
 
@@ -110,5 +110,5 @@ def test_what_ends_gives_its_memory_back_and_limits_hold(segment):
     segment.step_batch(["a", "c"], torch.tensor([7, 9]))
     for name in ("a", "c", "d"):
         segment.close(name)
-    assert (segment.kv_used, segment.num_sessions) == (0, 0)
+    assert (segment.sessions.kv_used, len(segment.sessions)) == (0, 0)
     assert segment.residency.used() == slots  # the cache's slots are its own
