@@ -64,6 +64,10 @@ class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  
     show_default=True,
     help="Of all texts, an equal part of each.",
 )
+@click.option(
+    "--price-tokens", type=click.IntRange(min=1),
+    help="Of all texts, that prices are measured on, once.  [default: 4 times --tokens]",
+)  # fmt: skip
 @click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Context in tokens.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="To compute in.")
 @click.option(
@@ -86,6 +90,7 @@ def calibrate(
     plan: Path | None,
     node: str | None,
     tokens: int,
+    price_tokens: int | None,
     window: int,
     dtype: Any,
     held: Precision,
@@ -114,10 +119,18 @@ def calibrate(
         supply, situation = _placed(spec, plan or Path(), node or "")
     situation = situation.model_copy(update={"precision": held})
     pieces = _pieces(model, texts, tokens=tokens, window=window)
+    priced = _pieces(model, texts, tokens=price_tokens or 4 * tokens, window=window) if capacity else None
     loaded = load_whole(model, dtype=checkpoint.dtype if dtype == "checkpoint" else dtype)
     bench = Bench(loaded, pieces, supply, spec.top_k)
     with progress_bar("Calibrating", "runs") as progress:
-        found = measure(bench, model=spec.id, situation=situation, budgets=budgets or BUDGETS, progress=progress)
+        found = measure(
+            bench,
+            model=spec.id,
+            situation=situation,
+            budgets=budgets or BUDGETS,
+            priced=priced,
+            progress=progress,
+        )
     wanted = [each for each in LOW_PRECISIONS if each in precisions]
     if wanted:
         with progress_bar("Rounding", "runs") as progress:

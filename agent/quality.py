@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from agent.routes import AtHand
 from agent.settings import Settings
-from runtime.calibrate import policy_of
+from runtime.calibrate import Prices, policy_of
 from runtime.counters import Counts
 from runtime.importance import Importance
 from runtime.policy.quality import Allowance, Controller
@@ -189,7 +189,7 @@ def importance_of(calibration: Calibration, budget: float, precision: LowPrecisi
         slope=setting.slope,
     )
     policy: Routing = policy_of(
-        setting.shares, is_whole=is_whole, prices=calibration.prices, stand_in=calibration.stand_in
+        setting.shares, is_whole=is_whole, prices=Prices.of(calibration), stand_in=calibration.stand_in
     )
     if cost is not None:
         policy = LowMissing(policy)

@@ -12,6 +12,7 @@ says how layers compare and how cost grows with scale, the second how much of it
 Axes: N pieces, T tokens, L layers, E experts, K top-k.
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -27,9 +28,10 @@ from runtime.forcing import WARMUP, Bench, Run
 from runtime.policy.eviction import Floats
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import Exact, MassBudget
-from runtime.pricing import expert_prices
+from runtime.policy.sensitivity import Sensitivity
+from runtime.pricing import measure_prices
 from runtime.rounding import held_in
-from schemas.calibration import Calibration, Setting, Situation
+from schemas.calibration import Calibration, Setting, Situation, TokenPrices
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,29 @@ _TRIES, _NEAR = 4, 0.9  # runs for a budget, and how much of it is enough
 _REACH: Final = 2.0  # times the largest scale that was run: the fit says little beyond
 
 Progress = Callable[[int, int], None]
-Prices = tuple[tuple[float, ...], ...]
-"""What replacing each expert costs beside the others, [L, E]; empty where all cost alike."""
+
+
+class Prices(NamedTuple):
+    """What replacements cost, as files tell it.
+
+    Attributes
+    ----------
+    experts
+        Replacing each beside the others, [L, E]; empty where all cost alike.
+    tokens
+        A token's beside those of others; None where all cost alike.
+    """
+
+    experts: tuple[tuple[float, ...], ...] = ()
+    tokens: TokenPrices | None = None
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> "Prices":
+        """Return a file's."""
+        return cls(calibration.prices, calibration.token_prices)
+
+
+_ALIKE: Final = Prices()
 
 
 @dataclass(frozen=True)
@@ -105,9 +128,15 @@ def calibrate(
     model: str,
     situation: Situation,
     budgets: Sequence[float] = BUDGETS,
+    priced: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Return the largest shares that stay within each budget.
+
+    Parameters
+    ----------
+    priced
+        Pieces that prices are measured on, int64 [N', T + 1]; the bench's if None. One pass: more of them cost little.
 
     Raises
     ------
@@ -138,8 +167,8 @@ def calibrate(
         exact = plain if is_plain else bench.run(Exact(), keep=True)
         held = max(Rise.between(plain, exact).mean, 0.0)
         affordable = _affordable(budgets, held, situation)
-        prices = () if situation.is_whole else _prices(bench, report)
-        shape = np.ones(layers) if prices else _shape_of_layers(bench, situation)
+        prices = Prices() if situation.is_whole else _prices(bench, bench.pieces if priced is None else priced, report)
+        shape = np.ones(layers) if prices.experts else _shape_of_layers(bench, situation)
         curve = _Curve(bench, exact, shape, situation, prices)
         for scale in _SCALES:
             curve.measure(scale * _PROBE / 2)
@@ -153,26 +182,39 @@ def calibrate(
         pieces=count,
         warmup=0 if bench.supply.masks is not None else WARMUP,
         situation=situation,
-        prices=prices,
+        prices=prices.experts,
+        token_prices=prices.tokens,
         stand_in=_stand_in(situation),
         settings=tuple(settings),
     )
 
 
-def policy_of(shares: Sequence[float], *, is_whole: bool, prices: Prices = (), stand_in: float = 1.0) -> MassBudget:
-    """Return the policy that calibrated shares, prices of experts and weights of stand-ins are for."""
-    return MassBudget(tuple(shares), whole=is_whole, weighted=True, prices=prices, stand_in=stand_in)
+def policy_of(shares: Sequence[float], *, is_whole: bool, prices: Prices = _ALIKE, stand_in: float = 1.0) -> MassBudget:
+    """Return the policy that calibrated shares, prices and weights of stand-ins are for."""
+    return MassBudget(
+        tuple(shares),
+        whole=is_whole,
+        weighted=True,
+        prices=prices.experts,
+        stand_in=stand_in,
+        sensitivity=_sensitivity(prices.tokens) if prices.tokens is not None else None,
+    )
+
+
+def _sensitivity(told: TokenPrices) -> Sensitivity:
+    return Sensitivity(*(np.array(getattr(told, name)) for name in Sensitivity._fields))
 
 
 def _stand_in(situation: Situation) -> float:
     return 1.0 if situation.is_whole else STAND_IN
 
 
-def _prices(bench: Bench, report: Callable[[], None]) -> Prices:
-    """Return what replacing each expert costs beside the others."""
-    found = expert_prices(bench.model, bench.pieces, layers=bench.supply.layers, experts=bench.supply.experts)
+def _prices(bench: Bench, pieces: torch.Tensor, report: Callable[[], None]) -> Prices:
+    """Return what replacements cost."""
+    found = measure_prices(bench.model, pieces, layers=bench.supply.layers, experts=bench.supply.experts)
     report()
-    return tuple(tuple(layer) for layer in found.tolist())
+    tokens = {name: array.tolist() for name, array in found.sensitivity._asdict().items()}
+    return Prices(tuple(map(tuple, found.experts.tolist())), TokenPrices.model_validate_json(json.dumps(tokens)))
 
 
 def _shape_of_layers(bench: Bench, situation: Situation) -> Floats:
@@ -205,7 +247,7 @@ class _Curve:
     def __init__(self, bench: Bench, exact: Run, shape: Floats, situation: Situation, prices: Prices) -> None:
         self._bench, self.exact, self._shape, self._situation = bench, exact, shape, situation
         self._prices = prices
-        self.price_of_layers: Floats = np.array(prices).mean(1) if prices else 1 / shape
+        self.price_of_layers: Floats = np.array(prices.experts).mean(1) if prices.experts else 1 / shape
         self._runs: list[tuple[float, Run]] = []
         self.tokens = bench.pieces.shape[0] * (bench.pieces.shape[1] - 1)
 

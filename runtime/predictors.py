@@ -149,7 +149,7 @@ def read_predictor(path: Path) -> tuple[PredictorHeader, Made]:
     if header.kind == "uses":
         if (arrays["rates"].shape[1], arrays["given"].shape[1]) != (len(DECAYS), SOURCES):
             raise InvalidFile(path, [Fault("given", "is of other decays than this version's; learn it again")])
-        return header, Uses(**arrays)
+        return header, Uses.of(arrays)
     if header.kind == "learned":
         return header, Learned(Weights(**arrays))
     return header, Coactivation(header.layers, header.experts, Tables(**arrays))

@@ -15,6 +15,7 @@ from schemas.precision import LowPrecision, Precision
 
 Number = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Situation(FrozenModel):
@@ -105,6 +106,21 @@ class PrecisionCost(FrozenModel):
     nll_per_row: tuple[Number, ...]
 
 
+class TokenPrices(FrozenModel):
+    """How much dearer replacing experts is to one token than to others: a small network of router scores by layer.
+
+    Attributes
+    ----------
+    given, hidden_bias, out, bias
+        ``[L, 2E, H]``, ``[L, H]``, ``[L, H]`` and ``[L]`` (`runtime.policy.sensitivity`).
+    """
+
+    given: tuple[tuple[tuple[Finite, ...], ...], ...]
+    hidden_bias: tuple[tuple[Finite, ...], ...]
+    out: tuple[tuple[Finite, ...], ...]
+    bias: tuple[Finite, ...]
+
+
 class Calibration(FrozenModel):
     """A calibration file.
 
@@ -113,6 +129,8 @@ class Calibration(FrozenModel):
     prices
         What replacing each expert costs beside the others, by layer and expert (`runtime.pricing`), mean 1: the unit of
         every setting's shares. Empty where all cost alike.
+    token_prices
+        What it costs one token beside others; None where all cost alike.
     stand_in
         Part of its score that an expert is weighted by where it stands in for another.
     settings
@@ -131,6 +149,7 @@ class Calibration(FrozenModel):
     warmup: Annotated[int, Field(ge=0)]
     situation: Situation
     prices: tuple[tuple[Number, ...], ...] = ()
+    token_prices: TokenPrices | None = None
     stand_in: Number = 1.0
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
     precisions: tuple[PrecisionCost, ...] = ()
@@ -169,9 +188,26 @@ def calibration_faults(calibration: Calibration) -> Iterator[Fault]:
     for layer, prices in enumerate(calibration.prices):
         if len(prices) != calibration.experts:
             yield Fault(f"prices[{layer}]", f"has {len(prices)} numbers, the model has {calibration.experts} experts")
+    if calibration.token_prices is not None:
+        yield from _token_price_faults(calibration, calibration.token_prices)
     for number, cost in enumerate(calibration.precisions):
         if len(cost.nll_per_row) != calibration.layers:
             yield Fault(
                 f"precisions[{number}].nll_per_row",
                 f"has {len(cost.nll_per_row)} numbers, the model has {calibration.layers} layers",
             )
+
+
+def _token_price_faults(calibration: Calibration, prices: TokenPrices) -> Iterator[Fault]:
+    for name in ("given", "hidden_bias", "out", "bias"):
+        count = len(getattr(prices, name))
+        if count != calibration.layers:
+            yield Fault(f"token_prices.{name}", f"has {count} layers, the model has {calibration.layers}")
+    for layer, given in enumerate(prices.given):
+        if len(given) != 2 * calibration.experts:
+            said = f"has {len(given)} inputs, expected two for each of the model's {calibration.experts} experts"
+            yield Fault(f"token_prices.given[{layer}]", said)
+    widths = {len(row) for rows in (*prices.given, prices.hidden_bias, prices.out) for row in rows}
+    if len(widths) > 1:
+        told = ", ".join(map(str, sorted(widths)))
+        yield Fault("token_prices", f"has layers of {told} hidden units, expected as many in each")

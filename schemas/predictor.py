@@ -13,7 +13,8 @@ learned
     ``[L, E]``: a network for each layer.
 uses
     ``rates`` ``[L, D, E]``, ``given`` ``[L, S, E, H]``, ``out`` ``[L, H, E]``, ``bias`` ``[L, E]``, of D decays and S
-    sources: a linear estimate for each layer.
+    sources: a linear estimate for each layer. Beside them, if that is bent by a network of N hidden units, ``seen``
+    ``[L, S, E, N]``, ``hidden_bias`` ``[L, N]`` and ``effect`` ``[L, N, E]``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,10 @@ _ARRAYS: Final[Mapping[str, Mapping[str, str]]] = {
     "learned": {"given": "LWEH", "rates": "LEH", "hidden_bias": "LH", "out": "LHE", "bias": "LE"},
     "uses": {"rates": "LDE", "given": "LSEH", "out": "LHE", "bias": "LE"},
 }
+_MORE_ARRAYS: Final[Mapping[str, Mapping[str, str]]] = {
+    "uses": {"seen": "LSEN", "hidden_bias": "LN", "effect": "LNE"},
+}
+"""All of a kind's, or none."""
 
 
 class PredictorHeader(FrozenModel):
@@ -80,7 +85,9 @@ def read_predictor_header(path: Path) -> PredictorHeader:
 
 
 def _array_faults(header: PredictorHeader, tensors: Mapping[str, TensorEntry]) -> Iterator[Fault]:
-    wanted = _ARRAYS[header.kind]
+    wanted, more = _ARRAYS[header.kind], _MORE_ARRAYS.get(header.kind, {})
+    if more.keys() & tensors.keys():
+        wanted = {**wanted, **more}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         what = "is missing" if name in wanted else "is not known"
         yield Fault(name, f"{what}; {header.kind} has {', '.join(wanted)}")

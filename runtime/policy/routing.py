@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.policy.eviction import Bools, Floats, Ints
+from runtime.policy.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,8 @@ class MassBudget:
     nothing: with `whole`, it is all of them or none (RUNTIME.md, "Across nodes"). With `weighted`, what is lost counts
     by the share of mass of the expert that is replaced: a close call between two heavy experts changes more of a
     layer's output than one between two light ones. `prices`, by layer and expert, say how much more it matters that
-    one expert is replaced than another (`runtime.pricing`); without them, all matter alike. A stand-in is weighted by
+    one expert is replaced than another (`runtime.pricing`), and `sensitivity`, to one token than to another; without
+    them, all matter alike. A stand-in is weighted by
     `stand_in` of its score: its output is all but orthogonal to what is missing, so that less of it changes a layer's
     output less; and none at all makes predictions too sure of themselves (see `LeaveOut`).
     """
@@ -122,6 +124,7 @@ class MassBudget:
     weighted: bool = False
     prices: tuple[tuple[float, ...], ...] = ()
     stand_in: float = 1.0
+    sensitivity: Sensitivity | None = None
 
     def choose(self, layer: int, ids: Ints, scores: Floats, resident: Bools, top_k: int) -> Choice:
         """Replace what the budget allows."""
@@ -130,6 +133,8 @@ class MassBudget:
         spare = [c for c in range(top_k, len(here)) if here[c]]
         total = max(sum(score[:top_k]), 1e-12)
         budget = self.shares[layer % len(self.shares)]
+        if missing and spare and budget > 0:
+            budget /= self.factor(layer, ids, scores)
         stand_in: dict[int, int] = {}
         for candidate in missing:
             share, other = score[candidate] / total, score[spare[0]] / total if spare else 0.0
@@ -155,8 +160,15 @@ class MassBudget:
         """Return the same policy with shares so many times as large."""
         return self if scale == 1.0 else replace(self, shares=tuple(scale * share for share in self.shares))
 
+    def factor(self, layer: int, ids: Ints, scores: Floats) -> float:
+        """Return how much dearer a replacement is to this token than to others."""
+        return self.sensitivity.factor(layer, ids, scores) if self.sensitivity is not None else 1.0
+
     def cost_of(self, layer: int, expert: int, missing: float, spare: float) -> float:
-        """Return what it costs to replace an expert, from its and its stand-in's shares of the top-K mass."""
+        """Return what it costs to replace an expert, from its and its stand-in's shares of the top-K mass.
+
+        To a token like others: `factor` times as much to this one.
+        """
         return self._cost(missing, spare) * (self.prices[layer][expert] if self.prices else 1.0)
 
 
@@ -183,7 +195,7 @@ class Probed:
             return choice
         given, instead = int(kept[-1]), int(spare[0])
         mass, other = float(scores[given]) / total, float(scores[instead]) / total
-        cost = self.usual.cost_of(layer, int(ids[given]), mass, other)
+        cost = self.usual.cost_of(layer, int(ids[given]), mass, other) * self.usual.factor(layer, ids, scores)
         if cost > self.most * self.usual.shares[layer % len(self.usual.shares)]:
             return choice
         slot = int(np.flatnonzero(choice.experts == ids[given])[0])

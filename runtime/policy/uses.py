@@ -2,35 +2,42 @@
 
 Decides what keeping an expert is worth where a recording of the model says what its routers do next. Two windows of an
 expert's own uses (`eviction.Rates`) know neither which experts follow it nor that the layers below have already chosen;
-here a layer's estimate is linear in both::
+here a layer's estimate is linear in both, and bent by a small network::
 
-    uses(l) = Σ r[l, d] ∘ x(l, d) + (Σ x(l, d) · G[l, d] + Σ x(l−1−w, d') · G[l, D + w·D' + d']) · V[l] + b[l]
+    uses(l) = Σ r[l, d] ∘ x(l, d) + X(l) · G[l] · V[l] + b[l] + relu(X(l) · A[l] + c[l]) · B[l]
 
 with ``x(l, d)`` the faded share of tokens that chose each expert of layer l, by decay (of this token alone: how much of
-its router mass each has), d' the quickest decays and w < W layers below. It estimates the uses of the tokens to come,
-fading by a fifth with each, by ridge regression; what experts do to each other is kept at a low rank (Izenman, Journal
-of Multivariate Analysis 5, 1975).
+its router mass each has), and ``X(l)`` all of layer l's beside the quickest ones of W layers below. It estimates the
+uses of the tokens to come, fading by a fifth with each: by ridge regression, in which what experts do to each other is
+kept at a low rank (Izenman, Journal of Multivariate Analysis 5, 1975), and of what that leaves by the network, where
+tokens that were kept apart say that it does.
 
 With 8 of 32 experts per layer (tinymoe-base, exact routing, text that was not learnt from) a twentieth less is loaded
-than by `Rates`. Scores of experts that were not chosen would say little more. Must not know files, nor torch, nor what
-is resident. Axes: T tokens, L layers, E experts, K top-k, D decays, H rank.
+than by `Rates`, with the network a hundredth less again. Scores of experts that were not chosen would say little more.
+Must not know files, nor torch, nor what is resident.
+
+Axes: T tokens, L layers, E experts, K top-k, D decays, S sources, H rank, N hidden units.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from runtime.policy.eviction import PATIENCE, Floats, Ints, ahead_of
 from runtime.policy.guessing import Counts, one_hot
+from runtime.policy.training import Loss, Net, train
 
 DECAYS: Final = (0.0, 0.5, 0.85, 0.984)  # per token: this one, a few, ten, what the text is about
 OF_BELOW: Final = 2  # of them, for layers below
 BELOW: Final = 3
 RANK: Final = 32
+HIDDEN: Final = 96
 SOURCES: Final = len(DECAYS) + BELOW * OF_BELOW
 _SOON: Final = 0.8  # per token to come
 _RIDGE: Final = 3.0
+_SPREAD: Final = 0.02  # what sources vary by at least; seldom used experts would weigh too much
+_ROUNDS: Final = 8
 _CHUNK: Final = 4096  # tokens
 _REMEMBERED: Final = 512  # tokens: what lies before fades away
 _RARE: Final = 0.01  # estimates may be below zero, a chance is not: from here down it only keeps their order
@@ -49,12 +56,24 @@ class Uses(NamedTuple):
         G and V, ``[L, S, E, H]`` and ``[L, H, E]``, S sources: a layer's own decays, then each layer's below.
     bias
         b, ``[L, E]``.
+    seen, hidden_bias, effect
+        A, c and B, ``[L, S, E, N]``, ``[L, N]`` and ``[L, N, E]``. No hidden units: the estimate is linear.
     """
 
     rates: Counts
     given: Counts
     out: Counts
     bias: Counts
+    seen: Counts
+    hidden_bias: Counts
+    effect: Counts
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Counts]) -> "Uses":
+        """Make one of named arrays; without those of the network, as older files are, it is linear."""
+        layers, sources, experts, _ = arrays["given"].shape
+        shapes = {"seen": (layers, sources, experts, 0), "hidden_bias": (layers, 0), "effect": (layers, 0, experts)}
+        return cls(**{**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, **arrays})
 
 
 class Estimates:
@@ -72,14 +91,16 @@ class Estimates:
         return self._expected(layer, mine)
 
     def _expected(self, layer: int, mine: Counts) -> Counts:
-        rates, given, out, bias = (array[layer] for array in self._uses)
-        own, *of_below = np.split(given, range(len(DECAYS), SOURCES, OF_BELOW))
-        hidden = _flat(mine) @ own.reshape(-1, own.shape[-1])
+        rates, given, out, bias, seen, hidden_bias, effect = (array[layer] for array in self._uses)
+        x = np.zeros((len(mine), SOURCES, mine.shape[2]), dtype=np.float32)
+        x[:, : len(DECAYS)] = mine
         for place in range(min(BELOW, layer)):
-            below, effect = self._last[layer - 1 - place], of_below[place]
+            below, first = self._last[layer - 1 - place], len(DECAYS) + place * OF_BELOW
             of_tokens = below if len(below) == len(mine) else below[-1:]  # other tokens: the newest stands for all
-            hidden = hidden + _flat(of_tokens[:, :OF_BELOW]) @ effect.reshape(-1, effect.shape[-1])
-        return np.asarray((mine * rates).sum(axis=1) + hidden @ out + bias)
+            x[:, first : first + OF_BELOW] = of_tokens[:, :OF_BELOW]
+        flat = _flat(x)
+        linear = (mine * rates).sum(axis=1) + flat @ given.reshape(flat.shape[1], -1) @ out + bias
+        return np.asarray(linear + np.maximum(flat @ seen.reshape(flat.shape[1], -1) + hidden_bias, 0) @ effect)
 
 
 class LearnedUses:
@@ -115,22 +136,24 @@ def fit(
     progress
         Called with (layers done, layers in all).
     """
-    layers = chosen.shape[1]
+    layers, rng = chosen.shape[1], np.random.default_rng(0)
     start = np.zeros((len(DECAYS), experts), dtype=np.float32)
     seen: list[Counts] = []  # of the layers below and this one
     fitted = []
     for layer in range(layers):
         seen = [*seen[-BELOW:], _faded(chosen[:, layer], scores[:, layer], start)]
-        fitted.append(_fit_layer(seen, one_hot(chosen[:, layer], experts), min(rank, experts)))
+        goal = _to_come(one_hot(chosen[:, layer], experts))
+        linear = _fit_linear(seen, goal, min(rank, experts))
+        fitted.append((*linear, *_fit_bend(seen, goal, linear, rng)))
         if progress:
             progress(layer + 1, layers)
     return Uses(*(np.stack(arrays) for arrays in zip(*fitted, strict=True)))
 
 
-def _fit_layer(seen: list[Counts], hot: Counts, rank: int) -> tuple[Counts, Counts, Counts, Counts]:
-    """Return one layer's arrays: full ridge regression, then all but each expert's own effect at the rank."""
-    experts, decays, each = hot.shape[1], len(DECAYS), np.arange(hot.shape[1])
-    gram, moment = _moments(seen, _to_come(hot))
+def _fit_linear(seen: list[Counts], goal: Counts, rank: int) -> tuple[Counts, Counts, Counts, Counts]:
+    """Return one layer's linear arrays: full ridge regression, then all but each expert's own effect at the rank."""
+    experts, decays, each = goal.shape[1], len(DECAYS), np.arange(goal.shape[1])
+    gram, moment = _moments(seen, goal)
     weights = np.linalg.solve(gram, moment)
     cross, bias = weights[:-1].reshape(-1, experts, experts).copy(), weights[-1]
     own = cross[:decays, each, each] - (cross[:decays].sum(axis=1) - cross[:decays, each, each]) / max(1, experts - 1)
@@ -143,18 +166,54 @@ def _fit_layer(seen: list[Counts], hot: Counts, rank: int) -> tuple[Counts, Coun
     return own.astype(np.float32), given, out.astype(np.float32), bias.astype(np.float32)
 
 
+def _fit_bend(
+    seen: list[Counts], goal: Counts, linear: tuple[Counts, Counts, Counts, Counts], rng: np.random.Generator
+) -> tuple[Counts, Counts, Counts]:
+    """Return one layer's network, trained on what its linear estimate leaves; zeros where that is best."""
+    own, given, out, bias = linear
+    used, experts = (len(DECAYS) + (len(seen) - 1) * OF_BELOW) * goal.shape[1], goal.shape[1]
+    left = np.empty_like(goal)
+    total, square = np.zeros(used), np.zeros(used)
+    for part in _parts(len(goal)):
+        x = _sources(seen, part)
+        total, square = total + x.sum(axis=0, dtype=np.float64), square + (x**2).sum(axis=0, dtype=np.float64)
+        cross = x @ given.reshape(-1, given.shape[-1])[:used] @ out
+        left[part] = goal[part] - (seen[-1][part] * own).sum(axis=1) - cross - bias
+    mean = (total / len(goal)).astype(np.float32)
+    spread = np.sqrt(np.maximum(square / len(goal) - mean**2, 0)).astype(np.float32) + np.float32(_SPREAD)
+    unit = np.float32(1 / max(float(left.std()), 1e-12))
+    loss = Loss(lambda y, rows: float(((y - unit * left[rows]) ** 2).mean()), lambda y, rows: y - unit * left[rows])
+    found = train(
+        lambda rows: (_sources(seen, rows) - mean) / spread,
+        loss, rows=len(goal), outputs=experts, hidden=HIDDEN, rounds=_ROUNDS, rng=rng,
+    )  # fmt: skip
+    net = found or Net(*(np.zeros(shape, np.float32) for shape in ((used, HIDDEN), HIDDEN, (HIDDEN, experts), experts)))
+    into = np.zeros((SOURCES * experts, HIDDEN), dtype=np.float32)
+    into[:used] = net.given / spread[:, None]
+    bias += net.bias / unit
+    return into.reshape(SOURCES, experts, HIDDEN), net.hidden_bias - mean @ into[:used], net.out / unit
+
+
 def _moments(seen: list[Counts], goal: Counts) -> tuple[Floats, Floats]:
     """Return ``XᵀX`` and ``XᵀY`` of the regression, the first with its ridge; a one is the last column of X."""
-    *below, mine = seen
-    size = (len(DECAYS) + len(below) * OF_BELOW) * goal.shape[1] + 1
+    size = (len(DECAYS) + (len(seen) - 1) * OF_BELOW) * goal.shape[1] + 1
     gram, moment = np.eye(size) * _RIDGE, np.zeros((size, goal.shape[1]))
-    for first in range(0, len(goal), _CHUNK):
-        part = slice(first, first + _CHUNK)
+    for part in _parts(len(goal)):
         ones = np.ones((len(goal[part]), 1), dtype=np.float32)
-        x = np.concatenate([_flat(mine[part]), *(_flat(b[part, :OF_BELOW]) for b in reversed(below)), ones], axis=1)
+        x = np.concatenate([_sources(seen, part), ones], axis=1)
         gram += x.T @ x
         moment += x.T @ goal[part]
     return gram, moment
+
+
+def _parts(tokens: int) -> list[slice]:
+    return [slice(first, first + _CHUNK) for first in range(0, tokens, _CHUNK)]
+
+
+def _sources(seen: list[Counts], rows: slice | Ints) -> Counts:
+    """Return what the estimate of some tokens is made of, as far as there are layers below, ``[B, S' * E]``."""
+    *below, mine = seen
+    return np.concatenate([_flat(mine[rows]), *(_flat(b[rows][:, :OF_BELOW]) for b in reversed(below))], axis=1)
 
 
 def _faded(chosen: Ints, scores: Floats, before: Counts) -> Counts:

@@ -3,7 +3,7 @@
     python -m tests.bench.quality MODEL TEXTS [--capacity 8] [--capacity 16] [--budget 0.5 %] [--uses FILE] [--held int8]
 
 TEXTS has a directory per domain with calibration.jsonl and eval.jsonl. Shares are calibrated on the calibration text of
-the mixed domains alone, then judged on their evaluation text, mixed and one by one, and on domains that calibration
+the mixed domains alone, and prices on four times as much of it (as `agent calibrate` does), then judged on their evaluation text, mixed and one by one, and on domains that calibration
 never saw. Intervals are 95 %. As at run time, probes (`runtime.policy.quality`) let less be given up on text that is
 dearer; the loads that they cause at run time are not counted here. FILE is what `agent learn --kind uses` made of traces of calibration text. With --held
 int8 the memory of C experts of the checkpoint's precision holds experts in int8, as many of them as fit; the budget pays
@@ -19,7 +19,7 @@ import click
 import torch
 
 from agent.quality import importance_of
-from runtime.calibrate import Rise, calibrate, policy_of
+from runtime.calibrate import Prices, Rise, calibrate, policy_of
 from runtime.forcing import Bench, Supply, cut_pieces
 from runtime.loading import load_tokenizer, load_whole
 from runtime.policy.routing import Exact
@@ -50,7 +50,7 @@ def judge(bench: Bench, found: Calibration, setting: Setting, name: str, capacit
     exact_bench = Bench(bench.model, bench.pieces, plain, bench.top_k)
     exact = exact_bench.run(Exact(), is_lru=True, keep=True)
     compared = replace(exact_bench, supply=bench.supply)  # with its predictions
-    policy = policy_of(setting.shares, is_whole=False, prices=found.prices, stand_in=found.stand_in)
+    policy = policy_of(setting.shares, is_whole=False, prices=Prices.of(found), stand_in=found.stand_in)
     account = importance_of(found, setting.budget).controller
     with held_in(bench.model, found.situation.precision):
         run = compared.run(policy, account=account)
@@ -87,7 +87,13 @@ def main(model, texts, capacities, budgets, mixed, single, tokens, uses, held, o
         text = pieces(tokenizer, texts, domains, "calibration", tokens)
         situation = Situation(capacity=slots, eviction="steady" if foreseen is None else "learned", precision=held)
         wanted = [parse_share(each) for each in budgets]
-        found = calibrate(Bench(loaded, text, supply, spec.top_k), model=spec.id, situation=situation, budgets=wanted)
+        found = calibrate(
+            Bench(loaded, text, supply, spec.top_k),
+            model=spec.id,
+            situation=situation,
+            budgets=wanted,
+            priced=pieces(tokenizer, texts, domains, "calibration", 4 * tokens),
+        )
         seconds = time.perf_counter() - began
         if output is not None:
             (output / f"{spec.id}-{capacity}.json").write_text(found.model_dump_json(indent=1) + "\n")

@@ -8,7 +8,7 @@ import torch
 
 from runtime.forcing import cut_pieces
 from runtime.loading import load_tokenizer, load_whole
-from runtime.pricing import expert_prices
+from runtime.pricing import measure_prices
 from runtime.routers import routers_of
 from schemas.checkpoint import read_checkpoint
 from tests.families import FAMILIES, reference
@@ -26,7 +26,7 @@ def test_prices_are_relative_and_leave_the_model_as_it_was(model):
     ids = load_tokenizer(DEMO)((ROOT / "LICENSE").read_text(), verbose=False)["input_ids"]
     pieces = cut_pieces([ids], window=64, max_tokens=512)
     before = model(input_ids=pieces[:1, :-1], use_cache=False).logits
-    prices = expert_prices(model, pieces, layers=4, experts=16)
+    prices = measure_prices(model, pieces, layers=4, experts=16).experts
     assert prices.shape == (4, 16)
     assert prices.mean() == pytest.approx(1)
     assert (prices > 0).all()
@@ -38,7 +38,7 @@ def test_prices_are_relative_and_leave_the_model_as_it_was(model):
 def test_an_expert_that_puts_out_more_is_dearer(model):
     experts = next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
     ids = torch.arange(1, 258)[None]
-    before = expert_prices(model, ids, layers=4, experts=16)
+    before = measure_prices(model, ids, layers=4, experts=16).experts
     used = []
     hook = routers_of(model)[0].register_forward_hook(lambda _, __, output: used.append(output[2]))
     model(input_ids=ids[:, :-1], use_cache=False)
@@ -47,7 +47,7 @@ def test_an_expert_that_puts_out_more_is_dearer(model):
     kept = experts.down_proj.data[expert].clone()
     try:
         experts.down_proj.data[expert] *= 3
-        after = expert_prices(model, ids, layers=4, experts=16)
+        after = measure_prices(model, ids, layers=4, experts=16).experts
     finally:
         experts.down_proj.data[expert] = kept
     others = np.arange(16) != expert
@@ -59,6 +59,6 @@ def test_every_family_has_prices(checkpoint, family):
     model = reference(checkpoint(family))
     routers, pieces = routers_of(model), torch.arange(2 * 33).view(2, 33)
     experts = read_checkpoint(checkpoint(family)).model_spec.experts
-    prices = expert_prices(model, pieces, layers=len(routers), experts=experts)
+    prices = measure_prices(model, pieces, layers=len(routers), experts=experts).experts
     assert np.isfinite(prices).all()
     assert prices.std() > 0

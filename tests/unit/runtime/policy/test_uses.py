@@ -86,5 +86,5 @@ def test_nothing_is_too_little_to_learn_from():
 
 def random_uses(seed):
     rng = np.random.default_rng(seed)
-    shapes = ((3, len(DECAYS), 8), (3, SOURCES, 8, 4), (3, 4, 8), (3, 8))
+    shapes = ((3, len(DECAYS), 8), (3, SOURCES, 8, 4), (3, 4, 8), (3, 8), (3, SOURCES, 8, 5), (3, 5), (3, 5, 8))
     return Uses(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
