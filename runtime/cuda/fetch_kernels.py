@@ -18,6 +18,7 @@ from runtime.cuda.supply import CHUNK, FAR, GUESSES, NEAR, PARTS, WHOLE, Supply
 from runtime.errors import RuntimeFault
 
 _SPIN_LIMIT: Final = 1 << 24  # some 30 s: a host that died must not hold the device for ever
+_FEW: Final = 16  # experts, of which one warp keeps count without spilling
 
 
 @triton.jit
@@ -44,12 +45,15 @@ def _tell(
 
 
 @triton.jit
-def _last_stopped(stopped, until, limit, PARTS: tl.constexpr):
-    words = stopped + tl.arange(0, PARTS)
-    last = tl.min(tl.atomic_add(words, 0, sem="acquire", scope="gpu"), axis=0)
+def _last_stopped(stopped, part, until, limit, PARTS: tl.constexpr):
+    """Wait until what a program needs was told: by all for those that tell on, else by the first, and its own share."""
+    parts = tl.arange(0, PARTS)
+    needed = (parts == part) | (parts == 0) | (part % PARTS == 0)
+    words = stopped + parts
+    last = tl.min(tl.where(needed, tl.atomic_add(words, 0, needed, sem="acquire", scope="gpu"), until), axis=0)
     tries = 0
     while (last < until) & (tries < limit):
-        last = tl.min(tl.atomic_add(words, 0, sem="acquire", scope="gpu"), axis=0)
+        last = tl.min(tl.where(needed, tl.atomic_add(words, 0, needed, sem="acquire", scope="gpu"), until), axis=0)
         tries += 1
     return last
 
@@ -70,7 +74,7 @@ def _fetch(
     now = tl.load(stamp).to(tl.int64)
     is_late = now < 0
     if IS_BEHIND:  # what was begun ahead stops now, but has not yet
-        is_late = _last_stopped(stopped, now * layers + layer + 1, limit, PARTS) < now * layers + layer + 1
+        is_late = _last_stopped(stopped, part, now * layers + layer + 1, limit, PARTS) < now * layers + layer + 1
     used = tl.load(before)
     taken = used * 0
     took = tl.zeros([1], tl.int64)
@@ -307,7 +311,7 @@ def _launch_fetch(buffers: Buffers, supply: Supply, layer: int) -> None:
         buffers.fence, mail.waited_ns, layer, len(buffers.slots), _SPIN_LIMIT,
         COUNT=count, BLOCK=triton.next_power_of_2(count), RING=supply.ring, WORDS=supply.words,
         CHUNKS=supply.chunks, GUESSES=GUESSES, PARTS=PARTS, CHUNK=CHUNK, WHOLE=WHOLE, STAMP=STAMP, FOUND=FOUND,
-        IS_TIMED=buffers.table.is_cuda, IS_BEHIND=layer > 0, num_warps=4,
+        IS_TIMED=buffers.table.is_cuda, IS_BEHIND=layer > 0, num_warps=1 if count <= _FEW else 4,
     )  # fmt: skip
 
 
@@ -321,5 +325,6 @@ def _launch_ahead(buffers: Buffers, supply: Supply, layer: int) -> None:
         supply.stopped, buffers.stamp, supply.told[layer], layer, layers,
         ROWS=rows, TOP=top, BLOCK=triton.next_power_of_2(rows * top), RING=supply.ring, WORDS=supply.words,
         CHUNKS=supply.chunks, NEAR=NEAR, FAR=FAR, PARTS=PARTS, CHUNK=CHUNK, STAMP=STAMP,
-        EXPERTS=supply.hosted.shape[1], HAS_FAR=after + 1 < layers, num_warps=4,
+        EXPERTS=supply.hosted.shape[1], HAS_FAR=after + 1 < layers,
+        num_warps=1,  # each warp reads `routed` for itself: of more than one some would stop a chunk before others
     )  # fmt: skip

@@ -20,9 +20,9 @@ FAR: Final = 1
 """Experts of the layer after that one likewise, behind those, where the next one seems to lack nothing more."""
 GUESSES: Final = NEAR + FAR
 """What is begun ahead for one layer: by the layer before it, and by the one before that."""
-PARTS: Final = 16
+PARTS: Final = 64
 """Programs that share the copy of a record: enough for the link, few beside those that compute."""
-CHUNK: Final = 1024
+CHUNK: Final = 256
 """Words of 8 bytes that a program copies at once."""
 WHOLE: Final = 1024
 """How much of a guess has come is told in so many parts of it."""

@@ -1,6 +1,7 @@
 """The Triton kernels against plain torch; on a CUDA device, or in Triton's interpreter where TRITON_INTERPRET is set."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -342,3 +343,36 @@ def test_a_device_that_cannot_stop_what_it_began_says_so(kernels: Any, monkeypat
     synchronize()
     assert buffers.mail.waited_ns[0].tolist() == [0, -1]
     assert torch.equal(supply.target, before)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="what runs at the same time needs a CUDA device")
+def test_what_was_begun_ahead_is_whole_wherever_it_was_stopped(kernels: Any) -> None:
+    buffers, _ = supplied(spare=[8, 6, 3])
+    supply = buffers.supply
+    assert supply is not None
+    rows = 80  # as many chunks as it takes to be stopped in the middle
+    words = rows * PARTS * CHUNK
+    source = torch.randint(1, 1 << 40, (6 * words,)).pin_memory()
+    supply = replace(
+        supply, source=source, target=torch.zeros(9 * words, dtype=torch.int64, device=DEVICE), words=words
+    )
+    buffers = replace(buffers, supply=supply)
+    buffers.chosen[1] = torch.tensor([[9, 3], [3, 9]])
+    buffers.first[1] = torch.tensor([[-1, 0], [0, -1]])
+    main, partly = torch.cuda.current_stream(), 0
+    for turn in range(60):
+        now = buffers.control[0] = 5 + turn
+        supply.target.zero_()
+        buffers.slots[1] = buffers.first[1]
+        buffers.table[1, 9], supply.taken[0] = -3, 0
+        synchronize()
+        kernels.bring_ahead(buffers, 0)
+        torch.cuda._sleep(2000 + 700 * turn)  # cycles of this stream, on which the router is
+        supply.routed.fill_(now * 2 + 2)
+        kernels.join(kernels.bring(buffers, 1))
+        kernels.join_all(buffers)
+        main.synchronize()
+        came = supply.progress[1, 0]
+        partly += int((came > 0).any() and (came < rows).any())
+        assert torch.equal(supply.target.view(-1, words)[8].cpu(), source.view(-1, words)[3]), came.tolist()
+    assert partly
