@@ -6,7 +6,6 @@ Decides what each option means and what goes to stdout. Must not know how anythi
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,24 +39,14 @@ from planner.options import (
     warn_short_traces,
     warn_unknown_costs,
 )
+from planner.showing import COMMANDS as SHOW_COMMANDS
+from planner.showing import show_plan
 from planner.simulate.cli import COMMANDS as SIMULATE_COMMANDS
 from planner.solvers.choose import PIPELINES, SOLVERS
-from schemas.activation import ActivationCounts, TraceHeader
-from schemas.base import FrozenModel
 from schemas.checkpoint import InvalidCheckpoint
 from schemas.files import InvalidFile, write_atomic
-from schemas.model import ModelSpec
 from schemas.outcome import ExitCode
 from schemas.plan import Plan, load_plan, write_plan
-from schemas.topology import Topology
-
-SCHEMAS: Mapping[str, type[FrozenModel]] = {
-    "topology": Topology,
-    "plan": Plan,
-    "model": ModelSpec,
-    "trace": TraceHeader,
-    "counters": ActivationCounts,
-}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -172,7 +161,7 @@ def solve(
     if as_json:
         print_json(_solve_document(plan, found.chosen.judgement.mean_bytes_per_token))
     else:
-        _show(plan, verbose=0)
+        show_plan(plan, verbose=0)
     if target:
         click.echo(f"wrote {target}", err=as_json)
     reached = found.solved.result.gap
@@ -297,89 +286,7 @@ def validate(topology: Path, *, as_json: bool) -> None:
     console(sys.stdout).print(room_table(problem))
 
 
-@cli.command()
-@click.argument("plan", type=EXISTING)
-@click.option("-v", "--verbose", count=True, help="Also why, every expert and every layer; twice for every step.")
-@json_option
-def show(plan: Path, verbose: int, *, as_json: bool) -> None:
-    """Summarise a plan: what changes, and what it promises."""
-    loaded = load_plan(plan)
-    if as_json:
-        print_json(loaded.model_dump(mode="json"))
-    else:
-        _show(loaded, verbose)
-
-
-def _show(plan: Plan, verbose: int) -> None:
-    from planner.journey_report import path_lines, path_table
-    from planner.report import console, layer_table, node_table, plan_lines, reason_lines, step_lines
-
-    out, paths = console(sys.stdout), plan.summary.paths or ()
-    _print_lines(plan_lines(plan))
-    _print_lines(path_lines(paths, why=verbose > 0))
-    out.print(node_table(plan))
-    if verbose:
-        _print_lines(reason_lines(plan))
-        out.print(layer_table(plan), *map(path_table, paths), sep="")
-    if verbose > 1:
-        _print_lines(step_lines(plan))
-
-
-@cli.command()
-@click.argument("plan", type=EXISTING)
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html")
-def report(plan: Path, output: Path) -> None:
-    """Write a plan as a page to look at: the way of a token as a picture, nodes, layers, and why."""
-    from planner.page import plan_page
-
-    require_directory(output)
-    write_atomic(output, plan_page(load_plan(plan)))
-    click.echo(f"wrote {output}")
-
-
-@cli.command()
-@click.argument("first", type=EXISTING)
-@click.argument("second", type=EXISTING)
-@click.option("-v", "--verbose", is_flag=True, help="List every replica.")
-@json_option
-def diff(first: Path, second: Path, *, verbose: bool, as_json: bool) -> None:
-    """Say in what the placements of two plans differ."""
-    from planner.report import console, difference, difference_table
-
-    before, after = load_plan(first), load_plan(second)
-    change = difference(before, after)
-    if as_json:
-        print_json(change)
-        return
-    added, dropped = change["added"], change["dropped"]
-    if change["same_placement"]:
-        others = (f", other {what}" for what in ("routes", "paths", "precisions") if not change[f"same_{what}"])
-        click.echo("same placement" + "".join(others))
-        return
-    paths = "" if change["same_paths"] else ", tokens take other paths"
-    paths += "" if change["same_precisions"] else ", nodes hold experts in other precisions"
-    click.echo(f"{len(added)} replicas added, {len(dropped)} dropped, {change['kept']} kept{paths}")
-    console(sys.stdout).print(difference_table(before, after))
-    for sign, records in (("+", added), ("-", dropped)):
-        for record in records if verbose else ():
-            click.echo(
-                f"{sign} layer {record['layer']} expert {record['expert']} on {record['node']} ({record['tier']})"
-            )
-
-
-@cli.command()
-@click.argument("name", type=click.Choice(sorted(SCHEMAS)))
-def schema(name: str) -> None:
-    """Print the JSON Schema of a file format."""
-    print_json(SCHEMAS[name].model_json_schema())
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
-
-
-for _command in (*ADVICE_COMMANDS, *SIMULATE_COMMANDS, *CONTROL_COMMANDS):
+for _command in (*SHOW_COMMANDS, *ADVICE_COMMANDS, *SIMULATE_COMMANDS, *CONTROL_COMMANDS):
     cli.add_command(_command)
 
 
