@@ -154,7 +154,7 @@ def _cached(
     slots = min(int(number), spec.experts)
     if slots < spec.top_k:
         raise click.UsageError(
-            f"--capacity: {slots} experts of a layer fit, but a token needs {spec.top_k} at once; give at least "
+            f"--capacity: room for {slots} of a layer's experts, but a token needs {spec.top_k} at once; give at least "
             f"{spec.top_k}"
         )
     eviction = "steady" if uses is None else "learned"

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -173,20 +173,19 @@ def generate(
     """Generate text from the running cluster, or on this machine alone."""
     from agent.client import Answer, stream
 
-    is_special = (
-        device_budget
-        or host_budget
-        or torch_device != "cpu"
-        or precision != "checkpoint"
-        or predictor
-        or uses
-        or reads != "cached"
+    _require_place(
+        node,
+        local,
+        {
+            "--torch-device": torch_device != "cpu",
+            "--device-budget": device_budget,
+            "--host-budget": host_budget,
+            "--precision": precision != "checkpoint",
+            "--predictor": predictor,
+            "--uses": uses,
+            "--reads": reads != "cached",
+        },
     )
-    if (node is None) == (local is None) or (is_special and local is None):
-        raise click.UsageError(
-            "give --node, or --local MODEL and perhaps --torch-device, --device-budget SIZE, --host-budget SIZE, "
-            "--precision, --predictor FILE, --uses FILE, --reads"
-        )
     if trace_file is not None:
         require_directory(trace_file)
     answer = Answer()
@@ -226,6 +225,16 @@ def generate(
         from agent.alone import told
 
         click.echo(told(answer.note), err=True)
+
+
+def _require_place(node: str | None, local: Path | None, of_local: Mapping[str, object]) -> None:
+    """Refuse to generate nowhere, at two places, or in a cluster with what is only asked of one machine."""
+    if node is None and local is None:
+        raise click.UsageError("give --node NODE of a running cluster, or --local MODEL")
+    if node is not None and local is not None:
+        raise click.UsageError("--node and --local exclude each other")
+    if local is None and (given := [option for option, value in of_local.items() if value]):
+        raise click.UsageError(f"{', '.join(given)} {'go' if len(given) > 1 else 'goes'} with --local")
 
 
 def _write_trace(file: Path, parts: list[TracePart], ingress: str) -> None:

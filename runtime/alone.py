@@ -192,20 +192,24 @@ def open_alone(
         precision=held.precision if held is not None else None,
     )
     for key, source in sources.items():
-        if low is None:
-            residency.place(key, source)
-            continue
-        stored = packed_source(model, key, low.precision, way)
-        if held is not None:
-            residency.place(key, source)
-            if stored is not None:
-                residency.place_packed(key, low.precision, stored)
-            continue
-        remade = Unpacked(Repacked(source, model.layout, low), model.layout, low)
-        residency.place(key, remade if stored is None else Unpacked(stored, model.layout, low))
-        residency.add_source(key, remade)
+        stored = None if low is None else packed_source(model, key, low.precision, way)
+        _place(residency, key, source, low=low, stored=stored)
     board = EpochBoard(Routing.all_local(1, layers=spec.layers, experts=spec.experts))
     return Segment(load_trunk(path, dtype=dtype, device=device), residency, board, ahead=ahead)
+
+
+def _place(residency: Residency, key: Key, source: Source, *, low: PackedLayout | None, stored: Source | None) -> None:
+    """Let an expert be executed from its record: in a low precision, from the one `stored` in it where there is one."""
+    if low is None:
+        residency.place(key, source)
+    elif residency.packed is not None:
+        residency.place(key, source)
+        if stored is not None:
+            residency.place_packed(key, low.precision, stored)
+    else:
+        remade = Unpacked(Repacked(source, residency.layout, low), residency.layout, low)
+        residency.place(key, remade if stored is None else Unpacked(stored, residency.layout, low))
+        residency.add_source(key, remade)
 
 
 class Times(NamedTuple):

@@ -1,7 +1,8 @@
 """What is in which slot, who uses it and who must make room: the bookkeeping of a residency.
 
 Decides for whom copies are evicted (`victims` says in which order), and in which tier a copy is made. Pure: no weights,
-no files, no clock and no lock, which whoever calls has. Every method that changes something says so by its name.
+no files, no clock and no lock, which whoever calls has. Methods that are named for what they do change something, and
+so do those that take slots (`take`, `rooms`, `room_in`); predicates and properties do not.
 
 A replica that was put (*assigned*) keeps its slot, unless its tier yields (`replicas`); other copies are cache.
 """

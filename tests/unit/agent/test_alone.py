@@ -91,10 +91,12 @@ def test_a_card_has_no_experts_and_options_that_contradict(store, tmp_path):
             (card / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InvalidStore, match="holds no records"):
         ask("--local", card)
-    for options in (
-        [],
-        ["--node", "a", "--local", store],
-        ["--node", "a", "--device-budget", "1MiB"],
-        ["--node", "a", "--precision", "int8"],
+    for options, told in (
+        ([], "give --node NODE of a running cluster, or --local MODEL"),
+        (["--node", "a", "--local", store], "--node and --local exclude each other"),
+        (["--node", "a", "--device-budget", "1MiB"], "--device-budget goes with --local"),
+        (["--node", "a", "--precision", "int8", "--reads", "direct"], "--precision, --reads go with --local"),
     ):
-        assert CliRunner().invoke(cli, ["generate", "--prompt", "x", *map(str, options)]).exit_code == 2
+        result = CliRunner().invoke(cli, ["generate", "--prompt", "x", *map(str, options)])
+        assert result.exit_code == 2
+        assert told in result.stderr
