@@ -12,6 +12,7 @@ import triton.language as tl
 
 from runtime.cuda.buffers import FOUND, STAMP, Buffers
 from runtime.cuda.choice_kernels import best_of, weights_of
+from runtime.cuda.early_kernels import early, follow
 from runtime.cuda.product_kernels import store_gated
 from runtime.cuda.shapes import Lanes, RouterShape
 
@@ -24,8 +25,9 @@ def _route(
     own_ids, own_guesses, routed, limit, limits, layer, layers,
     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, TOP_BLOCK: tl.constexpr,
     IS_NORMALISED: tl.constexpr, IS_ROUNDED: tl.constexpr, STAMP: tl.constexpr, FOUND: tl.constexpr,
-    HAS_SUPPLY: tl.constexpr, IS_TOLD: tl.constexpr,
+    HAS_SUPPLY: tl.constexpr, IS_TOLD: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(IS_EARLY)
     row = tl.program_id(0)
     ahead = tl.program_id(1)
     if HAS_SUPPLY:
@@ -81,7 +83,7 @@ def route(logits: torch.Tensor, shape: RouterShape, buffers: Buffers, layer: int
         EXPERTS=shape.experts, WIDTH=logits.shape[1], BLOCK=max(16, triton.next_power_of_2(shape.experts)),
         TOP=shape.top_k, TOP_BLOCK=triton.next_power_of_2(shape.top_k), IS_NORMALISED=shape.is_normalised,
         IS_ROUNDED=shape.is_rounded, STAMP=STAMP, FOUND=FOUND, HAS_SUPPLY=supply is not None, IS_TOLD=is_told,
-        num_warps=1,
+        num_warps=1, **early(logits.device),
     )  # fmt: skip
 
 
@@ -127,8 +129,9 @@ def wait(buffers: Buffers, layer: int) -> None:
 @triton.jit
 def _gate_up(
     x, memory, slots, first, out, stride, offset, hidden, ffn,
-    TOP: tl.constexpr, IS_LATE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOP: tl.constexpr, IS_LATE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(IS_EARLY)
     pair = tl.program_id(0)
     slot = tl.load(slots + pair).to(tl.int64)
     wanted = slot >= 0
@@ -143,7 +146,7 @@ def _gate_up(
 @triton.jit
 def _down(
     active, memory, slots, weights, beside, out, stride, offset, hidden, ffn,
-    TOP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, HAS_BESIDE: tl.constexpr,
+    TOP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, HAS_BESIDE: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -159,11 +162,13 @@ def _down(
             for start in range(0, ffn, BLOCK_F):
                 cols = start + tl.arange(0, BLOCK_F)
                 is_col = cols < ffn
-                value = tl.load(active + pair * ffn + cols, mask=is_col, other=0.0).to(tl.float32)
                 both = is_row[:, None] & is_col[None, :]
-                sums += tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
+                part = tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32)
+                follow(IS_EARLY)
+                sums += part * tl.load(active + pair * ffn + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
             answer = tl.sum(sums, axis=1).to(dtype).to(tl.float32)
             total += answer * tl.load(weights + pair)
+    follow(IS_EARLY)
     if HAS_BESIDE:
         added = tl.load(beside + row * hidden + rows, mask=is_row, other=0.0).to(tl.float32)
         total = total.to(dtype).to(tl.float32) + added
@@ -178,7 +183,7 @@ def gate_up(x: torch.Tensor, lanes: Lanes, buffers: Buffers, layer: int, out: to
     _gate_up[(x.shape[0] * top, triton.cdiv(lanes.ffn, block))](
         x, lanes.memory, slots[layer], buffers.first[layer], out, lanes.stride, lanes.gate_up, lanes.hidden,
         lanes.ffn, TOP=top, IS_LATE=late, BLOCK_F=block,
-        BLOCK_D=min(1024, triton.next_power_of_2(lanes.hidden)), num_warps=4,
+        BLOCK_D=min(1024, triton.next_power_of_2(lanes.hidden)), num_warps=4, **early(x.device, waits_for_others=late),
     )  # fmt: skip
 
 
@@ -192,5 +197,6 @@ def down(
         active, lanes.memory, buffers.slots[layer], buffers.weights[layer], out if beside is None else beside, out,
         lanes.stride, lanes.down, lanes.hidden, lanes.ffn, TOP=active.shape[1], BLOCK_D=block,
         BLOCK_F=min(1024, triton.next_power_of_2(lanes.ffn)), HAS_BESIDE=beside is not None, num_warps=2,
+        **early(active.device),
     )  # fmt: skip
     return out

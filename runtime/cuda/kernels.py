@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from runtime.cuda.buffers import KeyValues
+from runtime.cuda.early_kernels import early, follow
 from runtime.cuda.expert_kernels import down, gate_up, route, wait
 from runtime.cuda.fetch_kernels import bring, bring_ahead, join, join_all
 from runtime.cuda.product_kernels import add_norm, normed_product, product, shared
@@ -66,7 +67,9 @@ def angles(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[to
 def _rotate_store(
     qkv, cos, sin, q_norm, k_norm, addresses, strides, positions, q_out, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(IS_EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     size: tl.constexpr = 2 * HALF
@@ -127,7 +130,7 @@ def rotate_store(
     _rotate_store[(rows, heads.queries + 2 * heads.kv)](
         qkv, cos, sin, q_norm, k_norm, kv.addresses[layer], kv.strides, kv.positions, queries, eps,
         Q_HEADS=heads.queries, KV_HEADS=heads.kv, HALF=heads.size // 2, HAS_NORM=norms is not None,
-        WHOLE=most if is_whole else 0, num_warps=4 if is_whole else 1,
+        WHOLE=most if is_whole else 0, num_warps=4 if is_whole else 1, **early(qkv.device),
     )  # fmt: skip
     return queries
 
@@ -136,8 +139,9 @@ def rotate_store(
 def _attend(
     queries, addresses, strides, positions, partial, scaling,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(IS_EARLY)
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -179,7 +183,8 @@ def _attend(
 
 
 @triton.jit
-def _join(partial, out, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+def _join(partial, out, SPLITS: tl.constexpr, SIZE: tl.constexpr, IS_EARLY: tl.constexpr):
+    follow(IS_EARLY)
     head = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     cols = tl.arange(0, SIZE)
@@ -201,8 +206,8 @@ def attend(queries: torch.Tensor, heads: Heads, kv: KeyValues, layer: int) -> to
     _attend[(rows, heads.kv, splits)](
         queries, kv.addresses[layer], kv.strides, kv.positions, partial, heads.scaling,
         KV_HEADS=heads.kv, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), SIZE=heads.size,
-        SPLITS=splits, BLOCK=32, num_warps=4,
+        SPLITS=splits, BLOCK=32, num_warps=4, **early(queries.device),
     )  # fmt: skip
     out = torch.empty((rows, heads.queries * heads.size), dtype=queries.dtype, device=queries.device)
-    _join[(rows * heads.queries,)](partial, out, SPLITS=splits, SIZE=heads.size, num_warps=2)
+    _join[(rows * heads.queries,)](partial, out, SPLITS=splits, SIZE=heads.size, num_warps=2, **early(queries.device))
     return out

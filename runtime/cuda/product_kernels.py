@@ -12,6 +12,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from runtime.cuda import reference
+from runtime.cuda.early_kernels import early, follow
 from runtime.cuda.shapes import Scale, SharedExpert
 
 _FEW_ROWS: Final = 2  # so many products with a vector each read their weight faster than one with a matrix
@@ -51,7 +52,7 @@ def add_norm(
 @triton.jit
 def _product(
     x, weight, out, scores, score_stride, rows, columns,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IS_WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, IS_WEIGHTED: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,9 +62,10 @@ def _product(
     for start in range(0, columns, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         is_col = cols < columns
-        value = tl.load(x + row * columns + cols, mask=is_col, other=0.0).to(tl.float32)
         both = is_row[:, None] & is_col[None, :]
-        sums += tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32) * value[None, :]
+        weights = tl.load(base + cols[None, :], mask=both, other=0.0).to(tl.float32)
+        follow(IS_EARLY)
+        sums += weights * tl.load(x + row * columns + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
     dtype = out.dtype.element_ty
     answer = tl.sum(sums, axis=1).to(dtype)
     if IS_WEIGHTED:
@@ -85,6 +87,7 @@ def _few_products(x: torch.Tensor, weight: torch.Tensor, score: torch.Tensor | N
     _product[(len(x), triton.cdiv(rows, block))](
         x, weight, out, x if score is None else score, 0 if score is None else score.stride(0), rows, columns,
         BLOCK_N=block, BLOCK_D=min(1024, triton.next_power_of_2(columns)), IS_WEIGHTED=score is not None, num_warps=4,
+        **early(x.device),
     )  # fmt: skip
     return out
 
@@ -93,6 +96,7 @@ def _few_products(x: torch.Tensor, weight: torch.Tensor, score: torch.Tensor | N
 def _normed_product(
     x, delta, scale, weight, bias, total, normed, out, eps, rows, columns,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.program_id(1)
@@ -102,6 +106,8 @@ def _normed_product(
     is_row = at < rows
     both = is_row[:, None] & is_col[None, :]
     weights = tl.load(weight + at[:, None] * columns + cols[None, :], mask=both, other=0.0)
+    scales = tl.load(scale + cols, mask=is_col, other=0.0).to(tl.float32)
+    follow(IS_EARLY)
     value = tl.load(x + row * columns + cols, mask=is_col, other=0.0)
     dtype = value.dtype
     if HAS_DELTA:
@@ -110,7 +116,7 @@ def _normed_product(
     wide = value.to(tl.float32)
     root = tl.rsqrt(tl.sum(wide * wide, axis=0) / columns + eps)
     scaled = (wide * root).to(dtype).to(tl.float32)
-    scaled = (scaled * tl.load(scale + cols, mask=is_col, other=0.0).to(tl.float32)).to(dtype)
+    scaled = (scaled * scales).to(dtype)
     if part == 0:
         tl.store(total + row * columns + cols, value, mask=is_col)
         tl.store(normed + row * columns + cols, scaled, mask=is_col)
@@ -135,7 +141,7 @@ def normed_product(
     _normed_product[(len(residual), triton.cdiv(rows, block))](
         residual, residual if delta is None else delta, norm.weight, weight, weight if bias is None else bias, total,
         normed, out, norm.eps, rows, columns, BLOCK_N=block, BLOCK_D=triton.next_power_of_2(columns),
-        HAS_DELTA=delta is not None, HAS_BIAS=bias is not None, num_warps=4,
+        HAS_DELTA=delta is not None, HAS_BIAS=bias is not None, num_warps=4, **early(residual.device),
     )  # fmt: skip
     return out, normed, total
 
@@ -163,7 +169,8 @@ def store_gated(x, weight, out, rows, hidden, ffn, BLOCK_F: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _gated(x, weight, out, hidden, ffn, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+def _gated(x, weight, out, hidden, ffn, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, IS_EARLY: tl.constexpr):
+    follow(IS_EARLY)
     row = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     store_gated(x + row * hidden, weight, out + row * ffn, rows, hidden, ffn, BLOCK_F, BLOCK_D)
@@ -177,6 +184,6 @@ def shared(x: torch.Tensor, score: torch.Tensor, expert: SharedExpert) -> torch.
     active = torch.empty((rows, ffn), dtype=x.dtype, device=x.device)
     _gated[(rows, triton.cdiv(ffn, block))](
         x, expert.gate_up, active, hidden, ffn,
-        BLOCK_F=block, BLOCK_D=min(1024, triton.next_power_of_2(hidden)), num_warps=4,
+        BLOCK_F=block, BLOCK_D=min(1024, triton.next_power_of_2(hidden)), num_warps=4, **early(x.device),
     )  # fmt: skip
     return _few_products(active, expert.down, score)
