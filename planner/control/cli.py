@@ -244,7 +244,8 @@ def counters(output: Path, coordinator: str | None) -> None:
     write_atomic(output, document.model_dump_json() + "\n")
     if report.missing:
         click.echo(f"without {', '.join(report.missing)}, which did not answer", err=True)
-    click.echo(f"{output}: {sum(node.tokens for node in counted)} tokens of {len(counted)} nodes", err=True)
+    nodes = "1 node" if len(counted) == 1 else f"{len(counted)} nodes"
+    click.echo(f"{output}: {sum(node.tokens for node in counted)} tokens of {nodes}", err=True)
 
 
 COMMANDS = (serve, apply, status, counters)
