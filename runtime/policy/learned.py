@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from runtime.policy.eviction import Floats, Ints
 from runtime.policy.guessing import Counts, Last, fade_in, one_hot
+from runtime.policy.training import Adam
 
 WINDOW: Final = 4
 HIDDEN: Final = 64
 _SHORT: Final = 1000  # tokens: a trace that is shorter is gone through oftener, in smaller steps
 _DECAY: Final = 1e-2
-_MOMENTA: Final = (0.9, 0.999)
-_EPSILON: Final = 1e-8
 
 
 class Weights(NamedTuple):
@@ -130,14 +129,14 @@ def _train_layer(
     second = (rng.standard_normal((hidden, experts)) / hidden).astype(np.float32)
     net = [first, np.zeros(hidden, np.float32), second, np.log(popular / (1 - popular)).astype(np.float32)]
     rates = _rates(chosen[:, layer], experts)
-    adam = _Adam(net, rate=1e-2 if tokens < _SHORT else 3e-3)
+    adam, rate = Adam(net, decay=_DECAY), 1e-2 if tokens < _SHORT else 3e-3
     for batch in _batches(tokens, rng):
         x = _inputs(chosen, is_start, rates, layer, batch, window=window)
         raw = x @ net[0] + net[1]
         h = np.maximum(raw, 0)
         wrong = (1 / (1 + np.exp(-(h @ net[2] + net[3]))) - goal[batch]) / goal[batch].size
         back = (wrong @ net[2].T) * (raw > 0)
-        adam.step([x.T @ back, back.sum(axis=0), h.T @ wrong, wrong.sum(axis=0)])
+        adam.step([x.T @ back, back.sum(axis=0), h.T @ wrong, wrong.sum(axis=0)], rate)
     given, of_rates = np.split(net[0].reshape(window + 2, experts, hidden), [window + 1])
     return given, of_rates[0], net[1], net[2], net[3]
 
@@ -171,23 +170,3 @@ def _inputs(
     before[is_start[batch]] = 0
     x[:, window], x[:, window + 1] = before, rates[batch]
     return x.reshape(len(batch), -1)
-
-
-class _Adam:
-    """Adam with decoupled weight decay on matrices (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
-
-    def __init__(self, net: list[Counts], rate: float) -> None:
-        self._net, self._rate, self._steps = net, rate, 0
-        self._mean = [np.zeros_like(each) for each in net]
-        self._square = [np.zeros_like(each) for each in net]
-
-    def step(self, gradients: list[Counts]) -> None:
-        """Move the net, in place."""
-        self._steps += 1
-        fast, slow = _MOMENTA
-        for index, gradient in enumerate(gradients):
-            mean, square, array = self._mean[index], self._square[index], self._net[index]
-            mean += (1 - fast) * (gradient - mean)
-            square += (1 - slow) * (gradient**2 - square)
-            size = np.sqrt(square / (1 - slow**self._steps)) + _EPSILON
-            array -= self._rate * (mean / (1 - fast**self._steps) / size + _DECAY * array * (array.ndim > 1))

@@ -20,6 +20,7 @@ _EPSILON: Final = 1e-8
 _APART: Final = 10  # one block of rows in so many is for judging
 _BLOCK: Final = 256  # rows that follow each other are alike
 _ROWS: Final = 512  # of a batch
+_STEPS: Final = 1500  # at least: few rows are gone through oftener
 
 
 class Net(NamedTuple):
@@ -91,7 +92,7 @@ def train(
     rows
         How many there are; neighbours are taken to be alike.
     rounds
-        Through all of them at most; the rate falls to nothing over them.
+        Through all of them; more where they are few. The rate falls to nothing over them.
     """
     is_apart = np.arange(rows) // _BLOCK % _APART == _APART - 1
     apart, rest = np.flatnonzero(is_apart), np.flatnonzero(~is_apart)
@@ -107,12 +108,13 @@ def train(
         None,
         loss.value(np.zeros((len(apart), outputs), np.float32), apart),
     )
-    seen, steps, done = inputs(apart), rounds * -(-len(rest) // _ROWS), 0
+    seen, steps, done = inputs(apart), -(-len(rest) // _ROWS), 0
+    rounds = max(rounds, -(-_STEPS // steps))
     for _ in range(rounds):
         order = rng.permutation(rest)
         for start in range(0, len(order), _ROWS):
             batch = order[start : start + _ROWS]
-            adam.step(_gradients(net, inputs(batch), batch, loss), rate * _pace(done / steps))
+            adam.step(_gradients(net, inputs(batch), batch, loss), rate * _pace(done / (rounds * steps)))
             done += 1
         if (value := loss.value(net.answer(seen), apart)) < least:
             best, least = Net(*(array.copy() for array in net)), value

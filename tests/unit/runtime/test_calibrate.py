@@ -130,6 +130,7 @@ def test_calibration_finds_more_room_in_larger_budgets(bench):
     assert found.warmup == WARMUP
     assert np.shape(found.prices) == (4, 16)
     assert np.mean(found.prices) == pytest.approx(1)
+    assert np.shape(found.token_prices.given)[:2] == (4, 32)
     assert found.stand_in < 1
     assert small.slope > 0
     assert seen[0][0] == 1
@@ -197,9 +198,20 @@ def test_the_command_writes_what_agents_read(tmp_path):
     output.write_text(found.model_copy(update={"prices": (*found.prices[:3], (1.0,))}).model_dump_json())
     with pytest.raises(InvalidFile, match=r"prices\[3\]: has 1 numbers, the model has 16 experts"):
         load_calibration(output)
-    older = found.model_dump(mode="json", exclude={"prices", "stand_in"})
+    tokens = found.token_prices
+    for what, said in (
+        ({"bias": tokens.bias[:3]}, r"token_prices.bias: has 3 layers, the model has 4"),
+        ({"given": (tokens.given[0][1:], *tokens.given[1:])}, r"token_prices.given\[0\]: has 31 inputs, expected two"),
+        ({"out": (tokens.out[0][1:], *tokens.out[1:])}, r"token_prices: has layers of 15, 16 hidden units"),
+    ):
+        broken = found.model_copy(update={"token_prices": tokens.model_copy(update=what)})
+        output.write_text(broken.model_dump_json())
+        with pytest.raises(InvalidFile, match=said):
+            load_calibration(output)
+    older = found.model_dump(mode="json", exclude={"prices", "stand_in", "token_prices"})
     output.write_text(json.dumps(older))
-    assert (load_calibration(output).prices, load_calibration(output).stand_in) == ((), 1.0)
+    read = load_calibration(output)
+    assert (read.prices, read.stand_in, read.token_prices) == ((), 1.0, None)
 
 
 def test_the_command_measures_with_learnt_uses(tmp_path):
@@ -241,7 +253,7 @@ def test_the_command_takes_what_a_plan_places(tmp_path):
     assert found.situation == Situation(node="a", plan=plan.digest, placement=("5555",) * 4, is_whole=True)
     assert found.warmup == 0
     assert found.settings[0].waits_share < 0.9
-    assert (found.prices, found.stand_in) == ((), 1.0)  # all or none: nothing changes
+    assert (found.prices, found.token_prices, found.stand_in) == ((), None, 1.0)  # all or none: nothing changes
     elsewhere = CliRunner().invoke(command, [*base, "--node", "c"])
     assert "no layer runs at node 'c', and no tokens enter there; name one of a" in str(elsewhere.exception)
 

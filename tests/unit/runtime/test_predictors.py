@@ -103,6 +103,17 @@ def test_uses_are_read_as_they_were_written_and_refused_where_they_are_not_meant
         read_predictor(other)
 
 
+def test_uses_that_were_learnt_without_a_network_are_read_and_half_a_network_is_none(tmp_path):
+    path, made = tmp_path / "u.safetensors", learn_uses(planted(200))
+    write_predictor(path, made, model="tiny", top_k=K, tokens=200)
+    older = rewritten(path, tmp_path, lambda arrays: [arrays.pop(name) for name in ("seen", "hidden_bias", "effect")])
+    read = read_predictor(older)[1]
+    assert (read.seen.shape[-1], read.hidden_bias.shape, read.effect.shape) == (0, (L, 0), (L, 0, E))
+    np.testing.assert_allclose(read.given, made.given, atol=2e-3)
+    with pytest.raises(InvalidFile, match="effect: is missing"):
+        read_predictor(rewritten(path, tmp_path, lambda arrays: arrays.pop("effect")))
+
+
 def test_numbers_must_be_numbers(written, tmp_path):
     def spoil(arrays):
         next(iter(arrays.values())).flat[0] = np.nan

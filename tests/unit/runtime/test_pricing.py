@@ -26,7 +26,8 @@ def test_prices_are_relative_and_leave_the_model_as_it_was(model):
     ids = load_tokenizer(DEMO)((ROOT / "LICENSE").read_text(), verbose=False)["input_ids"]
     pieces = cut_pieces([ids], window=64, max_tokens=512)
     before = model(input_ids=pieces[:1, :-1], use_cache=False).logits
-    prices = measure_prices(model, pieces, layers=4, experts=16).experts
+    prices, sensitivity = measure_prices(model, pieces, layers=4, experts=16)
+    assert sensitivity.given.shape[:2] == (4, 32)
     assert prices.shape == (4, 16)
     assert prices.mean() == pytest.approx(1)
     assert (prices > 0).all()

@@ -78,6 +78,34 @@ def test_a_rank_below_that_of_experts_is_a_coarser_estimate():
     assert wrong[0] < wrong[1]
 
 
+def test_a_network_learns_what_no_line_tells():
+    """Expert 2 is next where both 0 and 1 were chosen, or neither was; expert 3 where one of them was."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 4, 6000)
+    now = np.array([[0, 1], [0, 4], [5, 1], [5, 4]])[kinds]
+    after = np.array([[2, 6], [3, 6], [3, 6], [2, 6]])[kinds]
+    chosen = np.stack([now, after], axis=1).reshape(-1, 1, 2)
+    uses = fit(chosen, np.ones(chosen.shape), 7)
+    linear = uses._replace(effect=np.zeros_like(uses.effect))
+    expected = after[:500, :1]
+    for each, told in ((linear, False), (uses, True)):
+        soon = Estimates(each).advance(0, chosen[:1000, 0], np.ones((1000, 2)))[::2]
+        margin = np.take_along_axis(soon, expected, axis=1) - np.take_along_axis(soon, 5 - expected, axis=1)
+        assert (margin.mean() > 0.05) == told
+
+
+def test_an_estimate_without_hidden_units_is_linear():
+    uses = random_uses(1)
+    older = Uses.of(
+        {name: array for name, array in uses._asdict().items() if name in {"rates", "given", "out", "bias"}}
+    )
+    none = uses._replace(effect=np.zeros_like(uses.effect))
+    chosen, scores = np.array([[1, 2], [0, 5]]), np.ones((2, 2))
+    for layer in range(3):
+        got, want = (Estimates(each).advance(layer, chosen, scores) for each in (older, none))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_nothing_is_too_little_to_learn_from():
     uses = learn_uses(planted(2))
     assert np.isfinite(np.concatenate([each.ravel() for each in uses])).all()
