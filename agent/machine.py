@@ -207,8 +207,10 @@ class AgentMachine:
 
     @property
     def assignments(self) -> tuple[Assignment, ...]:
-        """All that are in use or under preparation, the newest last."""
-        return self._all()
+        """All whose replicas may be here, in use or under preparation, the newest last."""
+        state = self.state
+        newer = (each for each in (state.active, state.pending) if each is not None)
+        return (*state.kept, *newer)
 
     def take_back(self, state: AgentState, assignment: Assignment, reason: str) -> None:
         """Go back to `state`, the last that could be made durable, and refuse what was to be prepared."""
@@ -233,7 +235,7 @@ class AgentMachine:
         """Bring back what the journal says was here; a preparation under way is asked for again by the coordinator."""
         if self.state.pending is not None:
             yield self._become(pending=None, is_ready=False)
-        yield Keep(self._all())
+        yield Keep(self.assignments)
         if self.state.active is not None:
             yield self._obtain(self.state.active)
 
@@ -271,7 +273,7 @@ class AgentMachine:
             self.budget = budget
             yield HoldIn(budget.precision)
         yield self._become(pending=assignment, is_ready=False, cluster=assignment.cluster)
-        yield Keep(self._all())
+        yield Keep(self.assignments)
         yield self._obtain(assignment)
 
     def _refusal(self, assignment: Assignment) -> tuple[ExitCode, str] | None:
@@ -327,7 +329,7 @@ class AgentMachine:
         if epoch != self.active_epoch or state.retired >= epoch:
             return
         yield self._become(retired=epoch, kept=())
-        yield Keep(self._all())
+        yield Keep(self.assignments)
 
     def _abort(self, epoch: int, plan: str) -> Iterator[Instruction]:
         if self.fault is not None and (self.fault.epoch, self.fault.plan) == (epoch, plan):
@@ -339,20 +341,14 @@ class AgentMachine:
     def _forget_pending(self) -> Iterator[Instruction]:
         yield StopObtaining()
         yield self._become(pending=None, is_ready=False)
-        yield Keep(self._all())
+        yield Keep(self.assignments)
 
     def _become(self, **changes: object) -> Persist:
         self.state = self.state.model_copy(update=changes)
         return Persist(self.state)
 
     def _obtain(self, assignment: Assignment) -> Obtain:
-        return Obtain(assignment.epoch, assignment.plan, self._all())
-
-    def _all(self) -> tuple[Assignment, ...]:
-        """Return the assignments whose replicas may be here, the newest last."""
-        state = self.state
-        newer = (a for a in (state.active, state.pending) if a is not None)
-        return (*state.kept, *newer)
+        return Obtain(assignment.epoch, assignment.plan, self.assignments)
 
 
 def _name(assignment: Assignment) -> tuple[int, str]:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, get_args
 
 import click
 
+from agent.settings import EvictionName
 from schemas.units import format_bytes, format_share, parse_bytes, parse_seconds, parse_share
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from runtime.policy.learned import Weights
     from runtime.replay import Guess, LookAhead, Recording, Replayed, Situation
 
-EVICTION_NAMES: Final = ("rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru")
+EVICTION_NAMES: Final[tuple[str, ...]] = get_args(EvictionName)
 ROUTING_NAMES: Final = (
     "exact",
     "mass",

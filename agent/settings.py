@@ -18,6 +18,7 @@ from schemas.precision import LowPrecision, Precision
 from schemas.topology import DEFAULT_COORDINATOR_PORT, Context, Memory, NodeId
 from schemas.units import Bytes, Share
 
+EvictionName = Literal["rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru"]
 PortOrAny = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -106,7 +107,7 @@ class Settings(FrozenModel):
     dtype: HeldDtype = "checkpoint"
     torch_device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     device_budget: Bytes | None = None
-    eviction: Literal["rates", "steady", "cost-aware", "cyclfu", "least-stale", "score", "lfu", "lru"] = "rates"
+    eviction: EvictionName = "rates"
     prefetch: bool = True
     predictor: str | None = None
     uses: str | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from runtime.errors import writing
+from schemas.files import write_atomic
 
 
 class Span(NamedTuple):
@@ -140,7 +140,5 @@ def _events(process: int, spans: Iterable[Span], origin: float) -> list[dict[str
 
 
 def write_trace(file: Path, processes: Sequence[Process]) -> None:
-    """Write the trace; raises `DiskFull` or `InvalidInput`."""
-    text = json.dumps(trace_document(processes))
-    with writing(file, needed=len(text)):
-        file.write_text(text, encoding="utf-8")
+    """Write the trace whole or not at all; raises `CannotWrite`."""
+    write_atomic(file, json.dumps(trace_document(processes)))

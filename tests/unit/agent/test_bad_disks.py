@@ -17,6 +17,8 @@ from agent.machine import AgentState
 from runtime.errors import DiskFull, ExpertLost
 from runtime.slots import Residency
 from runtime.store import Store
+from runtime.timeline import Process, Span, write_trace
+from schemas.files import CannotWrite
 from schemas.messages import AssignedReplica, Record
 from schemas.topology import Tier
 from tests.families import make_checkpoint, make_store
@@ -89,6 +91,14 @@ def test_a_journal_on_a_full_disk_keeps_what_it_had(store: Store, disk: Path) ->
         journal.write(AgentState(cluster="x" * 100_000))
     journal.close()
     assert Journal(disk / "agent.journal", "n0").state == AgentState(retired=1)
+
+
+def test_nothing_is_left_of_a_trace_that_does_not_fit(disk: Path) -> None:
+    fill(disk, leave=2 * PAGE)
+    spans = [Span("steps", f"token {number}", number, number + 1, {}) for number in range(1000)]
+    with pytest.raises(CannotWrite, match=r"trace\.json: cannot be written: No space left on device"):
+        write_trace(disk / "trace.json", [Process("n0", spans)])
+    assert [file.name for file in disk.iterdir()] == ["somebody else's"]
 
 
 def break_reads(file: Path) -> None:
