@@ -21,8 +21,8 @@ from agent.routes import EpochRoutes
 from agent.transport import Context, Socket, connect, is_connected, make_socket
 from runtime.experts import ExpertCall
 from runtime.few import answer_call
-from runtime.loading import torch_dtype
 from runtime.slots import Residency
+from runtime.tensors import dtype_name, torch_dtype
 from schemas.messages import Endpoints, RemoteProtocolError
 from schemas.wire import (
     ANSWER_HEADER_BYTES,
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 _SLICE_MS: Final = 200  # how often a wait looks whether the connection still stands
 _PAUSE_S: Final = 0.05
-_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -330,8 +329,8 @@ def _frame(call: ExpertCall, request: int) -> bytes:
         request=request,
         layer=call.layer,
         combine=call.combine,
-        dtype=_NAMES[hidden.dtype],
-        weight_dtype=_NAMES[call.weight.dtype],
+        dtype=dtype_name(hidden.dtype),
+        weight_dtype=dtype_name(call.weight.dtype),
         tokens=tokens,
         rows=len(call.token),
         hidden_size=size,

@@ -21,12 +21,13 @@ from agent.fronts import Fronts, News
 from agent.offer import Offer, Traffic
 from agent.serving import DEVICE_FAILED
 from agent.sessions import Batch, Entry, Objection, Range, Registry, Sender, Step
-from agent.steps import compute, ids_of, name_of, require_fit
+from agent.steps import compute, ids_of, require_fit
 from agent.tracing import PutTrace, Traces
 from agent.waiting import Port
 from runtime.engine import Segment
 from runtime.errors import ContextFull, ExpertUnavailable, KvBudgetExceeded, RuntimeFault, UnknownSession
 from runtime.sampling import Sampling, chunk_of, prefill_chunks, sample
+from runtime.tensors import dtype_name
 from schemas.outcome import ExitCode
 from schemas.plan import TrunkPath
 from schemas.sessions import (
@@ -298,9 +299,8 @@ class Segments:
     def _pass_on(self, entry: Entry, step: Step, output: torch.Tensor, segment: Segment) -> None:
         position, opened = step.position + step.count, entry.opened
         if not entry.is_last:
-            header = StepHeader(
-                entry.session, entry.index + 1, step.position, step.count, "hidden", output.shape[1], name_of(output)
-            )
+            size, dtype = output.shape[1], dtype_name(output.dtype)
+            header = StepHeader(entry.session, entry.index + 1, step.position, step.count, "hidden", size, dtype)
             self._hop(entry.next_node, header, output)
         elif position >= opened.prompt_tokens:
             token = opened.forced_at(position)

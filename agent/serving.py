@@ -19,8 +19,8 @@ from agent.transport import Socket
 from runtime.errors import ExpertUnavailable, RuntimeFault
 from runtime.experts import ExpertCall
 from runtime.few import answer_call
-from runtime.loading import torch_dtype
 from runtime.slots import Residency
+from runtime.tensors import dtype_name, torch_dtype
 from schemas.messages import RemoteProtocolError
 from schemas.wire import AnswerHeader, CallFault, CallHeader, Limits, call_places, pack_answer, pack_fault, parse_call
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 DEVICE_FAILED: Final = "the device of this node has failed, and its processor takes over"
 _SLICE_MS: Final = 100
-_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class ExpertServer(threading.Thread):
             fault = CallFault(code="failed", message=f"{type(error).__name__}: {error}"[:500])
             return pack_fault(header.epoch, header.request, fault)
         rows, size = answer.shape
-        reply = AnswerHeader(header.epoch, header.request, _NAMES[answer.dtype], rows, size)
+        reply = AnswerHeader(header.epoch, header.request, dtype_name(answer.dtype), rows, size)
         return pack_answer(reply, answer.contiguous().view(torch.uint8).numpy().data)
 
 

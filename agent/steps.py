@@ -13,10 +13,10 @@ import torch
 from agent.sessions import Batch, Objection, Sender
 from agent.waiting import Port
 from runtime.engine import Keep, Segment
-from runtime.loading import Trunk, torch_dtype
+from runtime.loading import Trunk
+from runtime.tensors import dtype_name, torch_dtype
 from schemas.sessions import STEP_HEADER_BYTES, StepHeader, pack_step
 
-_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _SEPARATOR: Final = "/"  # no node's id has one
 
 
@@ -30,11 +30,6 @@ def parse_sender(identity: bytes) -> Sender:
     """Return who an identity says it is; a sender without a name where it says nothing."""
     node, _, incarnation = identity.decode(errors="replace").partition(_SEPARATOR)
     return Sender(node, incarnation) if incarnation else Sender("", identity.hex())
-
-
-def name_of(hidden: torch.Tensor) -> str:
-    """Return the name of a tensor's dtype."""
-    return _NAMES[hidden.dtype]
 
 
 def ids_of(tokens: Sequence[int]) -> torch.Tensor:
@@ -64,16 +59,12 @@ def require_fit(header: StepHeader, payload: torch.Tensor, trunk: Trunk) -> None
     """Raise `Objection` for what the trunk cannot take."""
     if header.kind == "hidden":
         if payload.dtype != trunk.dtype:
-            raise Objection("refused", f"hidden states as {header.dtype}, this node computes in {name_of_trunk(trunk)}")
+            ours = dtype_name(trunk.dtype)
+            raise Objection("refused", f"hidden states as {header.dtype}, this node computes in {ours}")
         return
     size, ids = trunk.model.model.embed_tokens.num_embeddings, payload.numpy()
     if ids.min() < 0 or ids.max() >= size:
         raise Objection("refused", f"token ids beyond the {size} of the model's vocabulary")
-
-
-def name_of_trunk(trunk: Trunk) -> str:
-    """Return the name of the dtype that a trunk computes in."""
-    return _NAMES[trunk.dtype]
 
 
 def compute(segment: Segment, batch: Batch, port: Port) -> torch.Tensor:

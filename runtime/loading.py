@@ -46,7 +46,6 @@ __all__ = [
     "load_tokenizer",
     "load_trunk",
     "load_whole",
-    "torch_dtype",
 ]
 
 TensorPool = WeakValueDictionary[str, torch.Tensor]

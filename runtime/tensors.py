@@ -12,11 +12,22 @@ import torch
 from schemas.checkpoint import InvalidCheckpoint, TensorEntry
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BY_NAME: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NAMES: Final = {dtype: name for name, dtype in _BY_NAME.items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """Return torch's dtype of a schema's dtype name."""
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+    return _BY_NAME[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a schema's name of torch's dtype.
+
+    >>> dtype_name(torch_dtype("bfloat16"))
+    'bfloat16'
+    """
+    return _NAMES[dtype]
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:

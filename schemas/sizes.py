@@ -4,6 +4,7 @@ Decides sizes from shapes alone, as `runtime.precision` packs: from a checkpoint
 known, as of a gated network without biases. Must not know who holds what in which precision.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 from schemas.checkpoint import Checkpoint
@@ -37,9 +38,7 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, dtype: HeldDtype) -> ExpertSizes
     def packed(low: LowPrecision) -> int | None:
         sizes: list[int | None] = []
         for name, entry in parts.items():
-            elements = 1
-            for length in entry.shape:
-                elements *= length
+            elements = math.prod(entry.shape)
             is_bias = name in _BIASES
             sizes.append(elements * itemsize if is_bias else packed_matrix_bytes(elements, entry.shape[axis], low))
         return _sum(sizes)

@@ -4,6 +4,7 @@ Decides what must be known about a record to verify, send and execute it without
 Must not know how records are made or read (`runtime.store`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Final, Literal, Self
 
@@ -32,10 +33,7 @@ class Part(FrozenModel):
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for axis in self.shape:
-            count *= axis
-        return count
+        return math.prod(self.shape)
 
 
 class ExpertForm(FrozenModel):

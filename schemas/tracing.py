@@ -3,14 +3,14 @@
 Decides how that travels: in parts of bounded size. Must not know what spans mean, nor how clocks are compared.
 """
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from schemas.base import FrozenModel
 from schemas.topology import NodeId
 
-MOST: int = 8192  # spans, and hops, of one node and session; later ones are counted only
+MOST: Final = 8192  # spans, and hops, of one node and session; later ones are counted only
 
 Label = Annotated[str, Field(max_length=120)]
 SpanRecord = tuple[Label, Label, float, float, dict[Label, float]]

@@ -13,10 +13,10 @@ from safetensors.torch import load, load_file, save_file
 
 from runtime import store as store_module
 from runtime.errors import DiskFull, InvalidInput, InvalidStore
-from runtime.loading import torch_dtype
 from runtime.models import open_model
 from runtime.precision import UnfitPrecision, pack_record, packed_layout
 from runtime.store import Store, layout_of, prepare_store
+from runtime.tensors import torch_dtype
 from schemas.checkpoint import InvalidCheckpoint, read_checkpoint
 from schemas.store import RECORDS_NAME
 from tests.families import make_checkpoint
