@@ -156,7 +156,7 @@ class Run:
     waits
         Loads, or waiting events, per token and layer [L].
     lost
-        Lost share of top-K mass per token by layer [L].
+        Lost share of top-K mass per token by layer [L], each token's times its factor (`routing.Choice`).
     slopes
         KL divergence for each unit of cost that probes gave up, by forward; empty where nothing was probed.
     """
@@ -321,7 +321,7 @@ class _Chooser:
             choice = policy.choose(self.layer, ids[token], values[token], at_hand, self.top_k)
             self.waits += self.held.request(token, choice.experts.tolist())
             if choice.lost > 0:
-                self.lost += choice.lost
+                self.lost += choice.factor * choice.lost
                 changed[token] = choice
         self.seen += len(ids)
         self._given = _rewritten(self.rule, output, changed, scores[:, : self.top_k].sum(-1))

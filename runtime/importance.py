@@ -44,6 +44,8 @@ class Substitution:
         Nothing is given up unless the layer then waits for nobody.
     lost
         Share of the top-K router mass given up, by layer, summed over tokens.
+    charged
+        The same, each token's times how much dearer it is than others.
     precision
         In which a missing expert may be had where the policy says so; as it is where None.
     low_rows
@@ -59,6 +61,7 @@ class Substitution:
     is_whole: bool
     precision: LowPrecision | None = None
     lost: dict[int, float] = field(default_factory=dict)
+    charged: dict[int, float] = field(default_factory=dict)
     low_rows: dict[int, int] = field(default_factory=dict)
     replaced: dict[int, int] = field(default_factory=dict)
     spared: int = 0
@@ -99,6 +102,7 @@ class Substitution:
                 self.replaced[layer] = self.replaced.get(layer, 0) + int(changed.sum())
                 self.spared += bool(resident[choice.experts].all() and not here[token])
                 self.lost[layer] = self.lost.get(layer, 0.0) + choice.lost
+                self.charged[layer] = self.charged.get(layer, 0.0) + choice.factor * choice.lost
                 mass = float(ranked[1][token, : chosen.shape[1]].sum())
                 index[token], weights[token] = self._row(choice, mass, index[token], weights[token])
         return index, weights
@@ -206,7 +210,7 @@ class Importance:
         substitution = self._substitution(taps, policy) if is_open and not is_sample else None
         answer = forward(substitution, False)
         with self._lock:
-            given = (substitution.lost, substitution.low_rows) if substitution else ({}, {})
+            given = (substitution.charged, substitution.low_rows) if substitution else ({}, {})
             self._controller.advance(tokens, taps.layers, *given)
             if guess is not None and trial is not None:
                 self._learn(_divergence(answer, guess), taps.layers, None if is_sample else trial.probed / tokens)

@@ -60,7 +60,7 @@ class Setting(FrozenModel):
         Part of the budget that is each layer's, as a rise of negative log-likelihood, without what the situation's
         precision costs; nats per token.
     nll_per_mass
-        Rise of negative log-likelihood for each unit of lost share of top-K mass, by layer.
+        Rise of negative log-likelihood for each unit of lost share of top-K mass, by layer, to a token like others.
     rise, low, high
         Relative rise of perplexity measured with these shares, and its 95 % confidence interval over text pieces.
     divergence

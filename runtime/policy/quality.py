@@ -43,7 +43,7 @@ class Allowance:
     nll
         Rise of NLL that each layer may cause per token [L], together log(1 + budget); nats.
     nll_per_mass
-        Rise of NLL for each unit of lost share of top-K mass, by layer [L]; nats.
+        Rise of NLL for each unit of lost share of top-K mass, by layer [L], to a token like others; nats.
     nll_per_low_row
         Rise of NLL for each (token, expert) computed in low precision, by layer [L]; nats. Empty where none may be.
     divergence
@@ -167,7 +167,8 @@ class Controller:
         layers
             That ran.
         lost
-            Share of top-K mass given up by layer, summed over the step's tokens.
+            Share of top-K mass given up by layer, summed over the step's tokens, each times how much dearer that is to
+            it than to others.
         low_rows
             (token, expert) pairs computed in low precision, by layer.
         """

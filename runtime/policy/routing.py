@@ -32,6 +32,8 @@ class Choice:
         Whether a low-precision copy will do, bool ``[K']``.
     lost
         Share of the top-K router mass that was given up, 0 where the choice is exact.
+    factor
+        How much dearer giving up is to this token than to others (`MassBudget.factor`).
     probed
         What an expert that was at hand and replaced nonetheless costs, in the units of a budget's shares (`Probed`).
     """
@@ -40,6 +42,7 @@ class Choice:
     scores: Floats
     low: Bools
     lost: float = 0.0
+    factor: float = 1.0
     probed: float = 0.0
 
 
@@ -133,8 +136,8 @@ class MassBudget:
         spare = [c for c in range(top_k, len(here)) if here[c]]
         total = max(sum(score[:top_k]), 1e-12)
         budget = self.shares[layer % len(self.shares)]
-        if missing and spare and budget > 0:
-            budget /= self.factor(layer, ids, scores)
+        factor = self.factor(layer, ids, scores) if missing and spare and budget > 0 else 1.0
+        budget /= factor
         stand_in: dict[int, int] = {}
         for candidate in missing:
             share, other = score[candidate] / total, score[spare[0]] / total if spare else 0.0
@@ -147,7 +150,7 @@ class MassBudget:
             budget -= cost
             stand_in[candidate] = spare.pop(0)
         picked = np.array(sorted(stand_in.get(candidate, candidate) for candidate in range(top_k)))
-        choice = _kept(ids, scores, picked, top_k)
+        choice = replace(_kept(ids, scores, picked, top_k), factor=factor)
         if self.stand_in == 1.0 or not stand_in:
             return choice
         return replace(choice, scores=np.where(picked < top_k, choice.scores, self.stand_in * choice.scores))

@@ -1,5 +1,8 @@
 """Substitution between router and experts: exact without it, the model's own weights with it, only where it may."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from runtime.importance import Importance, RouterTaps, Substitution
 from runtime.loading import load_trunk
 from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import DropCold, Exact, MassBudget
+from runtime.policy.sensitivity import Sensitivity
 from runtime.routers import router_rule, routers_of
 from tests.families import FAMILIES, reference, split_model, spread
 
@@ -150,6 +154,16 @@ def test_probes_answer_and_load_as_if_there_were_none(checkpoint, store):
         answers.append(tokens(split, 8))
         assert (len(account._probes) >= 2) == (slope > 0)
     assert answers[0] == answers[1]
+
+
+def test_what_a_dear_token_gives_up_is_charged_as_such(checkpoint, store):
+    dear = Sensitivity(np.zeros((4, 16, 1)), np.zeros((4, 1)), np.zeros((4, 1)), np.full(4, math.log(2)))
+    split, account = parts(checkpoint, store, "olmoe", MassBudget((1.0,), sensitivity=dear), horizon=1000)
+    account.advance(1, range(4), {})
+    tokens(split, 8)
+    given_up = split.segment.counters.snapshot().lost_mass
+    assert given_up > 0
+    assert account.spent == pytest.approx(2 * given_up)
 
 
 def test_a_spent_budget_closes_until_more_is_earned(checkpoint, store):

@@ -54,6 +54,7 @@ def test_a_dearer_token_gets_so_much_less(found, seed, share, layer):
     plain = MassBudget((share / factor,), weighted=True).choose(layer, ids, scores, here, K)
     assert ours.experts.tolist() == plain.experts.tolist()
     assert (share > 0) or ours.lost == 0
+    assert not ours.lost or ours.factor == factor
     usual = MassBudget((10.0,), weighted=True)
     none = usual.scaled(0.0)
     probed = Probed(none, MassBudget((10.0,), weighted=True, sensitivity=found)).choose(layer, ids, scores, here, K)
