@@ -1,8 +1,8 @@
 """The quality budget of one agent: the plan's or its own, spent as a calibration says that fits what is at hand.
 
-Decides which calibration is taken (the one that the config names, or one that lies in the store or the model), whether
-it fits (same model; made for what is at hand at this node now, layer by layer), which of its settings is spent, and why
-nothing is spent otherwise. What does not fit keeps the node exact and is said. Must not know sessions.
+Decides whether the calibration (`settings.calibration_of`) fits: same model; made for what is at hand at this node
+now, layer by layer; which of its settings is spent, and why nothing is spent otherwise. What does not fit keeps the node
+exact and is said. Must not know sessions.
 """
 
 import logging
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from agent.routes import AtHand
-from agent.settings import Settings
+from agent.settings import Settings, calibration_of
 from runtime.calibrate import Prices, policy_of
 from runtime.counters import Counts
 from runtime.importance import Importance
@@ -68,12 +68,8 @@ class QualityBudget:
         self.spending = Spending()
 
     def require(self) -> None:
-        """Raise `InvalidFile` where the config's own budget cannot be spent, whatever the plan."""
-        quality = self._settings.quality
-        file = self._file()
-        if quality.budget and file is None:
-            fault = Fault("quality.budget", "needs a calibration: name a file of agent calibrate beside it")
-            raise InvalidFile(Path(self._settings.model), [fault])
+        """Raise `InvalidFile` where the calibration of the config's own budget cannot be spent, whatever the plan."""
+        quality, file = self._settings.quality, calibration_of(self._settings)
         if file is not None and (quality.budget or quality.calibration):
             _load(file, self._spec, quality.budget or 1.0)
 
@@ -105,7 +101,7 @@ class QualityBudget:
     def _spend(self, budget: float, at_hand: AtHand, precision: Precision, *, is_paid: bool = False) -> Spending:
         if not budget or not at_hand:
             return Spending()
-        file = self._file()
+        file = calibration_of(self._settings)
         if file is None:
             note = f"no calibration for the budget of {budget:.2%}: this node is exact; run agent calibrate"
             return Spending(budget=budget, standing="uncalibrated", note=note)
@@ -128,15 +124,6 @@ class QualityBudget:
             return Spending(budget=budget, standing="uncalibrated", note=note)
         importance = importance_of(calibration, left, self._settings.low_precision)
         return Spending(importance, calibration, budget, precision)
-
-    def _file(self) -> Path | None:
-        """Return the calibration that is named, or else the first that is there."""
-        settings = self._settings
-        if settings.quality.calibration is not None:
-            return Path(settings.quality.calibration)
-        places = [Path(place) for place in (settings.store, settings.model) if place]
-        names = (f"calibration-{settings.node}.json", "calibration.json")
-        return next((place / name for name in names for place in places if (place / name).is_file()), None)
 
     def use(self, counts: Counts) -> QualityUse | None:
         """Return what has been spent, for the coordinator; None where nothing was asked for."""

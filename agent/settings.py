@@ -1,6 +1,7 @@
 """agent.yaml: what one agent may use, where it listens and whom it obeys.
 
-Decides defaults, and turns paths relative to the file into absolute ones. Must not know what is done with them.
+Decides defaults, where a calibration lies that is not named, and turns paths relative to the file into absolute ones.
+Must not know what is done with them.
 """
 
 from collections.abc import Iterator
@@ -124,8 +125,18 @@ class Settings(FrozenModel):
 
 def load_settings(path: Path) -> Settings:
     """Read a config file; raises `InvalidFile` with every fault. Paths come back absolute."""
-    settings = load_yaml(path, Settings, settings_faults)
     base = path.resolve().parent
+
+    def faults(settings: Settings) -> Iterator[Fault]:
+        yield from settings_faults(settings)
+        if settings.quality.budget and calibration_of(_absolute(settings, base)) is None:
+            yield Fault("quality.budget", "needs a calibration: name a file of agent calibrate as quality.calibration")
+
+    return _absolute(load_yaml(path, Settings, faults), base)
+
+
+def _absolute(settings: Settings, base: Path) -> Settings:
+    """Return settings whose paths are no longer relative to `base`."""
     store = str(base / settings.store) if settings.store is not None else None
     calibration = settings.quality.calibration
     quality = settings.quality.model_copy(update={"calibration": str(base / calibration) if calibration else None})
@@ -138,6 +149,15 @@ def load_settings(path: Path) -> Settings:
         "store": store,
     }
     return settings.model_copy(update=absolute)
+
+
+def calibration_of(settings: Settings) -> Path | None:
+    """Return the calibration that is named, or else the first that is there; None where there is none."""
+    if settings.quality.calibration is not None:
+        return Path(settings.quality.calibration)
+    places = [Path(place) for place in (settings.store, settings.model) if place]
+    names = (f"calibration-{settings.node}.json", "calibration.json")
+    return next((place / name for name in names for place in places if (place / name).is_file()), None)
 
 
 def settings_faults(settings: Settings) -> Iterator[Fault]:

@@ -19,13 +19,11 @@ import torch
 from runtime.errors import InvalidInput
 from runtime.tensors import torch_dtype
 from schemas.model import DTYPE_ITEMSIZE
-from schemas.precision import INT4_GROUP, LowPrecision, PackedLayout, PackedPart, PartName, part_sizes
+from schemas.precision import BIASES, INT4_GROUP, LowPrecision, PackedLayout, PackedPart, PartName, part_sizes
 from schemas.store import RecordLayout
 
 GROUP: Final = INT4_GROUP
 """Weights of an int4 group."""
-
-_BIASES: Final = ("gate_up_proj_bias", "down_proj_bias")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -52,7 +50,7 @@ def packed_layout(layout: RecordLayout, precision: LowPrecision) -> PackedLayout
     parts: list[PackedPart] = []
     offset = 0
     for part in layout.parts:
-        axis = None if part.name in _BIASES else 0 if layout.form.kind == "gpt_oss" else 1
+        axis = None if part.name in BIASES else 0 if layout.form.kind == "gpt_oss" else 1
         packed = _packed_part(part.name, part.shape, axis=axis, precision=precision, offset=offset)
         parts.append(packed)
         offset += sum(part_sizes(packed, precision, layout.dtype))

@@ -16,6 +16,8 @@ LowPrecision = Literal["int8", "int4"]
 Precision = Literal["checkpoint", "int8", "int4"]
 PartName = Literal["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
 
+BIASES: Final[tuple[PartName, ...]] = ("gate_up_proj_bias", "down_proj_bias")
+"""Parts that are kept as they are."""
 LOW_PRECISIONS: Final[tuple[LowPrecision, ...]] = get_args(LowPrecision)
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)  # the most bits first
 

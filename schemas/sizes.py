@@ -9,12 +9,10 @@ from collections.abc import Iterable, Mapping
 
 from schemas.checkpoint import Checkpoint
 from schemas.model import DTYPE_ITEMSIZE, HeldDtype, ModelSpec
-from schemas.precision import LOW_PRECISIONS, LowPrecision, Precision, packed_matrix_bytes
+from schemas.precision import BIASES, LOW_PRECISIONS, LowPrecision, Precision, packed_matrix_bytes
 
 ExpertSizes = Mapping[Precision, int]
 """Bytes of one expert by precision; a precision that does not fit the model is left out."""
-
-_BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 
 def sizes_of_spec(model: ModelSpec) -> ExpertSizes:
@@ -39,7 +37,7 @@ def sizes_of_checkpoint(checkpoint: Checkpoint, dtype: HeldDtype) -> ExpertSizes
         sizes: list[int | None] = []
         for name, entry in parts.items():
             elements = math.prod(entry.shape)
-            is_bias = name in _BIASES
+            is_bias = name in BIASES
             sizes.append(elements * itemsize if is_bias else packed_matrix_bytes(elements, entry.shape[axis], low))
         return _sum(sizes)
 

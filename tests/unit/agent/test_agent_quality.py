@@ -135,8 +135,8 @@ def test_the_configs_word_is_stronger_than_the_plans(tmp_path):
 
 
 def test_a_budget_of_ones_own_without_a_calibration_is_refused(tmp_path):
-    with pytest.raises(InvalidFile, match=r"quality.budget: needs a calibration"):
-        agent(tmp_path, "quality: {budget: 1 %}").require()
+    with pytest.raises(InvalidFile, match=r"\.yaml: line \d+, quality\.budget: needs a calibration: name a file"):
+        agent(tmp_path, "quality: {budget: 1 %}")
 
 
 def test_a_calibration_belongs_to_what_was_at_hand(tmp_path):
