@@ -1,8 +1,8 @@
 """The quality budget of one agent: the plan's or its own, spent as a calibration says that fits what is at hand.
 
 Decides whether the calibration (`settings.calibration_of`) fits: same model; made for what is at hand at this node
-now, layer by layer; which of its settings is spent, and why nothing is spent otherwise. What does not fit keeps the node
-exact and is said. Must not know sessions.
+now, layer by layer; which of its settings is spent, and why nothing is spent otherwise. What does not fit keeps the
+node exact and is said. Must not know sessions.
 """
 
 import logging
