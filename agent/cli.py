@@ -97,7 +97,10 @@ def budget(node: str, size: str, coordinator: str, as_json: bool) -> None:
     """
     from agent.client import change_budget
 
-    changed = change_budget(node, coordinator, _size(size))
+    asked = _size(size)
+    changed = change_budget(node, coordinator, asked)
+    if changed.device < asked:
+        click.echo(f"{node}: memory.device of its config allows no more than {format_bytes(changed.device)}", err=True)
     if as_json:
         click.echo(json.dumps(changed.model_dump(exclude={"type"})))
         return
