@@ -8,7 +8,7 @@ import pytest
 from agent.client import change_budget
 from agent.errors import Refused
 from schemas.outcome import ExitCode
-from tests.cluster import MIB, PROMPTS, call, make_plan, running, save, spec, spread, wait_for
+from tests.cluster import AGENT, MIB, PROMPTS, call, make_plan, running, save, spec, spread, wait_for
 from tests.integration.conftest import NUM_TOKENS
 
 
@@ -44,7 +44,7 @@ def test_a_budget_below_the_plan_and_a_live_change(
         with pytest.raises(Refused, match=r"n0: device budget of 6 MiB is too small: at least .* are needed") as caught:
             change_budget("n0", cluster.coordinator, 6 * MIB)
         assert caught.value.exit_code == ExitCode.INFEASIBLE
-        higher = call(*cluster.agent_command("budget", "n0", "1TiB", "--coordinator", cluster.coordinator))
+        higher = call(*AGENT, "budget", "n0", "1TiB", "--coordinator", cluster.coordinator)
         assert higher.stdout.startswith("n0: 64 MiB of the device")
         assert higher.stderr == "n0: memory.device of its config allows no more than 64 MiB\n"
         assert ask(PROMPTS[1]) == reference[PROMPTS[1]]
