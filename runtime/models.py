@@ -87,7 +87,8 @@ def _open_store(path: Path, dtype: HeldDtype) -> Model:
 def open_store_of(model: Model, path: Path) -> Store:
     """Open a store of a model that is named by another directory.
 
-    Weights are compared by the first and the last expert: training a model further changes all of them.
+    Weights are compared by the first and the last expert, which nearly all further training changes: to read every one
+    would take as long as to make the store.
 
     Raises
     ------
