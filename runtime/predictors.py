@@ -130,7 +130,7 @@ def write_predictor(path: Path, predictor: Made, *, model: str, top_k: int, toke
 
 def _told(predictor: Made) -> tuple[PredictorKind, dict[str, NDArray[np.float32]]]:
     if isinstance(predictor, Uses):
-        return "uses", predictor._asdict()
+        return "uses", {name: array for name, array in predictor._asdict().items() if array.size}
     if isinstance(predictor, Learned):
         return "learned", predictor.weights._asdict()
     return "coactivation", predictor.tables._asdict()

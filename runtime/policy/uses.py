@@ -68,6 +68,10 @@ class Uses(NamedTuple):
     hidden_bias: Counts
     effect: Counts
 
+    def linear(self) -> "Uses":
+        """Return the same without the network."""
+        return self.of({name: getattr(self, name) for name in ("rates", "given", "out", "bias")})
+
     @classmethod
     def of(cls, arrays: Mapping[str, Counts]) -> "Uses":
         """Make one of named arrays; without those of the network, as older files are, it is linear."""
@@ -147,7 +151,8 @@ def fit(
         fitted.append((*linear, *_fit_bend(seen, goal, linear, rng)))
         if progress:
             progress(layer + 1, layers)
-    return Uses(*(np.stack(arrays) for arrays in zip(*fitted, strict=True)))
+    found = Uses(*(np.stack(arrays) for arrays in zip(*fitted, strict=True)))
+    return found if found.effect.any() else found.linear()
 
 
 def _fit_linear(seen: list[Counts], goal: Counts, rank: int) -> tuple[Counts, Counts, Counts, Counts]:

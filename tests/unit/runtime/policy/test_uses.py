@@ -86,7 +86,7 @@ def test_a_network_learns_what_no_line_tells():
     after = np.array([[2, 6], [3, 6], [3, 6], [2, 6]])[kinds]
     chosen = np.stack([now, after], axis=1).reshape(-1, 1, 2)
     uses = fit(chosen, np.ones(chosen.shape), 7)
-    linear = uses._replace(effect=np.zeros_like(uses.effect))
+    linear = uses.linear()
     expected = after[:500, :1]
     for each, told in ((linear, False), (uses, True)):
         soon = Estimates(each).advance(0, chosen[:1000, 0], np.ones((1000, 2)))[::2]
@@ -96,10 +96,8 @@ def test_a_network_learns_what_no_line_tells():
 
 def test_an_estimate_without_hidden_units_is_linear():
     uses = random_uses(1)
-    older = Uses.of(
-        {name: array for name, array in uses._asdict().items() if name in {"rates", "given", "out", "bias"}}
-    )
-    none = uses._replace(effect=np.zeros_like(uses.effect))
+    older, none = uses.linear(), uses._replace(effect=np.zeros_like(uses.effect))
+    assert older.seen.shape == (3, SOURCES, 8, 0)
     chosen, scores = np.array([[1, 2], [0, 5]]), np.ones((2, 2))
     for layer in range(3):
         got, want = (Estimates(each).advance(layer, chosen, scores) for each in (older, none))
