@@ -8,8 +8,8 @@ as far as a small network does that was trained on the gradients of calibration 
 
 It is trained as Poisson regression: gradients vary by their own size. At as many loads, perplexity of text that it was
 not trained on rises by .46 % instead of .58 % (tinymoe-base, 8 of 32 experts; 124k tokens of calibration text, the
-difference known to .03 points) and predictions diverge by an eighth less. Must not know files, nor torch, nor what is at
-hand. Axes: T tokens, L layers, E experts, H hidden units.
+difference known to .03 points) and predictions diverge by an eighth less. Must not know files, nor torch, nor what
+is at hand. Axes: T tokens, L layers, E experts, H hidden units.
 """
 
 from collections.abc import Sequence
