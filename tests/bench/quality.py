@@ -1,6 +1,6 @@
 """What a quality budget buys: loads per token against exact LRU, perplexity on text that calibration did not see.
 
-    python -m tests.bench.quality MODEL TEXTS [--capacity 8] [--capacity 16] [--budget 0.5 %] [--uses FILE] [--held int8]
+    python -m tests.bench.quality [MODEL] [TEXTS] [--capacity 8] [--capacity 16] [--budget 0.5 %] [--uses FILE] [--held int8]
 
 TEXTS has a directory per domain with calibration.jsonl and eval.jsonl. Shares are calibrated on the calibration text of
 the mixed domains alone, and prices on four times as much of it (as `agent calibrate` does), then judged on their evaluation text, mixed and one by one, and on domains that calibration
@@ -31,6 +31,7 @@ from schemas.checkpoint import read_checkpoint
 from schemas.precision import PRECISIONS
 from schemas.sizes import sizes_of_checkpoint
 from schemas.units import parse_share
+from tests.bench.given import MODEL, TEXTS
 
 
 def pieces(tokenizer, texts: Path, domains: list[str], split: str, tokens: int) -> torch.Tensor:
@@ -64,8 +65,8 @@ def judge(bench: Bench, found: Calibration, setting: Setting, name: str, capacit
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("texts", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path, exists=True), default=MODEL)
+@click.argument("texts", type=click.Path(path_type=Path, exists=True), default=TEXTS)
 @click.option("--capacity", "capacities", multiple=True, type=int, default=(8, 16))
 @click.option("--budget", "budgets", multiple=True, default=("0.5 %",))
 @click.option("--mixed", default="code,dialogue,prose")
