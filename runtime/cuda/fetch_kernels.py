@@ -229,12 +229,12 @@ def _ahead(
                 tl.store(told + NEAR + number, now * STAMP)
     for number in tl.static_range(FAR):  # what was begun a layer ago, and still seems to be asked for
         expert = tl.load(ahead_ids + NEAR + number)
-        is_likely = (expert >= 0) & (tl.max((ids == expert).to(tl.int32), axis=0) > 0)
+        still_lies = tl.load(hosted + tl.maximum(expert, 0), volatile=True)  # or has made room for what a layer lacked
+        is_likely = (expert >= 0) & (still_lies >= 0) & (tl.max((ids == expert).to(tl.int32), axis=0) > 0)
         begun = progress + (NEAR + number) * PARTS
         _copy_some(
-            source, target, tl.load(hosted + tl.maximum(expert, 0), volatile=True),
-            tl.load(ahead_slots + NEAR + number), tl.load(begun + part), is_likely, routed, until, begun, part,
-            WORDS, CHUNKS, PARTS, CHUNK,
+            source, target, still_lies, tl.load(ahead_slots + NEAR + number), tl.load(begun + part), is_likely, routed,
+            until, begun, part, WORDS, CHUNKS, PARTS, CHUNK,
         )  # fmt: skip
     for turn in tl.static_range(NEAR):
         mine = can & (rank == turn)

@@ -318,6 +318,29 @@ def test_a_device_goes_on_with_what_it_began_for_the_layer_after_the_next(kernel
     assert torch.equal(ours.target.view(-1, WORDS)[slot].cpu(), ours.source.view(-1, WORDS)[host].cpu())
 
 
+def test_a_device_leaves_what_it_began_where_host_memory_has_lost_it(kernels: Any) -> None:
+    buffers, _ = supplied(spare=[8, 6, 3], layers=3)
+    supply = buffers.supply
+    assert supply is not None
+    buffers.control[0] = 6
+    supply.hosted[2, 4] = 1
+    buffers.guessed[0, 0] = 3  # which is in a slot
+    buffers.guessed[0, 1], buffers.guessed[1, 0] = 4, 4
+    supply.routed[0] = 6 * 3 + 2  # there is no time for it
+    kernels.bring_ahead(buffers, 0)
+    kernels.join_all(buffers)
+    synchronize()
+    supply.hosted[2, 4] = -1  # the host made room for what the next layer lacked
+    supply.routed[0] = 6 * 3 + 1
+    supply.taken[2] = supply.taken[1]
+    before = supply.target.clone()
+    kernels.bring_ahead(buffers, 1)
+    kernels.join_all(buffers)
+    synchronize()
+    assert (supply.progress[2, 2] == 0).all()
+    assert torch.equal(supply.target, before)
+
+
 def test_guesses_leave_spares_behind_their_limit(kernels: Any) -> None:
     for each in (kernels, reference):
         buffers, _ = supplied(spare=[8, 6, 3])
