@@ -82,7 +82,7 @@ def _fit_layer(x: Matrix, mattered: Floats, rng: np.random.Generator) -> tuple[F
     mean, spread = x.mean(axis=0), x.std(axis=0) + np.float32(_SPREAD)
     goal = np.minimum(mattered / max(float(mattered.mean()), 1e-30), _OUTLIER).astype(np.float32)[:, None]
     goal /= max(float(goal.mean()), 1e-30)
-    net = train(
+    net = None if not goal.any() else train(
         lambda rows: (x[rows] - mean) / spread,
         Loss(
             lambda y, rows: float((np.exp(_bounded(y)) - goal[rows] * _bounded(y)).mean()),

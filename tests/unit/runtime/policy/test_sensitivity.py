@@ -71,8 +71,9 @@ def test_numbers_take_few_digits(found):
     assert all(len(f"{value}") <= 11 for array in found for value in array.ravel())
 
 
-def test_nothing_to_learn_from_makes_every_token_like_others():
-    scores, nothing = [np.full((3, E), 1 / E, np.float32)], [np.zeros(3)]
+@pytest.mark.parametrize("tokens", [3, 3000])
+def test_nothing_to_learn_from_makes_every_token_like_others(tokens):
+    scores, nothing = [np.full((tokens, E), 1 / E, np.float32)], [np.zeros(tokens)]
     made = fit(scores, nothing)
     assert isinstance(made, Sensitivity)
     assert made.factor(0, np.arange(E), np.full(E, 1 / E)) == 1.0
