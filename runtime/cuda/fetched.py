@@ -181,8 +181,9 @@ class DeviceStep(Following):
     def _bring_to_host(self, number: int, experts: Sequence[int]) -> None:
         """Read what the device waits for into host memory, where others make room. Modifies."""
         shelf, changed, kept = self._bringer.inside.shelf, self._bringer.inside.changed, list[Copy]()
+        is_absent = self._hosted.slots[number - self._first] < 0
         try:
-            for expert in experts:
+            for expert in sorted(experts, key=lambda expert: bool(is_absent[expert])):  # none makes room for another
                 with changed:
                     host, is_new = self._host_copy(number, expert)
                     shelf.use(host)

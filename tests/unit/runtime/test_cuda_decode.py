@@ -1,5 +1,6 @@
 """Steps that look their slots up by themselves, run with plain torch where there is no device."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from runtime.alone import expert_sources, open_alone
+from runtime.copies import Copy
 from runtime.cuda import reference
 from runtime.cuda.decode import CapturedDecode
+from runtime.cuda.fetched import DeviceStep
 from runtime.cuda.parts import step_parts
 from runtime.cuda.runners import States
 from runtime.engine import Segment
@@ -22,6 +25,7 @@ from runtime.policy.quality import Allowance, Controller
 from runtime.policy.routing import MassBudget
 from runtime.records import CheckpointExpert
 from runtime.routing import EpochBoard, Routing
+from runtime.shelf import Shelf
 from runtime.slots import Caching, Residency
 
 CAPTURED = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe")
@@ -189,6 +193,30 @@ def test_a_device_that_brings_experts_by_itself(checkpoint: Any, family: str, sl
                 break
             assert list(generate(segment, PROMPT, max_tokens=30, stop_ids=frozenset())) == want
         assert sum(tiers.prefetched) >= sum(tiers.prefetch_hits) > 0
+
+
+@pytest.mark.parametrize("host", [2, 5])
+def test_what_a_layer_finds_in_host_memory_makes_no_room_for_what_it_lacks_there(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch, host: int
+) -> None:
+    wanted, given_up = set[Any](), list[Any]()
+    bring, evict = DeviceStep._bring_to_host, Shelf.evict
+
+    def bring_noted(step: DeviceStep, number: int, experts: Sequence[int]) -> None:
+        wanted.update((number, expert) for expert in experts)
+        bring(step, number, experts)
+        wanted.clear()
+
+    def evict_noted(shelf: Shelf, copy: Copy, *, give_back: bool = False) -> None:
+        if copy.tier == "host" and copy.key in wanted:
+            given_up.append(copy.key)
+        evict(shelf, copy, give_back=give_back)
+
+    monkeypatch.setattr(DeviceStep, "_bring_to_host", bring_noted)
+    monkeypatch.setattr(Shelf, "evict", evict_noted)
+    segment = apart(checkpoint("qwen3_moe"), slots=14, host=host)
+    assert len(list(generate(segment, PROMPT, max_tokens=50, stop_ids=frozenset()))) == 50
+    assert not given_up
 
 
 def test_a_device_brings_experts_for_several_sessions(checkpoint: Any) -> None:
