@@ -260,7 +260,8 @@ for _command in (*OFFLINE_COMMANDS, *CALIBRATE_COMMANDS, *LEARN_COMMANDS, *REPLA
 def main() -> NoReturn:
     """Run the command; the one place where errors become a message and an exit code."""
     is_interrupted = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: _interrupt(is_interrupted))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a script's background
+        signal.signal(signal.SIGINT, lambda *_: _interrupt(is_interrupted))
     try:
         result = cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

@@ -1,5 +1,6 @@
 """How the `agent` command ends where it cannot go on: one line, an exit code, nothing left behind."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,17 @@ def test_an_agent_that_is_stopped_while_it_imports_does_not_start(tmp_path: Path
 def test_what_fails_since_it_was_interrupted_is_no_fault() -> None:
     done = interrupted("agent", "torch", "generate", "--local", str(MODEL), "--prompt", "x", then="fails")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_command_that_a_script_has_in_the_background_is_not_interrupted(tmp_path: Path) -> None:
+    was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start it, and children inherit it
+    try:
+        no_trace = tmp_path / "empty.safetensors"
+        no_trace.touch()
+        done = interrupted("agent", "numpy", "learn", str(no_trace), "-o", str(tmp_path / "uses"))
+    finally:
+        signal.signal(signal.SIGINT, was)
+    assert (done.returncode, str(no_trace) in done.stderr) == (2, True), done.stderr
 
 
 def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
