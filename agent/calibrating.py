@@ -66,7 +66,7 @@ class PerplexityRise(click.ParamType):  # type: ignore[type-arg,unused-ignore]  
 )
 @click.option(
     "--price-tokens", type=click.IntRange(min=1),
-    help="Of all texts, that prices are measured on, once.  [default: 4 times --tokens]",
+    help="With --capacity: of all texts, that prices are measured on, once.  [default: 4 times --tokens]",
 )  # fmt: skip
 @click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Context in tokens.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="To compute in.")
@@ -110,6 +110,8 @@ def calibrate(
         raise click.UsageError("give --capacity, or --plan and --node: what is at hand decides what is given up")
     if uses is not None and plan is not None:
         raise click.UsageError("--uses says what makes room in caches: under a --plan nothing does")
+    if price_tokens is not None and plan is not None:
+        raise click.UsageError("--price-tokens is for caches: under a --plan nothing has a price")
     require_directory(output)
     checkpoint = read_checkpoint(model)
     spec = checkpoint.model_spec

@@ -266,6 +266,7 @@ def test_the_command_refuses_what_it_cannot_measure(tmp_path):
         (["--capacity", "6", "--budget", "0 %"], "needs no calibration"),
         (["--plan", "p.json"], "--capacity, or --plan and --node"),
         (["--plan", "p.json", "--node", "a", "--uses", "u"], "under a --plan nothing does"),
+        (["--plan", "p.json", "--node", "a", "--price-tokens", "9"], "under a --plan nothing has a price"),
     ):
         result = CliRunner().invoke(command, [*base, *options])
         assert result.exit_code == 2
