@@ -91,13 +91,18 @@ def read_text(path: Path) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write `path` whole or not at all: a temporary file beside it, flushed to disk, then renamed.
 
+    What a link names is written, and the link stays. A device or a pipe (/dev/null, /dev/stdout) takes the text as is.
+
     Raises
     ------
     CannotWrite
         The disk is full, the directory is not there, or the like.
     """
     try:
-        _write_renamed(path, text)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            _write_renamed(path.resolve() if path.is_symlink() else path, text)
     except OSError as error:
         raise CannotWrite(path, error.strerror or str(error)) from error
 

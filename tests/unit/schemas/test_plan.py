@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -70,3 +71,20 @@ def test_write_atomic_names_the_file_that_cannot_be_written(tmp_path):
     with pytest.raises(CannotWrite, match=r"absent/plan\.json: cannot be written: No such file or directory"):
         write_atomic(path, "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_write_atomic_replaces_neither_pipes_nor_links(tmp_path):
+    """As /dev/null and /dev/stdout are named by whoever wants nothing kept, or all in a pipe."""
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomic(pipe, "through")
+        assert os.read(reader, 99) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    link.symlink_to(file)
+    write_atomic(link, "behind")
+    assert (link.is_symlink(), file.read_text()) == (True, "behind")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "link", "pipe"]
