@@ -156,7 +156,7 @@ def make_buffers(
         control=message[:controls],
         news=news,
         released=torch.zeros(1, dtype=torch.int64, device=device),
-        slots=torch.zeros(triples, dtype=torch.int32, device=device),
+        slots=_apart(triples, device),
         first=torch.zeros(triples, dtype=torch.int32, device=device),
         weights=torch.zeros(triples, dtype=torch.float32, device=device),
         fence=torch.zeros(1, dtype=torch.int32, device=device),
@@ -165,6 +165,17 @@ def make_buffers(
         mail=mail,
         supply=supply,
     )
+
+
+def _apart(triples: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Return zeros [L, B, K] int32, each layer's in cache lines of its own.
+
+    A kernel that begins early reads its layer's slots before it has waited: no kernel of another layer may have brought
+    the same line, with what was there then.
+    """
+    layers, rows, top_k = triples
+    words = -(-rows * top_k // _LINE) * _LINE
+    return torch.zeros((layers, words), dtype=torch.int32, device=device)[:, : rows * top_k].view(triples)
 
 
 def control_size(layers: int, rows: int) -> int:
@@ -179,6 +190,7 @@ class Chosen(NamedTuple):
     found: NDArray[np.bool_]
 
 
+_LINE: Final = 32  # words of 4 bytes
 STAMP: Final = 1 << 17
 FOUND: Final = 1 << 16
 

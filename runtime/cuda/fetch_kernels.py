@@ -160,7 +160,8 @@ def _likely(
     entry = tl.load(spares + (used + rank) % RING, mask=can, other=0, volatile=True)
     is_old = can & ((entry >> 32) != used + rank + 1)  # the limit may have come before the spares that it is for
     can = can & (rank < tl.min(tl.where(is_old, rank, MOST), axis=0))
-    return ids, lies, (entry & 0xFFFFFFFF).to(tl.int32), rank, can
+    is_short = tl.max(is_old.to(tl.int32), axis=0) > 0
+    return ids, lies, (entry & 0xFFFFFFFF).to(tl.int32), rank, can, is_short
 
 
 @triton.jit
@@ -206,17 +207,18 @@ def _ahead(
     used = tl.load(before)
     most = tl.load(limits + layer)
     until = now * layers + layer + 2
-    ids, lies, slot, rank, can = _likely(
+    ids, lies, slot, rank, can, is_short = _likely(
         guessed, table, hosted, spares, ahead_ids + NEAR, used, most, ROWS, TOP, BLOCK, RING, NEAR, FAR
     )
     _note(ids, slot, rank, can, ahead_ids, ahead_slots, told, now, part, NEAR, STAMP)
     used += tl.sum(can.to(tl.int64), axis=0)
     far_at = NEAR + FAR + NEAR  # behind what is guessed of the next layer
     if HAS_FAR:
-        far_ids, far_lies, far_slot, far_rank, far_can = _likely(
+        far_ids, far_lies, far_slot, far_rank, far_can, _ = _likely(
             guessed + ROWS * TOP, table + EXPERTS, hosted + EXPERTS, spares, ahead_ids, used, most,
             ROWS, TOP, BLOCK, RING, FAR, 0,
         )  # fmt: skip
+        far_can = far_can & (is_short == 0)  # programs that see spares come at this moment may count otherwise
         _note(
             far_ids, far_slot, far_rank, far_can, ahead_ids + far_at, ahead_slots + far_at, told + NEAR, now, part,
             FAR, STAMP,
