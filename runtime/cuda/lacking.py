@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from runtime.copies import Copy
-from runtime.cuda.parts import StepParts
+from runtime.cuda.parts import LayerParts, StepParts
 from runtime.cuda.sending import reading, sent
 from runtime.cuda.shapes import Lanes
 from runtime.dispatch import Dispatcher
@@ -26,12 +27,39 @@ from runtime.policy.crowds import Crowds, most_ahead
 from runtime.slots import Residency
 from runtime.streaming import Ahead
 
-if TYPE_CHECKING:
-    from runtime.cuda.prompts import Choice
-
 Ints = NDArray[np.int64]
 
 _WITH_GUESS: Final = 3  # parts of what is told
+
+
+class Choice(NamedTuple):
+    """What a layer's router chose of normed [T, D].
+
+    Attributes
+    ----------
+    told
+        Of `choose`, [2 or 3, T, K] int32.
+    """
+
+    normed: torch.Tensor
+    told: torch.Tensor
+
+    @property
+    def experts(self) -> torch.Tensor:
+        """[T, K] int32, best first."""
+        return self.told[0]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[T, K] float32."""
+        return self.told[1].view(torch.float32)
+
+    def beside(self, ops: Any, layer: LayerParts) -> torch.Tensor | None:
+        """Return what an expert that every token uses makes of `normed`, [T, D]; None where a layer has none."""
+        if (shared := layer.shared) is None:
+            return None
+        made: torch.Tensor = ops.shared(self.normed, functional.linear(self.normed, shared.weigh), shared)
+        return made
 
 
 class Told(NamedTuple):
@@ -108,7 +136,7 @@ class LackingExperts:
         finally:
             self._residency.settle_guesses()
 
-    def run(self, index: int, choice: "Choice") -> torch.Tensor:
+    def run(self, index: int, choice: Choice) -> torch.Tensor:
         """Return what the experts of a layer of the range make of its choice, [T, D]."""
         number = self._parts.first_layer + index
         read = reading(choice.told)

@@ -8,7 +8,7 @@ Axes: T tokens, L layers, E experts, K top-k, R = T K rows, D hidden, F ffn, S t
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,43 +17,12 @@ from torch.nn import functional
 
 from runtime.cuda import prompt_reference
 from runtime.cuda.decode import CapturedDecode
-from runtime.cuda.lacking import LackingExperts
+from runtime.cuda.lacking import Choice, LackingExperts
 from runtime.cuda.parts import LayerParts, StepParts, lanes_of
 from runtime.cuda.sending import reading, sent
 from runtime.cuda.shapes import Lanes
 from runtime.dispatch import Dispatcher
 from runtime.policy.crowds import Crowds
-
-
-class Choice(NamedTuple):
-    """What a layer's router chose of normed [T, D].
-
-    Attributes
-    ----------
-    told
-        Of `choose`, [2 or 3, T, K] int32.
-    """
-
-    normed: torch.Tensor
-    told: torch.Tensor
-
-    @property
-    def experts(self) -> torch.Tensor:
-        """[T, K] int32, best first."""
-        return self.told[0]
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """[T, K] float32."""
-        return self.told[1].view(torch.float32)
-
-    def beside(self, ops: Any, layer: LayerParts) -> torch.Tensor | None:
-        """Return what an expert that every token uses makes of `normed`, [T, D]; None where a layer has none."""
-        if (shared := layer.shared) is None:
-            return None
-        made: torch.Tensor = ops.shared(self.normed, functional.linear(self.normed, shared.weigh), shared)
-        return made
-
 
 Experts = Callable[[int, Choice], torch.Tensor]
 """(layer of the range, choice) -> [T, D]."""
