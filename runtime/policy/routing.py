@@ -117,9 +117,9 @@ class MassBudget:
     by the share of mass of the expert that is replaced: a close call between two heavy experts changes more of a
     layer's output than one between two light ones. `prices`, by layer and expert, say how much more it matters that
     one expert is replaced than another (`runtime.pricing`), and `sensitivity`, to one token than to another; without
-    them, all matter alike. A stand-in is weighted by
-    `stand_in` of its score: its output is all but orthogonal to what is missing, so that less of it changes a layer's
-    output less; and none at all makes predictions too sure of themselves (see `LeaveOut`).
+    them, all matter alike. A stand-in is weighted by `stand_in` of its score: its output is all but orthogonal to what
+    is missing, so that less of it changes a layer's output less; and none at all makes predictions too sure of
+    themselves (see `LeaveOut`).
     """
 
     shares: tuple[float, ...]

@@ -19,7 +19,7 @@ Must not know files, nor torch, nor what is resident.
 Axes: T tokens, L layers, E experts, K top-k, D decays, S sources, H rank, N hidden units.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -147,8 +147,9 @@ def fit(
     for layer in range(layers):
         seen = [*seen[-BELOW:], _faded(chosen[:, layer], scores[:, layer], start)]
         goal = _to_come(one_hot(chosen[:, layer], experts))
-        linear = _fit_linear(seen, goal, min(rank, experts))
-        fitted.append((*linear, *_fit_bend(seen, goal, linear, rng)))
+        *linear, bias = _fit_linear(seen, goal, min(rank, experts))
+        more, *bend = _fit_bend(seen, goal, (*linear, bias), rng)
+        fitted.append((*linear, bias + more, *bend))
         if progress:
             progress(layer + 1, layers)
     found = Uses(*(np.stack(arrays) for arrays in zip(*fitted, strict=True)))
@@ -172,9 +173,12 @@ def _fit_linear(seen: list[Counts], goal: Counts, rank: int) -> tuple[Counts, Co
 
 
 def _fit_bend(
-    seen: list[Counts], goal: Counts, linear: tuple[Counts, Counts, Counts, Counts], rng: np.random.Generator
-) -> tuple[Counts, Counts, Counts]:
-    """Return one layer's network, trained on what its linear estimate leaves; zeros where that is best."""
+    seen: list[Counts], goal: Counts, linear: Sequence[Counts], rng: np.random.Generator
+) -> tuple[Counts, Counts, Counts, Counts]:
+    """Return what is added to a layer's bias, and its network, trained on what its linear estimate leaves.
+
+    Zeros where that is best.
+    """
     own, given, out, bias = linear
     used, experts = (len(DECAYS) + (len(seen) - 1) * OF_BELOW) * goal.shape[1], goal.shape[1]
     left = np.empty_like(goal)
@@ -195,8 +199,8 @@ def _fit_bend(
     net = found or Net(*(np.zeros(shape, np.float32) for shape in ((used, HIDDEN), HIDDEN, (HIDDEN, experts), experts)))
     into = np.zeros((SOURCES * experts, HIDDEN), dtype=np.float32)
     into[:used] = net.given / spread[:, None]
-    bias += net.bias / unit
-    return into.reshape(SOURCES, experts, HIDDEN), net.hidden_bias - mean @ into[:used], net.out / unit
+    seen_at = into.reshape(SOURCES, experts, HIDDEN)
+    return net.bias / unit, seen_at, net.hidden_bias - mean @ into[:used], net.out / unit
 
 
 def _moments(seen: list[Counts], goal: Counts) -> tuple[Floats, Floats]:
