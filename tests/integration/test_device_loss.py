@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from schemas.files import write_atomic
 from tests.cluster import PROMPTS, Cluster, make_plan, running, spread, wait_for
 
 TOKENS = 400
@@ -49,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[C
 
 def fail(cluster: Cluster, node: str, what: str, why: str) -> None:
     """Let a node's device fail at its next expert."""
-    (cluster.path / f"{node}.yaml.{what}").write_text(why)
+    write_atomic(cluster.path / f"{node}.yaml.{what}", why)  # the agent may look at any moment: never at half of it
 
 
 @pytest.mark.parametrize(("node", "what", "why"), [("n0", "memory", OUT_OF_MEMORY), ("n1", "device", LOST)])
